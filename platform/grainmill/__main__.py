@@ -1,0 +1,3 @@
+from grainmill.cli import app
+
+app()

@@ -1,0 +1,94 @@
+"""Trainables by name: what the mill knows of what it mills."""
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+Direction = Literal["max", "min"]
+Item = TypeVar("Item")
+
+
+class Track(Protocol):
+    """Wraps a long loop, given a title and a length, to show its progress."""
+
+    def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
+
+
+class EpochResult(Protocol):
+    """What a trainable yields after each epoch."""
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished, from 1."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Among them, in every epoch, the metrics that an objective can name."""
+
+
+class Predictor(Protocol):
+    """A trained model, from table to table."""
+
+    def __call__(self, table: Any) -> Any: ...
+
+
+class Trainable(Protocol):
+    """A module with these names, known by an entry point `grainmill.trainables` or by its dotted path."""
+
+    Spec: type[BaseModel]
+    """Settings of one run, frozen, each with the published default; one is `epochs`."""
+    Data: type[BaseModel]
+    """Where the data are."""
+
+    @staticmethod
+    def metrics(data: Any) -> Mapping[str, Direction]:
+        """The metrics that an objective can name, and which way is better. Raises ValueError if the data do not tell."""
+
+    @staticmethod
+    def data_problems(data: Any, track: Track) -> list[str]:
+        """What is wrong with the data on disk, one sentence each."""
+
+    @staticmethod
+    def worker_problems(spec: Any, workers: int) -> list[str]:
+        """What keeps a valid spec from running on so many workers, one sentence each."""
+
+    @staticmethod
+    def prepare(data: Any, root: Path, track: Track) -> Any:
+        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials."""
+
+    @staticmethod
+    def fit(spec: Any, data: Any, folder: Path) -> Iterator[EpochResult]:
+        """Train, on every worker alike; goes on from the checkpoints in `folder`, whose last result comes first again."""
+
+    @staticmethod
+    def load(folder: Path) -> Predictor:
+        """The model that `fit` left in `folder`."""
+
+    @staticmethod
+    def example(data: Any) -> Any:
+        """A small table that a `Predictor` takes."""
+
+
+def names() -> list[str]:
+    """The installed trainables."""
+    return sorted(entry.name for entry in entry_points(group="grainmill.trainables"))
+
+
+def find(name: str) -> Trainable:
+    """A trainable by its name or its module's dotted path.
+
+    Raises:
+        LookupError: there is no such trainable.
+    """
+    for entry in entry_points(group="grainmill.trainables", name=name):
+        return entry.load()  # type: ignore[no-any-return]
+    if "." in name:
+        try:
+            return importlib.import_module(name)  # type: ignore[return-value]
+        except ModuleNotFoundError:
+            pass
+    raise LookupError(f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}")

@@ -1,0 +1,201 @@
+"""The command `grainmill`: the only room that prints, exits or reads the environment."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress import track as rich_track
+from rich.table import Table
+
+from grainmill import catalog, experiment, runs
+from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
+from grainmill.experiment import Experiment
+from grainmill.space import shown
+
+if TYPE_CHECKING:
+    from grainmill.launch import Outcome
+    from grainmill.search import Record
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, tune and ship MultiGrain image embeddings on Ray.",
+)
+out = Console()
+err = Console(stderr=True)
+Item = TypeVar("Item")
+
+File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to use, such as auto; a local Ray is started by default.", envvar="RAY_ADDRESS"),
+]
+
+
+@app.command()
+def validate(file: File, overrides: Overrides = None) -> None:
+    """Check an experiment file and the images it names; start and write nothing."""
+    with _clear_errors():
+        checked = _load(file, overrides)
+        out.print(f"[green]{file} is right.[/] {checked.search.trials} trials of up to {checked.base.epochs} epochs")
+        out.print(f"first trial: {_settings(checked.reference) or 'the base settings'}", highlight=False)
+
+
+@app.command()
+def tune(file: File, overrides: Overrides = None, address: Address = None) -> None:
+    """Search, train the winner again, register it in MLflow as champion.
+
+    Started again, it carries on where it was cut short; a finished run is followed by another.
+    """
+    _mill(file, overrides, address, "tune")
+
+
+@app.command()
+def train(file: File, overrides: Overrides = None, address: Address = None) -> None:
+    """Train the base settings once, without a search, and register the model as champion."""
+    _mill(file, overrides, address, "train")
+
+
+@app.command()
+def schema(trainable: Annotated[str, typer.Argument(help="Whose settings.")] = "multigrain") -> None:
+    """Print the JSON schema of the experiment file, for editors."""
+    with _clear_errors():
+        try:
+            found = catalog.find(trainable)
+        except LookupError as error:
+            raise GrainmillError(str(error)) from error
+        print(json.dumps(experiment.json_schema(found), indent=2))
+
+
+def _mill(file: Path, overrides: Sequence[str] | None, address: str | None, verb: str) -> None:
+    with _clear_errors():
+        checked = _load(file, overrides)
+        runs.check_name(checked)
+        _prepare_process()
+        out.print("starting Ray and MLflow", style="dim")
+        from grainmill import launch, tracking
+
+        uri = checked.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(Path(checked.storage))
+        call = launch.tune if verb == "tune" else launch.train
+        with Screen(checked) as screen:
+            outcome = call(checked, uri, address, screen, _track)
+        _summarise(checked, outcome, uri)
+
+
+def _load(file: Path, overrides: Sequence[str] | None) -> Experiment:
+    return experiment.load(file, overrides or (), _track)
+
+
+def _track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
+    return rich_track(items, title, length, console=err, transient=True)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """One message and an exit code for what the user can put right; a traceback only for our defects."""
+    try:
+        yield
+    except GrainmillError as error:
+        err.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(USAGE_ERROR if isinstance(error, ExperimentError | NameTakenError) else FAILURE) from error
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command carries on from here", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _prepare_process() -> None:
+    """What this process needs before Ray and MLflow are imported."""
+    # Ctrl-C and `ray job stop` reach us as KeyboardInterrupt; Tune's own handler would return as if all were done.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # The screen is ours alone.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    for name in ("alembic", "mlflow", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow|ray|optuna")
+
+
+class Screen:
+    """Shows the progress: a table that changes in place on a terminal, a line for each event elsewhere."""
+
+    def __init__(self, checked: Experiment) -> None:
+        self.metric = next(iter(checked.objective))
+        self.epochs = checked.base.epochs
+        self.setting: Callable[[Record], str] = lambda record: _settings(record.setting)
+        self.rows: dict[str, tuple[str, ...]] = {}
+        self.live = Live(console=out, refresh_per_second=4, get_renderable=self._table) if out.is_terminal else None
+
+    def __enter__(self) -> "Screen":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.live.stop()
+
+    def note(self, message: str) -> None:
+        """A step of the whole begins."""
+        out.print(message, style="bold")
+
+    def trial(self, name: str, record: "Record") -> None:
+        """A trial began, finished an epoch, or ended."""
+        metrics = record.metrics
+        value = f"{metrics[self.metric]:.4f}" if metrics else ""
+        row = (name, record.state, f"{int(metrics.get('epoch', 0))}/{self.epochs}", value, self.setting(record))
+        self.rows[name] = row
+        if not self.live:
+            out.print("  ".join(row), soft_wrap=True, highlight=False)
+
+    def _table(self) -> Table:
+        table = Table("trial", "state", "epoch", self.metric, "setting")
+        for row in self.rows.values():
+            table.add_row(*row)
+        return table
+
+
+def _settings(setting: Any) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in setting.items())
+
+
+def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
+    """The closing table, the report, and how to look at the rest."""
+    from grainmill.report import counted, metric_names
+
+    columns = {"trained again" if outcome.winner else "trained": outcome.final}
+    if outcome.winner:
+        columns = {"published setting": outcome.records[0], "winner": outcome.winner, **columns}
+    table = Table("", *columns, title=counted(outcome.records) if outcome.winner else None)
+    for name in checked.space if outcome.winner else ():
+        table.add_row(name, *(shown(record.setting[name]) for record in columns.values()))
+    table.add_section()
+    for name in metric_names(checked, outcome.final):
+        table.add_row(name, *(f"{record.metrics[name]:.4f}" if name in record.metrics else "" for record in columns.values()))
+    out.print(table)
+    out.print(f"model     {outcome.version.uri}, alias champion", highlight=False, soft_wrap=True)
+    out.print(f"report    {outcome.report}", highlight=False, soft_wrap=True)
+    where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    if not uri.startswith("http"):
+        where = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+    out.print(f"MLflow    {where}", highlight=False, soft_wrap=True)

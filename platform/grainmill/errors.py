@@ -1,0 +1,61 @@
+"""What a user can put right. Each message says the rule, the value found, and the remedy.
+
+    GrainmillError
+    ├── ExperimentError    the experiment file, or what it names, is wrong; holds every problem
+    ├── NameTakenError     the name belongs to a run with other settings
+    ├── BusyError          another process works in the same folder
+    ├── ResourceError      Ray cannot give what a trial asks for
+    ├── TrackingError      MLflow cannot be reached
+    └── SearchError        no trial came through
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class GrainmillError(Exception):
+    """The root: whatever is not one of these is a defect of ours."""
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with an experiment file."""
+
+    line: int | None
+    """From 1; None for what a command-line override or a default said."""
+    key: str
+    """Dotted path, empty for the file as a whole."""
+    message: str
+
+    def __str__(self) -> str:
+        place = f"line {self.line}: " if self.line else ""
+        return place + (f"{self.key}: " if self.key else "") + self.message
+
+
+class ExperimentError(GrainmillError):
+    """Everything that is wrong with one experiment file."""
+
+    def __init__(self, file: str, problems: Sequence[Problem]) -> None:
+        self.file = file
+        self.problems = sorted(set(problems), key=lambda problem: (problem.line or 0, problem.key))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{file}: {count}", *(f"  {problem}" for problem in self.problems)]))
+
+
+class NameTakenError(GrainmillError):
+    """A name stands for one set of settings."""
+
+
+class BusyError(GrainmillError):
+    """One process at a time works in a run's folder."""
+
+
+class ResourceError(GrainmillError):
+    """The cluster is too small."""
+
+
+class TrackingError(GrainmillError):
+    """MLflow did not answer, or not as it should."""
+
+
+class SearchError(GrainmillError):
+    """There is no winner."""

@@ -1,0 +1,76 @@
+"""Folders of runs: `<storage>/<name>/run-1`, `run-2`, `train-1`, ... and who may write there.
+
+A name belongs to one set of settings. Starting it again carries on the last run, if that was cut
+short, and begins another if it was finished. One process at a time works under a name.
+"""
+
+import difflib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grainmill.document import to_yaml
+from grainmill.errors import BusyError, NameTakenError
+from grainmill.experiment import Experiment
+
+
+def check_name(experiment: Experiment) -> None:
+    """Refuse a name that stands for other settings; writes nothing.
+
+    Raises:
+        NameTakenError: with the settings that differ.
+    """
+    record = _home(experiment) / "experiment.yaml"
+    if not record.exists():
+        return
+    before, now = record.read_text().splitlines(), to_yaml(experiment.identity()).splitlines()
+    if before != now:
+        changes = [line for line in difflib.unified_diff(before, now, lineterm="", n=2) if line[:3] not in ("---", "+++")]
+        raise NameTakenError(
+            f"a name stands for one set of settings, but {experiment.name!r} was used with others in {record.parent}; "
+            f"choose another name, for example --set name={experiment.name}-2\n" + "\n".join(changes)
+        )
+
+
+@contextmanager
+def claim(experiment: Experiment, kind: str) -> Iterator[Path]:
+    """The folder of the run to carry on or to begin; nobody else gets it meanwhile.
+
+    Args:
+        experiment: whose name and storage count.
+        kind: `run` for a search, `train` for a single training; each is numbered by itself.
+    Raises:
+        NameTakenError: the name stands for other settings.
+        BusyError: another process has it.
+    """
+    check_name(experiment)
+    home = _home(experiment)
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"one process at a time works under a name, but another has {experiment.name!r} in {home}; "
+                "wait for it, or choose another name"
+            ) from None
+        (home / "experiment.yaml").write_text(to_yaml(experiment.identity()))
+        last = max((int(path.name.removeprefix(f"{kind}-")) for path in home.glob(f"{kind}-[0-9]*")), default=0)
+        begin = last == 0 or (home / f"{kind}-{last}" / "done.json").exists()
+        folder = home / f"{kind}-{last + begin}"
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
+def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Mark a run as finished, with what came of it."""
+    draft = folder / "done.json.draft"
+    draft.write_text(json.dumps(outcome, indent=1))
+    draft.rename(folder / "done.json")
+
+
+def _home(experiment: Experiment) -> Path:
+    return Path(experiment.storage).absolute() / experiment.name

@@ -1,0 +1,156 @@
+"""The search-space language: what may vary, within which bounds, and when."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations, product
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"must be a finite number, a string, true or false, got {value!r}")
+    return value
+
+
+Scalar = bool | int | float | str
+# Checked by hand: a failed union would be reported once for each of its types.
+ScalarField = Annotated[Any, AfterValidator(_scalar), WithJsonSchema({"type": ["boolean", "number", "string"]})]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Values = Annotated[tuple[ScalarField, ...], Field(min_length=1, strict=False)]
+Setting = Mapping[str, Scalar]
+"""A value for each parameter, by dotted path."""
+
+KINDS = ("uniform", "loguniform", "int", "choice")
+
+
+class Parameter(BaseModel):
+    """One searched parameter: exactly one of `uniform`, `loguniform`, `int` and `choice`.
+
+    With `when`, it is searched only where other parameters have certain values, and is `otherwise` elsewhere.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, populate_by_name=True
+    )
+
+    uniform: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
+    """[low, high], both included."""
+    loguniform: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
+    """[low, high], uniform in the logarithm; low is above 0."""
+    integer: Annotated[tuple[int, int], Field(strict=False)] | None = Field(None, alias="int")
+    """[low, high], whole numbers, both included."""
+    choice: Values | None = None
+    """The values to choose from."""
+    when: dict[str, Values] | None = None
+    """Other parameters and the values at which this one is searched."""
+    otherwise: ScalarField | None = None
+    """The value where it is not searched."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [kind for kind, value in zip(KINDS, self._kinds(), strict=True) if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"a parameter needs exactly one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}")
+        for bounds in (self.uniform, self.loguniform, self.integer):
+            if bounds and not bounds[0] < bounds[1]:
+                raise ValueError(f"low < high must hold, got {list(bounds)}; swap or spread the bounds")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform needs low > 0, got {self.loguniform[0]}; raise it, or use uniform")
+        if self.choice and len(set(self.choice)) < len(self.choice):
+            raise ValueError(f"choices must differ, got {list(self.choice)}; remove the repeated ones")
+        if (self.when is None) != (self.otherwise is None):
+            raise ValueError("`when` and `otherwise` belong together; give both or neither")
+        return self
+
+    def _kinds(self) -> tuple[Any, ...]:
+        return self.uniform, self.loguniform, self.integer, self.choice
+
+    @property
+    def ends(self) -> tuple[Scalar, ...]:
+        """The two bounds, or all choices."""
+        return next(value for value in self._kinds() if value is not None)
+
+    def contains(self, value: Scalar) -> bool:
+        """Whether a search could draw `value`."""
+        if self.choice:
+            return value in self.choice
+        if isinstance(value, str | bool) or (self.integer and value != int(value)):
+            return False
+        low, high = self.ends
+        return low <= value <= high  # type: ignore[operator]  # ends of a range are numbers
+
+    def active(self, drawn: Setting) -> bool:
+        """Whether it is searched, given the parameters it depends on."""
+        return all(drawn[name] in values for name, values in (self.when or {}).items())
+
+
+Space = Mapping[str, Parameter]
+
+
+def space_problems(space: Space) -> dict[str, str]:
+    """What is wrong with the conditions, by parameter."""
+    problems = {}
+    for name, parameter in space.items():
+        for other, values in (parameter.when or {}).items():
+            if other not in space:
+                problems[name] = f"`when` must name searched parameters, got {other}; known: {', '.join(space)}"
+            elif strangers := [value for value in values if not space[other].contains(value)]:
+                problems[name] = f"`when` must name values that {other} can have, got {strangers}"
+    if not problems and len(list(_dependency_order(space))) < len(space):
+        ring = set(space) - set(_dependency_order(space))
+        problems |= dict.fromkeys(ring, "conditions must not form a ring; drop a `when` of " + ", ".join(sorted(ring)))
+    return problems
+
+
+def _dependency_order(space: Space) -> Iterator[str]:
+    """Parameters, each after those it depends on; those in a ring never come."""
+    placed: set[str] = set()
+    while ready := [name for name in space if name not in placed and placed.issuperset(space[name].when or ())]:
+        placed.update(ready)
+        yield from ready
+
+
+def resolve(space: Space, draw: Callable[[str, Parameter], Scalar]) -> dict[str, Scalar]:
+    """One setting: `draw` is asked for the parameters that are active, given those drawn before."""
+    drawn: dict[str, Scalar] = {}
+    for name in _dependency_order(space):
+        parameter = space[name]
+        value = draw(name, parameter) if parameter.active(drawn) else parameter.otherwise
+        assert value is not None, "a condition has an `otherwise`"
+        drawn[name] = value
+    return drawn
+
+
+def extremes(space: Space, reference: Setting) -> Iterator[dict[str, Scalar]]:
+    """The reference, and each setting that moves one or two of its parameters to an end of their range."""
+    yield resolve(space, lambda name, _: reference[name])
+    for moved in [*((name,) for name in space), *combinations(space, 2)]:
+        for values in product(*(space[name].ends for name in moved)):
+            setting = {**reference, **dict(zip(moved, values, strict=True))}
+            yield resolve(space, lambda name, _, setting=setting: setting[name])  # type: ignore[misc]
+
+
+def nested(setting: Setting, base: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tree `base` with the values of `setting` put in at their dotted paths."""
+    tree = dict(base)
+    for path, value in setting.items():
+        head, _, rest = path.partition(".")
+        branch = tree.get(head)
+        tree[head] = nested({rest: value}, branch if isinstance(branch, Mapping) else {}) if rest else value
+    return tree
+
+
+def lookup(tree: Any, path: str) -> Any:
+    """The value at a dotted path of nested mappings; KeyError if there is none."""
+    for key in path.split("."):
+        if not isinstance(tree, Mapping):
+            raise KeyError(path)
+        tree = tree[key]
+    return tree
+
+
+def shown(value: Any) -> str:
+    """A value for people: four digits will do."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,85 @@
+"""Repeated-augmentation batches (paper section 3.4): which images, with their copies, on which rank."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class RepeatedAugmentationBatches(Sampler[list[int]]):
+    """Batches of image indices in which every image stands `repeats` times in a row.
+
+    A rank's batch holds whole groups, so every anchor has its positives there at any world size; the
+    images of one step are all different, over all ranks. Images are drawn from random permutations of
+    the set, one after another; what does not fill a last step is left to the next permutation. All
+    steps are full. The order depends on (seed, epoch) alone.
+
+    Samplers that spread the copies over the ranks leave anchors without a positive, and those that
+    round the epoch down leave small sets without a batch; neither can happen here.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        repeats: int = 3,
+        length_factor: float = 2.0,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            num_images: images in the set, at least `world_size`.
+            batch_size: views in one step over all ranks, a multiple of repeats x world_size. Where the set
+                is smaller than that, the step shrinks to the whole set, less what the ranks cannot share evenly.
+            repeats: m, copies of an image in its batch.
+            length_factor: views in an epoch as a multiple of `num_images`; rounded up to whole steps.
+            rank: in [0, world_size).
+            world_size: number of ranks.
+            seed: of the order.
+        Raises:
+            ValueError: if one of these does not hold.
+        """
+        if batch_size % (repeats * world_size) or batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a multiple of repeats x world_size, got {batch_size} and {repeats} x {world_size}"
+            )
+        if num_images < world_size:
+            raise ValueError(f"every rank needs an image, got {num_images} images for {world_size} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        self.num_images, self.repeats, self.rank, self.seed = num_images, repeats, rank, seed
+        self.groups = min(batch_size // repeats, num_images) // world_size
+        """Different images in one rank's batch."""
+        self.images_per_step = self.groups * world_size
+        self.steps = max(1, math.ceil(math.floor(num_images * length_factor) / (self.images_per_step * repeats)))
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Steps in one epoch."""
+        return self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order, besides the constructor's arguments."""
+        return {"seed": self.seed, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.seed, self.epoch = state["seed"], state["epoch"]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        steps_per_permutation = self.num_images // self.images_per_step
+        for step in range(self.steps):
+            turn = step % steps_per_permutation
+            if turn == 0:
+                order = rng.permutation(self.num_images)
+            first = turn * self.images_per_step + self.rank * self.groups
+            yield order[first : first + self.groups].repeat(self.repeats).tolist()

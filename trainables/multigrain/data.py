@@ -1,0 +1,202 @@
+"""Image folders: what lies on disk -> lists of files with their class and instance; what is wrong with them.
+
+No torch here: the experiment file is checked, folders included, before anything heavy is loaded.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Protocol, Self, TypeVar
+
+from PIL import Image
+from pydantic import Field, model_validator
+
+from multigrain.spec import Settings
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+BLOCK = 4
+"""Digits that name the original image in a Copydays file name."""
+
+Item = TypeVar("Item")
+
+
+class Track(Protocol):
+    """Wraps a long loop, given a title and a length, to show its progress."""
+
+    def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
+
+
+def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
+    """The `Track` that shows nothing."""
+    return items
+
+
+class DataSettings(Settings):
+    """Where the images are: a folder of one's own, or a built-in source that is written to disk."""
+
+    builtin: Literal["digits", "shapes"] | None = None
+    """`digits`: 1,797 scans of handwritten digits. `shapes`: drawn coloured shapes of any size and number."""
+    folder: str | None = None
+    """`train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`, then split by file name."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of each class held out where the folder has no `val/`."""
+    image_size: int = Field(96, ge=16, le=4096)
+    """Side of the `shapes`, in pixels."""
+    images: int = Field(600, ge=20)
+    """Number of `shapes`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.builtin is None) == (self.folder is None):
+            raise ValueError("data needs exactly one of `builtin` and `folder`; name a folder of images, or `builtin: digits`")
+        return self
+
+
+class DataError(ValueError):
+    """The images on disk cannot be used; `problems` says why, one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A copy-detection set: every query shows one of the first `len(originals)` images of the database."""
+
+    database: tuple[Path, ...]
+    """Originals first, then distractors."""
+    queries: tuple[Path, ...]
+    truth: tuple[int, ...]
+    """For each query, the index of its original in `database`."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Files of one data set; a label is an index into `classes`, an instance is an index into `train`."""
+
+    classes: tuple[str, ...]
+    train: tuple[Path, ...]
+    train_labels: tuple[int, ...]
+    val: tuple[Path, ...]
+    val_labels: tuple[int, ...]
+    copies: Copies | None
+
+
+def stable_order(name: str) -> str:
+    """A sort key that shuffles names the same way on every machine and for ever."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {folder.name: _files(folder) for folder in folders if folder.name != "copies"}
+
+
+def _split(by_class: dict[str, list[Path]], share: float) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Hold out a share of each class, at least one image, chosen by the hash of class and file name."""
+    train, val = {}, {}
+    for name, paths in by_class.items():
+        shuffled = sorted(paths, key=lambda path: stable_order(f"{name}/{path.name}"))
+        held_out = max(1, round(share * len(shuffled)))
+        train[name], val[name] = sorted(shuffled[held_out:]), sorted(shuffled[:held_out])
+    return train, val
+
+
+def read_copies(root: Path) -> Copies:
+    """An INRIA Copydays folder: `original/NNNN00.jpg`, `strong/NNNNkk.jpg`, optionally `distractors/`.
+
+    The queries are the strong copies, as in the paper; the database is the originals and the distractors.
+
+    Raises:
+        DataError: a folder is missing or empty, or a copy has no original.
+    """
+    originals, strong = _files(root / "original"), _files(root / "strong")
+    problems = [
+        f"a copy-detection set needs images in {root / name}, found none"
+        for name, found in (("original", originals), ("strong", strong))
+        if not found
+    ]
+    block = {path.stem[:BLOCK]: index for index, path in enumerate(originals)}
+    problems += [
+        f"the first {BLOCK} characters of a copy name its original, but {root / 'original'} has none for {path}"
+        for path in strong
+        if originals and path.stem[:BLOCK] not in block
+    ]
+    if problems:
+        raise DataError(problems)
+    database = (*originals, *_files(root / "distractors"))
+    return Copies(database, tuple(strong), tuple(block[path.stem[:BLOCK]] for path in strong))
+
+
+def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
+    """List the images of a folder.
+
+    Raises:
+        DataError: with everything that is wrong about the folder's layout.
+    """
+    if not folder.is_dir():
+        raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
+    problems: list[str] = []
+    if (folder / "train").is_dir():
+        train = _class_folders(folder / "train")
+        val = _class_folders(folder / "val") if (folder / "val").is_dir() else {}
+        if not val:
+            problems.append(f"a folder with train/ needs val/<class>/ too, but there is none in {folder}")
+        problems += [
+            f"each class of val/ must be in train/, but there is no {folder / 'train' / name}" for name in val if name not in train
+        ]
+        empty = [folder / part / name for part, found in (("train", train), ("val", val)) for name in found if not found[name]]
+    else:
+        by_class = _class_folders(folder)
+        empty = [folder / name for name, paths in by_class.items() if not paths]
+        few = [name for name, paths in by_class.items() if len(paths) == 1]
+        problems += [f"a class needs 2 images to be split, found 1 in {folder / name}" for name in few]
+        train, val = _split({name: paths for name, paths in by_class.items() if len(paths) > 1}, val_share)
+        if not by_class:
+            problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
+    problems += [f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty]
+    if train and sum(map(len, train.values())) == 1:
+        problems.append(f"training needs at least 2 images, found 1 in {folder / 'train'}")
+    copies = None
+    if (folder / "copies").is_dir():
+        try:
+            copies = read_copies(folder / "copies")
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    classes = tuple(train)
+    return Dataset(
+        classes,
+        tuple(path for paths in train.values() for path in paths),
+        tuple(label for label, paths in enumerate(train.values()) for _ in paths),
+        tuple(path for paths in val.values() for path in paths),
+        tuple(classes.index(name) for name, paths in val.items() for _ in paths),
+        copies,
+    )
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (64, 64))  # a JPEG is then decoded at a fraction of its size, but to its last byte
+            image.load()
+    except Exception as error:  # Pillow raises many types, SyntaxError among them
+        return f"every image must be readable, but {path} is not ({error}); repair or remove it"
+    return None
+
+
+def image_problems(dataset: Dataset, track: Track = untracked) -> list[str]:
+    """Decode every image once, in threads; a sentence for each that cannot be read."""
+    copies = (*dataset.copies.database, *dataset.copies.queries) if dataset.copies else ()
+    paths = (*dataset.train, *dataset.val, *copies)
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(_unreadable, track(paths, "checking images", len(paths)))
+        return [problem for problem in found if problem]
