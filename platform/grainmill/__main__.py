@@ -1,3 +1,5 @@
+"""`python -m grainmill`."""
+
 from grainmill.cli import app
 
 app()

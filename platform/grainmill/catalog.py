@@ -18,6 +18,11 @@ class Track(Protocol):
     def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
 
 
+def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
+    """The `Track` that shows nothing."""
+    return items
+
+
 class EpochResult(Protocol):
     """What a trainable yields after each epoch."""
 
@@ -46,7 +51,7 @@ class Trainable(Protocol):
 
     @staticmethod
     def metrics(data: Any) -> Mapping[str, Direction]:
-        """The metrics that an objective can name, and which way is better. Raises ValueError if the data do not tell."""
+        """The metrics that an objective can name, and which way is better. Raises ValueError if they do not tell."""
 
     @staticmethod
     def data_problems(data: Any, track: Track) -> list[str]:
@@ -62,7 +67,7 @@ class Trainable(Protocol):
 
     @staticmethod
     def fit(spec: Any, data: Any, folder: Path) -> Iterator[EpochResult]:
-        """Train, on every worker alike; goes on from the checkpoints in `folder`, whose last result comes first again."""
+        """Train, on every worker alike; goes on from the checkpoints in `folder`, their last result first."""
 
     @staticmethod
     def load(folder: Path) -> Predictor:
@@ -85,10 +90,12 @@ def find(name: str) -> Trainable:
         LookupError: there is no such trainable.
     """
     for entry in entry_points(group="grainmill.trainables", name=name):
-        return entry.load()  # type: ignore[no-any-return]
+        return entry.load()
     if "." in name:
         try:
             return importlib.import_module(name)  # type: ignore[return-value]
         except ModuleNotFoundError:
             pass
-    raise LookupError(f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}")
+    raise LookupError(
+        f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}"
+    )

@@ -41,7 +41,9 @@ Item = TypeVar("Item")
 File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -104,7 +106,7 @@ def _load(file: Path, overrides: Sequence[str] | None) -> Experiment:
 
 
 def _track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
-    return rich_track(items, title, length, console=err, transient=True)
+    return rich_track(items, title, length, console=err, transient=True, disable=not err.is_terminal)
 
 
 @contextmanager
@@ -131,7 +133,8 @@ def _prepare_process() -> None:
     # The screen is ours alone.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    for name in ("alembic", "mlflow", "ray.train", "ray.tune"):
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    for name in ("alembic", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow|ray|optuna")
 
@@ -191,7 +194,9 @@ def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
         table.add_row(name, *(shown(record.setting[name]) for record in columns.values()))
     table.add_section()
     for name in metric_names(checked, outcome.final):
-        table.add_row(name, *(f"{record.metrics[name]:.4f}" if name in record.metrics else "" for record in columns.values()))
+        table.add_row(
+            name, *(f"{record.metrics[name]:.4f}" if name in record.metrics else "" for record in columns.values())
+        )
     out.print(table)
     out.print(f"model     {outcome.version.uri}, alias champion", highlight=False, soft_wrap=True)
     out.print(f"report    {outcome.report}", highlight=False, soft_wrap=True)

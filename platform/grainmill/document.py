@@ -24,8 +24,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not supported; write the value out", problem_mark=mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not supported; write the value out", problem_mark=mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -77,15 +79,19 @@ class Document:
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(loader, item, (*location, index)) for index, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return loader.construct_object(node)
         tree = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))  # type: ignore[no-untyped-call]
+            key = str(loader.construct_object(key_node))
             place = (*location, key)
             if key in tree:
                 first = self.lines[place]
                 self.problems.append(
-                    Problem(key_node.start_mark.line + 1, dotted(place), f"a key must stand once, but is on line {first} too; remove one")
+                    Problem(
+                        key_node.start_mark.line + 1,
+                        dotted(place),
+                        f"a key must stand once, but is on line {first} too; remove one",
+                    )
                 )
             self.lines[place] = key_node.start_mark.line + 1
             tree[key] = self._plain(loader, value_node, place)
@@ -116,13 +122,17 @@ class Document:
 
     def add(self, location: Location, message: str) -> None:
         """Note a problem at a key, or at the nearest one above it that the file holds."""
-        known = next((location[:length] for length in range(len(location), 0, -1) if location[:length] in self.lines), None)
+        known = next(
+            (location[:length] for length in range(len(location), 0, -1) if location[:length] in self.lines), None
+        )
         self.problems.append(Problem(self.lines[known] if known else None, dotted(location), message))
 
     def stop_if_wrong(self) -> None:
+        """Raise ExperimentError if there is a problem."""
         if self.problems:
             raise ExperimentError(str(self.file), self.problems)
 
 
 def dotted(location: Location) -> str:
+    """A location as a dotted path."""
     return ".".join(map(str, location))

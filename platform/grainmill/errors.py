@@ -1,12 +1,12 @@
 """What a user can put right. Each message says the rule, the value found, and the remedy.
 
-    GrainmillError
-    ├── ExperimentError    the experiment file, or what it names, is wrong; holds every problem
-    ├── NameTakenError     the name belongs to a run with other settings
-    ├── BusyError          another process works in the same folder
-    ├── ResourceError      Ray cannot give what a trial asks for
-    ├── TrackingError      MLflow cannot be reached
-    └── SearchError        no trial came through
+GrainmillError
+├── ExperimentError    the experiment file, or what it names, is wrong; holds every problem
+├── NameTakenError     the name belongs to a run with other settings
+├── BusyError          another process works in the same folder
+├── ResourceError      Ray cannot give what a trial asks for
+├── TrackingError      MLflow cannot be reached
+└── SearchError        no trial came through
 """
 
 from collections.abc import Sequence

@@ -78,7 +78,7 @@ class Experiment(Section):
     space: dict[str, Parameter] = {}
     """Searched parameters by dotted path, such as `loss.weight`."""
     objective: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)]
-    """Metrics to make large or small, the most important first: the winner is the best by the first, ties by the next."""
+    """Metrics to make large or small, the most important first: ties by one are settled by the next."""
     search: Search = Search()
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
@@ -102,7 +102,10 @@ class Experiment(Section):
 
 def experiment_model(trainable: catalog.Trainable) -> type[Experiment]:
     """`Experiment` with the sections of one trainable filled in."""
-    base = (trainable.Spec, Field(default_factory=trainable.Spec, description=Experiment.model_fields["base"].description))
+    base = (
+        trainable.Spec,
+        Field(default_factory=trainable.Spec, description=Experiment.model_fields["base"].description),
+    )
     data = (trainable.Data, Field(description=Experiment.model_fields["data"].description))
     return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, base=base, data=data)
 
@@ -112,7 +115,7 @@ def json_schema(trainable: catalog.Trainable) -> dict[str, Any]:
     return experiment_model(trainable).model_json_schema()
 
 
-def load(file: Path, overrides: Sequence[str] = (), track: catalog.Track | None = None) -> Experiment:
+def load(file: Path, overrides: Sequence[str] = (), track: catalog.Track = catalog.untracked) -> Experiment:
     """Read and check an experiment file, the data that it names included; starts and writes nothing.
 
     Args:
@@ -153,7 +156,7 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
         if name in wrong:
             continue
         if name in document.tree:
-            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])
+            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
             parts[name] = adapter.validate_python(document.tree[name])
         else:
             parts[name] = field.get_default(call_default_factory=True)
@@ -174,7 +177,9 @@ def _message(model: type[BaseModel], details: ErrorDetails) -> str:
         return details["msg"].removeprefix("Value error, ")
     rule = details["msg"].replace("Input should be", "must be", 1)
     remedy = ""
-    if details["type"] == "literal_error" and (near := difflib.get_close_matches(str(details["input"]), rule.split("'"), n=1)):
+    if details["type"] == "literal_error" and (
+        near := difflib.get_close_matches(str(details["input"]), rule.split("'"), n=1)
+    ):
         remedy = f"; did you mean {near[0]!r}?"
     elif (field := fields.get(str(key))) is not None and not field.is_required():
         remedy = f"; leave it out for the default, {field.get_default(call_default_factory=True)!r}"
@@ -194,11 +199,11 @@ def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str
 
 
 def _cross_problems(
-    trainable: catalog.Trainable, parts: Mapping[str, Any], track: catalog.Track | None
+    trainable: catalog.Trainable, parts: Mapping[str, Any], track: catalog.Track
 ) -> Iterator[tuple[Location, str]]:
     """What is wrong between sections, as far as the sections themselves are right."""
     if "data" in parts:
-        messages = trainable.data_problems(parts["data"], track or (lambda items, title, length: items))
+        messages = trainable.data_problems(parts["data"], track)
         yield from ((("data",), message) for message in messages)
         if "objective" in parts and not messages:
             yield from _objective_problems(trainable.metrics(parts["data"]), parts["objective"])
@@ -223,7 +228,10 @@ def _objective_problems(metrics: Mapping[str, str], objective: Mapping[str, str]
             hint = f"did you mean {near[0]!r}? " if near else ""
             yield ("objective", name), f"must be a metric that these data allow; {hint}known: {', '.join(metrics)}"
         elif direction != metrics[name]:
-            yield ("objective", name), f"{name} is better the {'larger' if metrics[name] == 'max' else 'smaller'}; set {metrics[name]}"
+            yield (
+                ("objective", name),
+                f"{name} is better the {'larger' if metrics[name] == 'max' else 'smaller'}; set {metrics[name]}",
+            )
 
 
 def _path_problems(defaults: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[tuple[Location, str]]:
@@ -235,7 +243,10 @@ def _path_problems(defaults: Mapping[str, Any], space: Mapping[str, Parameter]) 
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             yield ("space", name), f"must be a setting of the trainable; {hint}"
     if "epochs" in space:
-        yield ("space", "epochs"), "trials are compared at equal epochs, so `epochs` cannot be searched; set base.epochs"
+        yield (
+            ("space", "epochs"),
+            "trials are compared at equal epochs, so `epochs` cannot be searched; set base.epochs",
+        )
 
 
 def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

@@ -119,9 +119,7 @@ class _Run:
             finally:
                 tracker.set_status(parent, status)
 
-    def mill(
-        self, name: str, first: Mapping[str, Any], count: int, workers: int, scheduler: TrialScheduler
-    ) -> Study:
+    def mill(self, name: str, first: Mapping[str, Any], count: int, workers: int, scheduler: TrialScheduler) -> Study:
         """Run the study `name`: `count` trials, the first with the setting `first`."""
         study = Study(self.folder / "study.db", name, self.experiment, first, count)
         plan = self._plan(name, workers)

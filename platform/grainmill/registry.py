@@ -47,10 +47,7 @@ def register(
     """
     client = tracker.client
     known = client.search_model_versions(f"run_id = '{run_id}'")
-    if known:
-        made = Version(name, str(known[0].version))
-    else:
-        made = _log(tracker, run_id, name, trainable, folder, example)
+    made = Version(name, known[0].version) if known else _log(tracker, run_id, name, trainable, folder, example)
     for key, value in tags.items():
         client.set_model_version_tag(name, made.number, key, value)
     client.set_registered_model_alias(name, CHAMPION, made.number)
@@ -70,9 +67,12 @@ def _log(tracker: Tracker, run_id: str, name: str, trainable: str, folder: Path,
             signature=infer_signature(example, prediction),
             input_example=example,
             pip_requirements=_pinned_requirements(),
-            registered_model_name=name,
         )
-    return Version(name, str(info.registered_model_version))
+    if not tracker.client.search_registered_models(f"name = '{name}'"):
+        tracker.client.create_registered_model(name)
+    model = mlflow.get_logged_model(info.model_id)
+    made = tracker.client.create_model_version(name, model.artifact_location, run_id, model_id=model.model_id)
+    return Version(name, str(made.version))
 
 
 def _package_path(package: str) -> str:

@@ -69,7 +69,8 @@ def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]]) 
     """HTML of rows of (CSS class, cells)."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     lines = [
-        f'<tr class="{kind}">' + "".join(f"<td>{escape(shown(cell))}</td>" for cell in cells) + "</tr>" for kind, cells in rows
+        f'<tr class="{kind}">' + "".join(f"<td>{escape(shown(cell))}</td>" for cell in cells) + "</tr>"
+        for kind, cells in rows
     ]
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -80,7 +81,9 @@ def _comparison(experiment: Experiment, records: Sequence[Record], winner: Recor
     if winner:
         columns = {"published setting": records[0], "winner": winner, **columns}
     header = ["", *columns]
-    settings = [("", [name, *(record.setting[name] for record in columns.values())]) for name in experiment.space if winner]
+    settings = [
+        ("", [name, *(record.setting[name] for record in columns.values())]) for name in experiment.space if winner
+    ]
     metrics = [
         ("", [name, *(record.metrics.get(name, math.nan) for record in columns.values())])
         for name in [*metric_names(experiment, final), "epoch"]
@@ -162,7 +165,7 @@ def _space(experiment: Experiment, records: Sequence[Record], winner: Record) ->
 def _positions(values: Sequence[object], axes: Axes) -> Callable[[object], float]:
     """Where values stand on the x axis: numbers as they are, words in a row."""
     if not any(isinstance(value, str | bool) for value in values):
-        return lambda value: float(value)  # type: ignore[arg-type]
+        return float  # type: ignore[return-value]
     words: Mapping[str, int] = {word: index for index, word in enumerate(sorted({str(value) for value in values}))}
     axes.set_xticks(range(len(words)), list(words))
     return lambda value: float(words[str(value)])

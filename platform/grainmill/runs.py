@@ -28,7 +28,9 @@ def check_name(experiment: Experiment) -> None:
         return
     before, now = record.read_text().splitlines(), to_yaml(experiment.identity()).splitlines()
     if before != now:
-        changes = [line for line in difflib.unified_diff(before, now, lineterm="", n=2) if line[:3] not in ("---", "+++")]
+        changes = [
+            line for line in difflib.unified_diff(before, now, lineterm="", n=2) if line[:3] not in ("---", "+++")
+        ]
         raise NameTakenError(
             f"a name stands for one set of settings, but {experiment.name!r} was used with others in {record.parent}; "
             f"choose another name, for example --set name={experiment.name}-2\n" + "\n".join(changes)

@@ -75,7 +75,9 @@ class Study:
             load_if_exists=True,
         )
         if not self._study.get_trials(deepcopy=False):
-            self._study.enqueue_trial({key: value for key, value in first.items() if experiment.space[key].contains(value)})
+            self._study.enqueue_trial(
+                {key: value for key, value in first.items() if experiment.space[key].contains(value)}
+            )
 
     @property
     def records(self) -> list[Record]:
@@ -158,12 +160,12 @@ def _sampler(search: Search, trials: int) -> optuna.samplers.BaseSampler:
 
 def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
     if parameter.choice:
-        return trial.suggest_categorical(name, parameter.choice)  # type: ignore[no-any-return]
+        return trial.suggest_categorical(name, parameter.choice)
     if parameter.integer:
-        return trial.suggest_int(name, *parameter.integer)  # type: ignore[no-any-return]
+        return trial.suggest_int(name, *parameter.integer)
     bounds = parameter.loguniform or parameter.uniform
     assert bounds, "a parameter has one kind"
-    return trial.suggest_float(name, *bounds, log=parameter.loguniform is not None)  # type: ignore[no-any-return]
+    return trial.suggest_float(name, *bounds, log=parameter.loguniform is not None)
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -183,11 +185,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         """How many trials are still to be run."""
         return self.study.trials - len(self.study.records) + len(self._left_running)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # noqa: ARG002 - Tune's signature
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The number and the settings of the next trial."""
         record = self._left_running.pop(0) if self._left_running else self.study.ask()
         if record is None:
-            return Searcher.FINISHED  # type: ignore[no-any-return]
+            return Searcher.FINISHED
         return {"number": record.number, "spec": self.study.experiment.spec(record.setting).model_dump()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -208,7 +210,7 @@ class _SparingASHA(ASHAScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision  # type: ignore[no-any-return]
+        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
 
 
 def build_scheduler(experiment: Experiment) -> TrialScheduler:
@@ -225,4 +227,3 @@ def build_scheduler(experiment: Experiment) -> TrialScheduler:
         grace_period=search.grace_epochs or math.ceil(epochs / 3),
         reduction_factor=search.reduction,
     )
-

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 
 from grainmill import catalog
 
@@ -19,8 +20,7 @@ class TrainedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         trainable = catalog.find(context.model_config["trainable"])
         self._predictor = trainable.load(Path(context.artifacts["checkpoints"]))
 
-    # Without annotations: MLflow would take them for the model's schema.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
         """One row for each row of the input."""
         return self._predictor(model_input)
 

@@ -46,7 +46,9 @@ class Tracker:
                 artifacts = (storage.absolute() / "mlflow-artifacts" / experiment).as_uri() if local else None
                 self.experiment_id = self.client.create_experiment(experiment, artifacts)
 
-    def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None) -> str:
+    def start(
+        self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
+    ) -> str:
         """Begin a run, a child of `parent` if one is given; returns its id."""
         family = {"mlflow.parentRunId": parent} if parent else {}
         with _clear(self.uri):
@@ -86,7 +88,8 @@ def _clear(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow must answer at {uri}, but said: {error.message}; start the server, or set tracking.uri or MLFLOW_TRACKING_URI"
+            f"MLflow must answer at {uri}, but said: {error.message}; "
+            "start the server, or set tracking.uri or MLFLOW_TRACKING_URI"
         ) from error
 
 

@@ -99,8 +99,8 @@ def room(plan: Plan) -> int:
     for name, count in fits.items():
         if count == 0:
             raise ResourceError(
-                f"a trial needs {plan.bundle[name] * plan.workers:g} {name} ({plan.workers} x {plan.bundle[name]:g}), but the "
-                f"cluster has {total.get(name, 0):g}; lower the workers or {name.lower()}s_per_worker, "
+                f"a trial needs {plan.bundle[name] * plan.workers:g} {name} ({plan.workers} x {plan.bundle[name]:g}), "
+                f"but the cluster has {total.get(name, 0):g}; lower the workers or {name.lower()}s_per_worker, "
                 "or set resources.concurrent if the cluster grows by itself"
             )
     return min(fits.values())

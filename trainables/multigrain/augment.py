@@ -38,7 +38,14 @@ class TrainTransform:
         if settings.policy == "copy":
             blur = v2.RandomApply([v2.GaussianBlur(kernel_size=5, sigma=(0.1, 2.0))], p=0.3)
             jpeg = v2.RandomApply([v2.JPEG(quality=(10, 90))], p=0.3)
-            steps = [v2.RandomRotation(settings.rotation, v2.InterpolationMode.BILINEAR), crop, flip, jitter, blur, jpeg]
+            steps = [
+                v2.RandomRotation(settings.rotation, v2.InterpolationMode.BILINEAR),
+                crop,
+                flip,
+                jitter,
+                blur,
+                jpeg,
+            ]
         elif settings.policy == "full":
             steps += [jitter]
         self._uint8 = v2.Compose(steps)

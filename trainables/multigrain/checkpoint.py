@@ -46,7 +46,9 @@ def _sync(path: Path) -> None:
 
 def _epochs(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
-    return sorted(folder.glob("epoch-[0-9]*[0-9]"), key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
+    return sorted(
+        folder.glob("epoch-[0-9]*[0-9]"), key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True
+    )
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:

@@ -28,7 +28,7 @@ class Track(Protocol):
     def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
 
 
-def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
+def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
     """The `Track` that shows nothing."""
     return items
 
@@ -50,7 +50,9 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.builtin is None) == (self.folder is None):
-            raise ValueError("data needs exactly one of `builtin` and `folder`; name a folder of images, or `builtin: digits`")
+            raise ValueError(
+                "data needs exactly one of `builtin` and `folder`; name a folder of images, or `builtin: digits`"
+            )
         return self
 
 
@@ -150,9 +152,16 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         if not val:
             problems.append(f"a folder with train/ needs val/<class>/ too, but there is none in {folder}")
         problems += [
-            f"each class of val/ must be in train/, but there is no {folder / 'train' / name}" for name in val if name not in train
+            f"each class of val/ must be in train/, but there is no {folder / 'train' / name}"
+            for name in val
+            if name not in train
         ]
-        empty = [folder / part / name for part, found in (("train", train), ("val", val)) for name in found if not found[name]]
+        empty = [
+            folder / part / name
+            for part, found in (("train", train), ("val", val))
+            for name in found
+            if not found[name]
+        ]
     else:
         by_class = _class_folders(folder)
         empty = [folder / name for name, paths in by_class.items() if not paths]
@@ -161,7 +170,9 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         train, val = _split({name: paths for name, paths in by_class.items() if len(paths) > 1}, val_share)
         if not by_class:
             problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
-    problems += [f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty]
+    problems += [
+        f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty
+    ]
     if train and sum(map(len, train.values())) == 1:
         problems.append(f"training needs at least 2 images, found 1 in {folder / 'train'}")
     copies = None

@@ -119,7 +119,9 @@ def strong_copies(image: Image.Image, rng: random.Random) -> list[Image.Image]:
     turned = image.rotate(rng.choice((-1, 1)) * rng.uniform(10, 30), Image.Resampling.BICUBIC)
     relit = ImageEnhance.Contrast(turned).enhance(rng.uniform(0.5, 1.5))
     relit = ImageEnhance.Brightness(relit).enhance(rng.uniform(0.6, 1.4))
-    blurred = _cut(image, rng.uniform(20, 50), rng).filter(ImageFilter.GaussianBlur(image.width * rng.uniform(0.01, 0.04)))
+    blurred = _cut(image, rng.uniform(20, 50), rng).filter(
+        ImageFilter.GaussianBlur(image.width * rng.uniform(0.01, 0.04))
+    )
     return [_compress(relit, 20), _compress(blurred, 20)]
 
 

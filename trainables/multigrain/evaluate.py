@@ -36,7 +36,9 @@ def embed(
     outputs = [network(images.to(device)) for images in evaluation_batches(paths[rank::world], size)]
     channels, classes = network.classifier.in_features, network.classifier.out_features
     mine = (
-        torch.cat([output.descriptor.cpu() for output in outputs]).numpy() if outputs else np.zeros((0, channels), "f4"),
+        torch.cat([output.descriptor.cpu() for output in outputs]).numpy()
+        if outputs
+        else np.zeros((0, channels), "f4"),
         torch.cat([output.logits.cpu() for output in outputs]).numpy() if outputs else np.zeros((0, classes), "f4"),
     )
     if not grouped:

@@ -83,7 +83,8 @@ class Training:
         world_size = distributed.get_world_size() if self.grouped else 1
         torch.manual_seed(spec.seed)
         network = MultiGrain(spec.model.trunk, len(dataset.classes), spec.model.p)
-        self.objective = Objective(network, spec.loss).to(device, memory_format=torch.channels_last)  # 1.3x the steps on CPU
+        # Channels last: 1.3 times the steps on CPU.
+        self.objective = Objective(network, spec.loss).to(device).to(memory_format=torch.channels_last)
         self.network = self.objective.network
         self.batches = RepeatedAugmentationBatches(
             len(dataset.train),
@@ -184,7 +185,9 @@ def fit(
     done = 0
     if saved := checkpoint.latest(folder):
         if saved.state["spec"] != spec.model_dump():
-            raise ValueError(f"a run goes on with the settings it began with, but {folder} holds others; use a new folder")
+            raise ValueError(
+                f"a run goes on with the settings it began with, but {folder} holds others; use a new folder"
+            )
         training.restore(saved)
         done = saved.state["epoch"]
         yield EpochResult(done, saved.state["metrics"])

@@ -54,7 +54,7 @@ def mean_average_precision(
     """
     keep = np.ones_like(positive) if junk is None else ~junk
     positive = positive & keep
-    answerable = positive.any(axis=1).nonzero()[0]
+    answerable = np.flatnonzero(positive.any(axis=1))
     if not len(answerable):
         raise ValueError("mean average precision needs a query with a positive, got none")
     scores = queries @ database.T

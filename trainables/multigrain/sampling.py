@@ -20,10 +20,13 @@ class Triplets(NamedTuple):
     negatives: Tensor
 
 
-def pairwise_distances(descriptors_BC: Tensor) -> Tensor:
-    """Euclidean distances (B, B). Squares are clamped at 0: rounding makes those of duplicates negative."""
-    squares_B = descriptors_BC.square().sum(dim=1)
-    squared_BB = squares_B[:, None] + squares_B[None, :] - 2 * descriptors_BC @ descriptors_BC.T
+def pairwise_distances(descriptors: Tensor) -> Tensor:
+    """Euclidean distances (B, B) of the rows of (B, C).
+
+    Squares are clamped at 0: rounding makes those of duplicates negative.
+    """
+    squares_B = descriptors.square().sum(dim=1)
+    squared_BB = squares_B[:, None] + squares_B[None, :] - 2 * descriptors @ descriptors.T
     return squared_BB.clamp(min=0).sqrt()
 
 

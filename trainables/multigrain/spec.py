@@ -22,6 +22,8 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
+    """The network."""
+
     trunk: Literal["narrow", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
     """Network before the pooling [P sec. 4.1: resnet50]. `narrow` suits 32-pixel images: its map is 4 x 4 there."""
     p: float = Field(3.0, ge=1, le=100)
@@ -29,6 +31,8 @@ class ModelSettings(Settings):
 
 
 class LossSettings(Settings):
+    """The two losses and their mix."""
+
     weight: Probability = 0.5
     """lambda, the weight of cross-entropy; the margin loss gets 1 - lambda [P eq. 5, Fig. 2]."""
     margin: Positive = 0.2
@@ -44,8 +48,10 @@ class LossSettings(Settings):
 
 
 class BatchSettings(Settings):
+    """Repeated-augmentation batches."""
+
     size: int = Field(504, ge=1)
-    """Views in one step over all workers. The paper's 512 does not hold whole groups of 3; 504 does, on 1 to 8 workers."""
+    """Views in one step over all workers. The paper's 512 does not hold whole groups of 3; 504 does, on up to 8."""
     repeats: int = Field(3, ge=1)
     """m, the augmented copies of each image in its batch [P sec. 3.4: 3]."""
     length_factor: Positive = 2.0
@@ -62,8 +68,10 @@ class BatchSettings(Settings):
 
 
 class AugmentSettings(Settings):
+    """The random transform of a training view."""
+
     policy: Literal["full", "torch", "copy"] = "full"
-    """`torch`: crop and flip. `full` [P Table C.1]: also colour jitter and lighting. `copy`: also rotation, blur and JPEG."""
+    """`torch`: crop and flip. `full` [P Table C.1]: also jitter and lighting. `copy`: also rotation, blur and JPEG."""
     crop: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of the image's area that a random crop keeps [P Table C.1: 0.08]."""
     flip: Probability = 0.5
@@ -77,6 +85,8 @@ class AugmentSettings(Settings):
 
 
 class OptimizerSettings(Settings):
+    """SGD and its schedule."""
+
     rate: Positive = 0.2
     """Learning rate for 512 views a step; scaled with the batch size [P sec. 4.1, R]."""
     beta_rate: Positive = 0.1
@@ -86,7 +96,7 @@ class OptimizerSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """On every parameter of the network, none on beta [R]."""
     schedule: Literal["step", "cosine"] = "step"
-    """`step`: a tenth at 1/4, 1/2 and 3/4 of the epochs [P Fig. A.1: 30, 60 and 90 of 120]. `cosine`: down to zero [-]."""
+    """`step`: a tenth at 1/4, 1/2 and 3/4 of the epochs [P Fig. A.1: at 30, 60, 90 of 120]. `cosine`: down to 0 [-]."""
 
 
 class MultiGrainSpec(Settings):

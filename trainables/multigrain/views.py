@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -54,7 +54,7 @@ class TrainViews(Dataset[Views]):
         return Views(torch.stack(images), labels, torch.tensor(indices))
 
 
-def whole(batch: Views) -> Views:
+def whole(batch: Any) -> Any:
     """The collate function of batches that come as one."""
     return batch
 
