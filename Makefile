@@ -1,0 +1,33 @@
+# Needs Python 3.11 or newer, make and git; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test check schema clean
+
+help:  ## Show the targets.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: .venv/installed  ## Make .venv with everything in it.
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install  ## Search, train, evaluate and register on real handwritten digits, offline.
+	$(BIN)/grainmill tune search_spaces/demo.yaml
+
+test: check  ## Run the checks and the whole test suite.
+	$(BIN)/python -m pytest
+
+check: install  ## Lint, types, import contracts.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: install  ## Write the experiment file's JSON schema for editors.
+	$(BIN)/grainmill schema > search_spaces/schema.json
+
+clean:  ## Remove .venv and caches; runs stay.
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build
