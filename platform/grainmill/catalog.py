@@ -78,24 +78,30 @@ class Trainable(Protocol):
         """A small table that a `Predictor` takes."""
 
 
+_MEMBERS = ("Spec", "Data", "metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "example")
+
+
 def names() -> list[str]:
     """The installed trainables."""
     return sorted(entry.name for entry in entry_points(group="grainmill.trainables"))
 
 
 def find(name: str) -> Trainable:
-    """A trainable by its name or its module's dotted path.
+    """A trainable by its name, or the module that a dotted path names.
 
     Raises:
-        LookupError: there is no such trainable.
+        LookupError: there is no such trainable, or the module is none.
     """
     for entry in entry_points(group="grainmill.trainables", name=name):
         return entry.load()
-    if "." in name:
-        try:
-            return importlib.import_module(name)  # type: ignore[return-value]
-        except ModuleNotFoundError:
-            pass
-    raise LookupError(
-        f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}"
-    )
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # the module is there, but not what it imports
+        raise LookupError(
+            f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}"
+        ) from None
+    if missing := [needed for needed in _MEMBERS if not hasattr(module, needed)]:
+        raise LookupError(f"a trainable must have {', '.join(_MEMBERS)}; the module {name} lacks {', '.join(missing)}")
+    return module  # type: ignore[return-value]

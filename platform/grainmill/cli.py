@@ -126,7 +126,7 @@ def _prepare_process() -> None:
     """What this process needs before Ray and MLflow are imported."""
     # Ctrl-C and `ray job stop` reach us as KeyboardInterrupt; Tune's own handler would return as if all were done.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from matplotlib.axes import Axes
@@ -46,7 +46,9 @@ def html(
     sections = [_comparison(experiment, records, winner, final)]
     if winner:
         sections += ["<h2>Learning curves</h2>", _picture(_curves(experiment, records, winner))]
+    if winner and experiment.space:
         sections += ["<h2>The space</h2>", _picture(_space(experiment, records, winner))]
+    if winner:
         sections += ["<h2>Trials</h2>", _trials(experiment, records, winner)]
     summary = f"{counted(records)}; the model is {escape(version.uri)}, objective {', '.join(experiment.objective)}"
     return _PAGE.format(title=escape(f"Grainmill: {experiment.name}"), summary=summary, body="\n".join(sections))
@@ -141,31 +143,29 @@ def _curves(experiment: Experiment, records: Sequence[Record], winner: Record) -
 def _space(experiment: Experiment, records: Sequence[Record], winner: Record) -> Figure:
     """The first objective against each searched parameter, at the last epoch of each trial."""
     metric = next(iter(experiment.objective))
-    columns = min(3, max(1, len(experiment.space)))
-    rows = max(1, math.ceil(len(experiment.space) / columns))
+    columns = min(3, len(experiment.space))
+    rows = math.ceil(len(experiment.space) / columns)
     figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for ax, name in zip(axes, experiment.space, strict=False):
-        position = _positions([record.setting[name] for record in records], ax)
+    for ax, (name, parameter) in zip(axes, experiment.space.items(), strict=False):
+        words = list(dict.fromkeys([*(parameter.choice or ()), *(r.setting[name] for r in records)]))
         for record in records:
             if record.history:
+                value = record.setting[name]
+                x = words.index(value) if parameter.choice else value
                 marker = "o" if record.state == "complete" else "x"
-                ax.plot(position(record.setting[name]), record.metrics[metric], marker, color=_colour(record, winner))
+                ax.plot(x, record.metrics[metric], marker, color=_colour(record, winner))
         ax.set(xlabel=name)
-        if experiment.space[name].loguniform:
-            ax.set_xscale("log")
+        if parameter.choice:
+            ax.set(xticks=range(len(words)), xticklabels=map(shown, words), xlim=(-0.5, len(words) - 0.5))
+        elif parameter.loguniform:
+            low, high = parameter.loguniform
+            ticks = [low, math.sqrt(low * high), high]
+            ax.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:.2g}" for tick in ticks])
+            ax.minorticks_off()
         ax.grid(alpha=0.3)
     for ax in axes[len(experiment.space) :]:
         ax.set_axis_off()
     for ax in axes[::columns]:
         ax.set_ylabel(metric)
     return figure
-
-
-def _positions(values: Sequence[object], axes: Axes) -> Callable[[object], float]:
-    """Where values stand on the x axis: numbers as they are, words in a row."""
-    if not any(isinstance(value, str | bool) for value in values):
-        return float  # type: ignore[return-value]
-    words: Mapping[str, int] = {word: index for index, word in enumerate(sorted({str(value) for value in values}))}
-    axes.set_xticks(range(len(words)), list(words))
-    return lambda value: float(words[str(value)])

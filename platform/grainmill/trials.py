@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray: trials pass metrics, not data."""
 POLL_SECONDS = "0.5"
 """How often Ray Train takes up reports; a worker's report waits for it, two seconds by default."""
-WORKER_RESTARTS = 2
+WORKER_RESTARTS = 1
 """Failures of a group's workers before its trial fails; they go on from the last checkpoint."""
 LEADER_BYTES = 256 * 2**20
 """Memory reserved for a trial that only leads a group: it takes no CPU from its workers."""
@@ -230,9 +230,8 @@ class _Observer(ray_tune.Callback):  # type: ignore[misc]
 
 def _cause(trial: Trial) -> str:
     """The last line of a trial's traceback."""
-    error = trial.get_error()
-    lines = str(error).strip().splitlines() if error else []
-    return lines[-1].strip() if lines else "unknown"
+    lines = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "unknown")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

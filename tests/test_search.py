@@ -1,0 +1,233 @@
+"""The study and what it hands to Tune; no Ray cluster is started."""
+
+import math
+
+import optuna
+import pytest
+import toy
+from optuna.trial import TrialState
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from grainmill.experiment import experiment_model
+from grainmill.search import Study, StudySearcher, build_scheduler
+
+HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
+
+
+def experiment(**changes):
+    content = {"name": "toy", "trainable": "toy", "data": {}, "space": HEIGHTS, "objective": {"score": "max"}}
+    return experiment_model(toy).model_validate({**content, **changes})
+
+
+def study(tmp_path, name="trial", trials=5, first=None, **changes):
+    checked = experiment(**changes)
+    return Study(tmp_path / "study.db", name, checked, checked.reference if first is None else first, trials)
+
+
+def run(made, number, epochs, height=0.5):
+    for epoch in range(1, epochs + 1):
+        made.report(number, {"epoch": epoch, "score": height * epoch, "cost": 1.0})
+
+
+def states(tmp_path, name="trial"):
+    stored = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    return [trial.state for trial in stored.trials]
+
+
+def test_first_trial_has_the_published_setting_and_the_others_stay_in_the_space(tmp_path):
+    made = study(tmp_path)
+    heights = [made.ask().setting["height"] for _ in range(5)]
+    assert heights[0] == toy.Spec().height
+    assert all(0 <= height <= 1 for height in heights)
+    assert len(set(heights)) == 5
+
+
+def test_no_more_trials_than_asked_for(tmp_path):
+    made = study(tmp_path, trials=2)
+    assert [made.ask() is None for _ in range(3)] == [False, False, True]
+
+
+def test_first_setting_outside_the_space_is_kept_from_the_sampler(tmp_path):
+    made = study(tmp_path, space={"height": {"uniform": [0.6, 0.9]}})
+    assert made.ask().setting == {"height": 0.5}
+    stored = optuna.load_study(study_name="trial", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert stored.trials[0].params == {}
+
+
+def test_inactive_parameter_has_its_fixed_value_and_is_not_sampled(tmp_path):
+    space = {
+        "kind": {"choice": ["plain", "nan"]},
+        "height": {"uniform": [0.6, 0.9], "when": {"kind": ["nan"]}, "otherwise": 0.1},
+    }
+    made = study(tmp_path, trials=20, space=space)
+    settings = [made.ask().setting for _ in range(20)]
+    assert {setting["height"] for setting in settings if setting["kind"] == "plain"} == {0.1}
+    assert all(setting["height"] >= 0.6 for setting in settings[1:] if setting["kind"] == "nan")
+    assert {setting["kind"] for setting in settings} == {"plain", "nan"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "belongs"),
+    [
+        ({"loguniform": [1e-3, 1.0]}, lambda value: 1e-3 <= value <= 1),
+        ({"int": [2, 4]}, lambda value: value in (2, 3, 4)),
+        ({"choice": [0.25, 0.75]}, lambda value: value in (0.25, 0.75)),
+    ],
+)
+def test_each_kind_of_parameter_is_drawn_from_its_range(tmp_path, kind, belongs):
+    made = study(tmp_path, trials=12, space={"height": kind}, search={"sampler": "random"})
+    values = [made.ask().setting["height"] for _ in range(12)][1:]
+    assert all(map(belongs, values))
+    assert len(set(values)) > 1
+
+
+def test_log_ranges_are_drawn_evenly_in_the_logarithm(tmp_path):
+    made = study(tmp_path, trials=101, space={"height": {"loguniform": [1e-4, 1.0]}}, search={"sampler": "random"})
+    values = [made.ask().setting["height"] for _ in range(101)][1:]
+    below = sum(math.log10(value) < -2 for value in values)
+    assert 30 <= below <= 70  # half of 100, four standard deviations either way
+
+
+def test_trial_that_stopped_early_is_pruned_and_one_at_full_length_complete(tmp_path):
+    made = study(tmp_path)
+    made.ask(), made.ask()
+    run(made, 0, epochs=4)
+    run(made, 1, epochs=2)
+    assert [made.close(0, failed=False), made.close(1, failed=False)] == ["complete", "stopped"]
+    assert states(tmp_path) == [TrialState.COMPLETE, TrialState.PRUNED]
+
+
+def test_failed_and_not_finite_trials_fail_and_never_win(tmp_path):
+    made = study(tmp_path)
+    made.ask(), made.ask(), made.ask()
+    run(made, 0, epochs=4)
+    run(made, 1, epochs=4, height=math.nan)
+    run(made, 2, epochs=4, height=9.0)
+    made.note(2, "cause", "it broke")
+    assert [made.close(0, False), made.close(1, False), made.close(2, True)] == ["complete", "failed", "failed"]
+    assert made.best().number == 0
+    assert made.record(2).cause == "it broke"
+
+
+def test_closing_twice_changes_nothing(tmp_path):
+    made = study(tmp_path)
+    made.ask()
+    run(made, 0, epochs=4)
+    assert [made.close(0, False), made.close(0, True)] == ["complete", "complete"]
+
+
+def test_an_epoch_is_taken_down_once(tmp_path):
+    made = study(tmp_path)
+    made.ask()
+    row = {"epoch": 1, "score": 0.1, "cost": 1.0}
+    assert [made.report(0, row), made.report(0, row), made.report(0, {**row, "epoch": 2})] == [True, False, True]
+    assert [entry["epoch"] for entry in made.record(0).history] == [1, 2]
+
+
+def test_best_of_several_objectives_is_by_the_first_then_by_the_next(tmp_path):
+    made = study(tmp_path, objective={"score": "max", "cost": "min"}, search={"scheduler": "none"})
+    for number, (score, cost) in enumerate([(0.5, 3.0), (0.7, 2.0), (0.7, 1.0), (0.6, 0.0)]):
+        made.ask()
+        made.report(number, {"epoch": 4, "score": score, "cost": cost})
+        made.close(number, False)
+    assert made.best().number == 2
+
+
+def test_best_by_a_metric_that_should_be_small(tmp_path):
+    made = study(tmp_path, objective={"cost": "min"})
+    for number, cost in enumerate([3.0, 1.0, 2.0]):
+        made.ask()
+        made.report(number, {"epoch": 4, "score": 0.0, "cost": cost})
+        made.close(number, False)
+    assert made.best().number == 1
+
+
+def test_without_a_complete_trial_there_is_no_best(tmp_path):
+    made = study(tmp_path)
+    made.ask()
+    assert made.best() is None
+
+
+def test_reopened_study_hands_out_what_was_running_first_under_the_same_number(tmp_path):
+    made = study(tmp_path)
+    made.ask(), made.ask()
+    run(made, 0, epochs=4)
+    made.close(0, False)
+    run(made, 1, epochs=1)
+    height = made.record(1).setting["height"]
+
+    searcher = StudySearcher(study(tmp_path))
+    assert searcher.open_trials == 4
+    first = searcher.suggest("a")
+    assert first["number"] == 1
+    assert first["spec"]["height"] == height
+    assert [searcher.suggest(letter)["number"] for letter in "bcd"] == [2, 3, 4]
+    assert searcher.suggest("e") == Searcher.FINISHED
+
+
+def test_suggestion_is_the_whole_settings_of_a_trial(tmp_path):
+    made = study(tmp_path, base={"epochs": 7})
+    assert StudySearcher(made).suggest("a") == {"number": 0, "spec": {"epochs": 7, "height": 0.5, "kind": "plain"}}
+
+
+def test_two_studies_share_a_file_without_mixing(tmp_path):
+    one, other = study(tmp_path, "trial"), study(tmp_path, "final", trials=1, first={"height": 0.9})
+    one.ask()
+    assert other.ask().setting == {"height": 0.9}
+    assert [len(one.records), len(other.records)] == [1, 1]
+
+
+class _Trial:
+    def __init__(self, number):
+        self.config, self.trial_id, self.status = {"number": number}, str(number), "RUNNING"
+
+
+def _decisions(scheduler, heights, epochs):
+    """What the scheduler says to trials that report in turn, epoch after epoch, until they are stopped."""
+    trials = [_Trial(number) for number in range(len(heights))]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    stopped = {}
+    for epoch in range(1, epochs + 1):
+        for trial, height in zip(trials, heights, strict=True):
+            if trial in stopped:
+                continue
+            result = {"epoch": epoch, "score": height * epoch, "training_iteration": 1}
+            if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+                stopped[trial] = epoch
+    return {trial.config["number"]: epoch for trial, epoch in stopped.items()}
+
+
+def test_asha_counts_epochs_and_stops_the_weak_at_the_grace_epoch():
+    checked = experiment(base={"epochs": 9}, search={"grace_epochs": 3, "reduction": 3})
+    # Falling heights: at its rung each is worse than the best third of those before it.
+    stopped = _decisions(build_scheduler(checked), [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], epochs=8)
+    assert stopped.keys() >= {3, 4, 5}
+    assert set(stopped.values()) == {3}
+    assert 0 not in stopped
+
+
+def test_published_setting_is_never_stopped_however_weak():
+    checked = experiment(base={"epochs": 9}, search={"grace_epochs": 1})
+    scheduler = build_scheduler(checked)
+    weak, strong = _Trial(0), [_Trial(number) for number in range(1, 7)]
+    for trial in [*strong, weak]:
+        scheduler.on_trial_add(None, trial)
+    for trial in strong:
+        scheduler.on_trial_result(None, trial, {"epoch": 1, "score": 0.9})
+    assert scheduler.on_trial_result(None, weak, {"epoch": 1, "score": 0.0}) == TrialScheduler.CONTINUE
+    last = _Trial(7)
+    scheduler.on_trial_add(None, last)
+    assert scheduler.on_trial_result(None, last, {"epoch": 1, "score": 0.0}) == TrialScheduler.STOP
+
+
+def test_grace_is_a_third_of_the_epochs_by_default():
+    checked = experiment(base={"epochs": 10})
+    stopped = _decisions(build_scheduler(checked), [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], epochs=9)
+    assert set(stopped.values()) == {4}
+
+
+def test_without_early_stopping_nothing_is_stopped():
+    checked = experiment(search={"scheduler": "none"})
+    assert type(build_scheduler(checked)) is FIFOScheduler

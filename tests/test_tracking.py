@@ -1,0 +1,73 @@
+import subprocess
+
+import pytest
+from mlflow import MlflowClient
+
+from grainmill.errors import TrackingError
+from grainmill.tracking import PACKAGES, Tracker, environment, local_uri
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("storage")
+    return Tracker(local_uri(storage), "apples", storage)
+
+
+def test_run_holds_parameters_tags_and_its_parent(tracker):
+    parent = tracker.start("parent", {"a": 1}, {})
+    child = tracker.start("child", {"loss.weight": 0.5, "model.trunk": "narrow"}, {"state": "running"}, parent)
+    run = tracker.client.get_run(child)
+    assert run.data.params == {"loss.weight": "0.5", "model.trunk": "narrow"}
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.tags["state"] == "running"
+    assert run.info.run_name == "child"
+    assert "mlflow.parentRunId" not in tracker.client.get_run(parent).data.tags
+
+
+def test_metrics_have_the_epoch_as_their_step(tracker):
+    run_id = tracker.start("metrics", {}, {})
+    for epoch in (1, 2, 3):
+        tracker.log(run_id, epoch, {"top1": epoch / 10})
+    history = tracker.client.get_metric_history(run_id, "top1")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_status_and_tags_change_and_a_text_is_kept(tracker):
+    run_id = tracker.start("life", {}, {"state": "running"})
+    tracker.set_status(run_id, "KILLED")
+    tracker.set_status(run_id, "RUNNING")
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
+    tracker.set_status(run_id, "FINISHED")
+    tracker.tag(run_id, {"state": "complete"})
+    tracker.attach(run_id, "note.txt", "hello")
+    run = tracker.client.get_run(run_id)
+    assert (run.info.status, run.data.tags["state"]) == ("FINISHED", "complete")
+    assert [item.path for item in tracker.client.list_artifacts(run_id)] == ["note.txt"]
+
+
+def test_second_tracker_uses_the_same_experiment_and_keeps_artifacts_in_the_storage(tracker, tmp_path):
+    again = Tracker(tracker.uri, "apples", tmp_path)
+    assert again.experiment_id == tracker.experiment_id
+    stored = MlflowClient(tracker.uri).get_experiment(tracker.experiment_id)
+    assert stored.artifact_location.endswith("/mlflow-artifacts/apples")
+
+
+def test_environment_names_packages_and_the_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "mlflow.source.git.commit" not in environment()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    tags = environment()
+    assert tags["mlflow.source.git.commit"] == head
+    assert tags["git.dirty"] == "false"
+    assert set(PACKAGES) <= tags.keys()
+    (tmp_path / "new.txt").write_text("")
+    assert environment()["git.dirty"] == "true"
+
+
+def test_server_that_does_not_answer_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9.*MLFLOW_TRACKING_URI"):
+        Tracker("http://127.0.0.1:9", "apples", tmp_path)

@@ -1,0 +1,183 @@
+"""Trials of the toy on real Ray: alone in a process, and as a group of two."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import ray
+import toy
+
+from grainmill import trials
+from grainmill.errors import ResourceError
+from grainmill.experiment import Resources, experiment_model
+from grainmill.search import Study, build_scheduler
+from grainmill.tracking import Tracker, local_uri
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("storage")
+    return Tracker(local_uri(storage), "toy", storage)
+
+
+class Bench:
+    """One run's folder, with everything that `trials.run` wants."""
+
+    def __init__(self, folder, tracker, watch):
+        self.folder, self.tracker, self.watch = folder, tracker, watch
+        self.parent = tracker.start("parent", {}, {})
+        self.diary = folder / "diary"
+
+    def plan(self, workers=1, **resources):
+        data = {"diary": str(self.diary), "gate": None}
+        return trials.Plan("trial", "toy", data, self.folder, Resources(**resources), workers)
+
+    def study(self, count, **changes):
+        content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}
+        checked = experiment_model(toy).model_validate({**content, **changes})
+        return Study(self.folder / "study.db", "trial", checked, checked.reference, count)
+
+    def run(self, study, workers=1, **resources):
+        scheduler = build_scheduler(study.experiment)
+        trials.run(self.plan(workers, **resources), study, scheduler, self.tracker, self.parent, self.watch)
+        return study.records
+
+    def computed(self):
+        return self.diary.read_text().splitlines()
+
+    def child_runs(self):
+        children = self.tracker.client.search_runs(
+            [self.tracker.experiment_id], f"tags.mlflow.parentRunId = '{self.parent}'"
+        )
+        return {run.info.run_name: run for run in children}
+
+
+HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
+
+
+@pytest.fixture
+def bench(tmp_path, tracker, watch):
+    return Bench(tmp_path, tracker, watch)
+
+
+def test_every_trial_has_one_run_with_all_its_epochs_and_a_final_state(bench):
+    records = bench.run(bench.study(3, search={"scheduler": "none"}))
+    assert [record.state for record in records] == ["complete"] * 3
+    runs = bench.child_runs()
+    assert sorted(runs) == ["trial-0000", "trial-0001", "trial-0002"]
+    for record in records:
+        run = runs[f"trial-{record.number:04d}"]
+        assert run.info.run_id == record.run_id
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["state"] == "complete at epoch 4"
+        assert float(run.data.params["height"]) == record.setting["height"]
+        history = bench.tracker.client.get_metric_history(record.run_id, "score")
+        expected = [(epoch, record.setting["height"] * epoch / 4) for epoch in (1, 2, 3, 4)]
+        assert [(metric.step, metric.value) for metric in history] == expected
+    assert sorted(bench.computed()) == sorted(f"trial-{n:04d} {epoch}" for n in range(3) for epoch in (1, 2, 3, 4))
+
+
+def test_trial_that_raises_fails_with_its_cause_and_the_others_go_on(bench):
+    # The published setting is `plain`, all others are `broken`.
+    study = bench.study(2, space={"kind": {"choice": ["broken"]}}, search={"scheduler": "none"})
+    fine, broken = bench.run(study)
+    assert [fine.state, broken.state] == ["complete", "failed"]
+    assert "the toy is broken" in broken.cause
+    run = bench.child_runs()[f"trial-{broken.number:04d}"]
+    assert (run.info.status, run.data.tags["state"]) == ("FAILED", "failed at epoch 1")
+
+
+def test_weak_trials_are_stopped_early_and_the_watch_hears_of_all(bench):
+    study = bench.study(6, search={"grace_epochs": 1, "reduction": 2, "sampler": "random"})
+    records = bench.run(study, concurrent=1)
+    stopped = [record for record in records if record.state == "stopped"]
+    assert stopped
+    assert all(1 <= record.metrics["epoch"] < 4 for record in stopped)
+    assert records[0].state == "complete"
+    heard = {name: state for name, state, _ in bench.watch.trials}
+    assert heard == {f"trial-{record.number:04d}": record.state for record in records}
+    first = [(state, epoch) for name, state, epoch in bench.watch.trials if name == "trial-0000"]
+    assert first == [*(("running", epoch) for epoch in range(5)), ("complete", 4)]
+
+
+def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
+    study = bench.study(1)
+    record = study.ask()
+    spec = toy.Spec(height=record.setting["height"])
+    run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
+    study.note(0, "run_id", run_id)
+    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), bench.plan().checkpoints(0))
+    first = next(left).metrics
+    bench.tracker.log(run_id, 1, {"epoch": 1, **first})
+    study.report(0, {"epoch": 1, **first})
+    next(left)  # a second epoch was computed, but its report got lost
+
+    (record,) = bench.run(bench.study(1))
+    assert record.state == "complete"
+    assert bench.computed() == [f"trial-0000 {epoch}" for epoch in (1, 2, 3, 4)]
+    history = bench.tracker.client.get_metric_history(run_id, "score")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
+    assert list(bench.child_runs()) == ["trial-0000"]
+
+
+def test_finished_study_is_not_run_again(bench):
+    bench.run(bench.study(1))
+    before = bench.computed()
+    bench.run(bench.study(1))
+    assert bench.computed() == before
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_group_on_as_many_cpus_as_there_are(bench):
+    (record,) = bench.run(bench.study(1), workers=2)
+    assert record.state == "complete"
+    assert record.metrics["world_size"] == 2
+    assert [row["epoch"] for row in record.history] == [1, 2, 3, 4]
+    assert bench.computed() == [f"trial-0000 {epoch}" for epoch in (1, 2, 3, 4)]
+
+
+@pytest.mark.slow
+def test_group_whose_worker_raises_fails_with_its_cause(bench):
+    (record,) = bench.run(bench.study(1, space={}, base={"kind": "broken"}), workers=2)
+    assert record.state == "failed"
+    assert "the toy is broken" in record.cause
+
+
+@pytest.mark.parametrize(
+    ("workers", "resources", "missing"), [(1, {"cpus_per_worker": 3}, "3 CPU"), (2, {"gpus_per_worker": 1}, "2 GPU")]
+)
+def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, workers, resources, missing):
+    with pytest.raises(ResourceError, match=rf"{missing} .*cluster has [02];"):
+        bench.run(bench.study(1), workers, **resources)
+
+
+def test_room_is_what_the_scarcest_resource_allows(bench):
+    assert trials.room(bench.plan()) == 2
+    assert trials.room(bench.plan(workers=2)) == 1
+
+
+@pytest.mark.slow
+def test_local_ray_ends_with_its_block_and_leaves_no_process(tmp_path):
+    script = textwrap.dedent("""
+        import signal, ray
+        from grainmill.trials import cluster
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
+        try:
+            with cluster(None):
+                print(ray.get_runtime_context().get_node_id(), flush=True)
+                print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
+                signal.pause()
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    node, session = process.stdout.readline(), process.stdout.readline().strip()
+    assert node.strip() != ray.get_runtime_context().get_node_id()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[0] == "interrupted\n"
+    commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert session not in commands
