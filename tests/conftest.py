@@ -1,6 +1,10 @@
 """What several test files share: one Ray cluster, and a screen that remembers."""
 
+import os
 from pathlib import Path
+
+# Before the libraries are imported: nothing leaves this machine, and only our own output is printed.
+os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}
 
 import pytest
 import ray

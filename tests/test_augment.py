@@ -20,6 +20,7 @@ POLICIES = ["torch", "full", "copy"]
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads cost more than they save on images this small
 
 
 def still(policy="torch", **changes):
@@ -91,7 +92,9 @@ def test_flip_has_its_probability(policy, flip, low, high):
     transform = TrainTransform(still(policy, flip=flip), 16)
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[:, :, 8:] = 255
-    flipped = sum(bool(view[:, :, :4].mean() > view[:, :, 12:].mean()) for view in (transform(image) for _ in range(200)))
+    flipped = sum(
+        bool(view[:, :, :4].mean() > view[:, :, 12:].mean()) for view in (transform(image) for _ in range(200))
+    )
     # The bounds of a drawn number lie four standard deviations from its mean.
     assert low <= flipped <= high
 
@@ -185,7 +188,7 @@ def test_policy_copy_rotates_either_way_up_to_its_bound():
     image = constant(255, 64)
     transform = TrainTransform(still("copy", rotation=15.0), 64)
     views = [transform(image).mean(dim=0) < 0.5 for _ in range(150)]
-    bound = (functional.rotate(image, 15.5)[0] < 128).sum()
+    bound = (functional.rotate(image, 16.5)[0] < 128).sum()
     dark = torch.stack([view.sum() for view in views])
     assert dark.max() <= bound
     assert dark.max() > 0.7 * bound

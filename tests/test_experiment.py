@@ -425,14 +425,14 @@ def test_every_picture_is_opened_and_progress_is_tracked(pictures, tmp_path):
     file.write_text(COPY_MAP)
     tracked = []
 
-    def track(items, _title, length):
+    def track(items, title, length):
         seen = list(items)
-        tracked.append((sorted(map(str, seen)), length))
+        tracked.append((title, sorted(map(str, seen)), length))
         return seen
 
     load(file, track=track)
     expected = sorted(f"pictures/{name}" for name in [*TWO_CLASSES, *COPIES])
-    assert tracked == [(expected, 6)]
+    assert tracked == [("checking images", expected, 6)]
 
 
 def places(stderr):

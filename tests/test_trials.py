@@ -1,6 +1,5 @@
 """Trials of the toy on real Ray: alone in a process, and as a group of two."""
 
-import signal
 import subprocess
 import sys
 import textwrap
@@ -161,11 +160,11 @@ def test_room_is_what_the_scarcest_resource_allows(bench):
 
 
 @pytest.mark.slow
-def test_local_ray_ends_with_its_block_and_leaves_no_process(tmp_path):
+def test_local_ray_heeds_our_sigterm_and_leaves_no_process():
     script = textwrap.dedent("""
         import signal, ray
         from grainmill.trials import cluster
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with cluster(None):
                 print(ray.get_runtime_context().get_node_id(), flush=True)
@@ -177,7 +176,7 @@ def test_local_ray_ends_with_its_block_and_leaves_no_process(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     node, session = process.stdout.readline(), process.stdout.readline().strip()
     assert node.strip() != ray.get_runtime_context().get_node_id()
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     assert process.communicate()[0] == "interrupted\n"
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert session not in commands

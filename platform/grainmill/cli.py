@@ -115,7 +115,7 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except GrainmillError as error:
-        err.print(str(error), style="red", markup=False, highlight=False)
+        err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR if isinstance(error, ExperimentError | NameTakenError) else FAILURE) from error
     except KeyboardInterrupt:
         err.print("interrupted; the same command carries on from here", style="yellow")
@@ -130,6 +130,9 @@ def _prepare_process() -> None:
     # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Nobody is told that this process runs.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The screen is ours alone.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")

@@ -20,7 +20,7 @@ class TrainedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         trainable = catalog.find(context.model_config["trainable"])
         self._predictor = trainable.load(Path(context.artifacts["checkpoints"]))
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each row of the input."""
         return self._predictor(model_input)
 

@@ -1,5 +1,6 @@
 """The trials of a study on Ray Tune: resources, the trial itself, and the note-taking beside it."""
 
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ def cluster(address: str | None) -> Iterator[None]:
     where: dict[str, Any] = {"address": address}
     if not address:
         where = {"address": "local", "include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
+    on_termination = signal.getsignal(signal.SIGTERM)
     ray.init(**where, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+    signal.signal(signal.SIGTERM, on_termination)  # Ray's own handler aborts the process where it stands
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Repeated-augmentation batches (paper section 3.4): which images, with their copies, on which rank."""
+"""Repeated-augmentation batches: which images, with their copies, on which rank."""
 
 import math
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """What the pairs cost: margin loss with a learnable boundary, and its mix with cross-entropy.
 
-Paper section 3.3 and equation 5; the margin loss is that of Wu et al.
+The paper's equation 5; the margin loss is that of Wu et al.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The MultiGrain network: trunk -> GeM -> embedding -> (descriptor, logits), paper section 3.1."""
+"""The MultiGrain network: trunk -> GeM -> embedding -> (descriptor, logits), after the paper."""
 
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ class MultiGrain(nn.Module):
     """One network for class, object and copy.
 
     The classifier reads the embedding as it is pooled; the margin loss and retrieval read its
-    normalised copy, so that neither goal fixes the other's scale (paper section 3.1, Figure 1).
+    normalised copy, so that neither goal fixes the other's scale.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""Generalised-mean pooling (GeM), paper section 3.2, equation 1."""
+"""Generalised-mean pooling (GeM), the paper's equation 1."""
 
 import math
 

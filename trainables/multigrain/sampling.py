@@ -1,6 +1,6 @@
 """Which pairs the margin loss compares: every pair of copies, and a sampled negative for each.
 
-Paper section 3.3; the distribution is that of Wu et al., "Sampling matters in deep embedding learning".
+The distribution is that of Wu et al., "Sampling matters in deep embedding learning".
 Shape legend: B views in the batch, C channels, P ordered positive pairs.
 """
 

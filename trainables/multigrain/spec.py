@@ -1,6 +1,6 @@
 """Every setting of a MultiGrain training run, each default with its source.
 
-Sources: [P] the paper, arXiv:1902.05509v2, with the section, table or figure; [R] the behaviour
+Sources: [P] the paper, arXiv:1902.05509v2, with the equation, table or figure; [R] the behaviour
 of the authors' released code where the paper is silent; [-] our own choice.
 The defaults together are *the paper's setting*: lambda 0.5, p 3, three copies, `full` augmentation.
 """
@@ -25,9 +25,9 @@ class ModelSettings(Settings):
     """The network."""
 
     trunk: Literal["narrow", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """Network before the pooling [P sec. 4.1: resnet50]. `narrow` suits 32-pixel images: its map is 4 x 4 there."""
+    """Network before the pooling [P Table 2: resnet50]. `narrow` suits 32-pixel images: its map is 4 x 4 there."""
     p: float = Field(3.0, ge=1, le=100)
-    """GeM exponent while training [P sec. 3.2, Table 2: 1 or 3]."""
+    """GeM exponent while training [P eq. 1, Table 2: 1 or 3]."""
 
 
 class LossSettings(Settings):
@@ -40,7 +40,7 @@ class LossSettings(Settings):
     beta: Positive = 1.2
     """Starting value of the learnable boundary between positive and negative distances [P Table B.1]."""
     negatives: Literal["distance_weighted", "uniform"] = "distance_weighted"
-    """How the negative of a pair is drawn among the other images of the batch [P sec. 3.3]."""
+    """How the negative of a pair is drawn among the other images of the batch [P, after Wu et al.]."""
     cutoff: Positive = 0.5
     """Distances below this weigh as if they were this [R]."""
     nonzero_loss_cutoff: Positive = 1.4
@@ -51,9 +51,9 @@ class BatchSettings(Settings):
     """Repeated-augmentation batches."""
 
     size: int = Field(504, ge=1)
-    """Views in one step over all workers. The paper's 512 does not hold whole groups of 3; 504 does, on up to 8."""
+    """Views in one step over all workers. The paper's 512 does not hold whole groups of 3; 504 does."""
     repeats: int = Field(3, ge=1)
-    """m, the augmented copies of each image in its batch [P sec. 3.4: 3]."""
+    """m, the augmented copies of each image in its batch [P: 3]."""
     length_factor: Positive = 2.0
     """Views in one epoch, as a multiple of the number of images [R: 2]."""
 
@@ -88,7 +88,7 @@ class OptimizerSettings(Settings):
     """SGD and its schedule."""
 
     rate: Positive = 0.2
-    """Learning rate for 512 views a step; scaled with the batch size [P sec. 4.1, R]."""
+    """Learning rate for 512 views a step; scaled with the batch size [R]."""
     beta_rate: Positive = 0.1
     """Learning rate of beta for 512 views a step [P Table B.1]."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -103,9 +103,9 @@ class MultiGrainSpec(Settings):
     """One training run of MultiGrain."""
 
     image_size: int = Field(224, ge=16)
-    """Side of the square training and evaluation crops, in pixels [P sec. 4.1: 224]."""
+    """Side of the square training and evaluation crops, in pixels [P Table 2: 224]."""
     epochs: int = Field(120, ge=1)
-    """[P sec. 4.1: 120]"""
+    """Passes; each holds `batch.length_factor` times as many views as there are images [P Fig. A.1: 120]."""
     seed: int = Field(0, ge=0)
     """Of the weights, the batches, the augmentation and the sampled negatives [-]."""
     model: ModelSettings = ModelSettings()

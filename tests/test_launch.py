@@ -1,0 +1,156 @@
+"""The whole chain on real Ray and MLflow: with the toy in seconds, and with MultiGrain on real files."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import toy
+
+from grainmill import catalog, launch
+from grainmill.errors import SearchError
+from grainmill.experiment import experiment_model
+from grainmill.tracking import local_uri
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def experiment(storage, trainable="toy", **changes):
+    content = {
+        "name": "chain",
+        "trainable": trainable,
+        "data": {},
+        "space": {"height": {"uniform": [0.0, 1.0]}},
+        "objective": {"score": "max"},
+        "search": {"trials": 4, "scheduler": "none"},
+        "storage": str(storage),
+    }
+    return experiment_model(catalog.find(trainable)).model_validate({**content, **changes})
+
+
+def call(verb, checked, storage, watch):
+    return verb(checked, local_uri(storage), None, watch, catalog.untracked)
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory, ray_cluster):
+    """The same experiment run two times: storage, outcomes."""
+    from conftest import Memory
+
+    storage = tmp_path_factory.mktemp("storage")
+    checked = experiment(storage)
+    return storage, [call(launch.tune, checked, storage, Memory()) for _ in range(2)]
+
+
+@pytest.fixture
+def client(twice):
+    return mlflow.MlflowClient(local_uri(twice[0]))
+
+
+def test_winner_is_the_best_trial_and_is_trained_again(twice):
+    _, (first, _) = twice
+    heights = [record.setting["height"] for record in first.records]
+    assert heights[0] == toy.Spec().height
+    assert first.winner.setting["height"] == max(heights)
+    assert first.final.setting == first.winner.setting
+    assert first.final.metrics["score"] == max(heights)
+
+
+def test_second_run_adds_a_version_and_takes_the_alias(twice, client):
+    storage, outcomes = twice
+    assert [outcome.version.uri for outcome in outcomes] == ["models:/chain/1", "models:/chain/2"]
+    assert client.get_model_version_by_alias("chain", "champion").version == "2"
+    assert [outcome.report.parent.name for outcome in outcomes] == ["run-1", "run-2"]
+    done = json.loads((storage / "chain" / "run-1" / "done.json").read_text())
+    assert done["version"] == "models:/chain/1"
+
+
+def test_version_names_its_run_and_its_score(twice, client):
+    _, (first, _) = twice
+    version = client.get_model_version("chain", "1")
+    assert version.run_id == first.final.run_id
+    assert float(version.tags["score"]) == pytest.approx(first.final.metrics["score"], abs=1e-6)
+
+
+def test_one_finished_parent_a_run_with_its_children_file_and_report(twice, client):
+    storage, outcomes = twice
+    experiment_id = client.get_experiment_by_name("chain").experiment_id
+    runs = client.search_runs([experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for number, outcome in enumerate(outcomes, start=1):
+        parent = (storage / "chain" / f"run-{number}" / "parent-run").read_text()
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+        names = [f"trial-{trial:04d}" for trial in range(4)] + ["final-0000"]
+        assert sorted(run.info.run_name for run in children) == sorted(names)
+        assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report.html"}
+        assert outcome.report.read_text().startswith("<!doctype html>")
+
+
+def test_registered_model_loads_in_a_process_without_our_packages_installed(twice, tmp_path):
+    storage, outcomes = twice
+    code = textwrap.dedent(f"""
+        import sys
+        sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+        import mlflow, pandas as pd
+        mlflow.set_tracking_uri({local_uri(storage)!r})
+        model = mlflow.pyfunc.load_model("models:/chain@champion")
+        print(model.metadata.signature.inputs, file=sys.stderr)
+        print(model.predict(pd.DataFrame({{"x": [3.0]}}))["y"].tolist())
+    """)
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    assert json.loads(loaded.stdout) == [3.0 * outcomes[1].final.setting["height"]]
+    assert "'x': double" in loaded.stderr
+
+
+def test_train_needs_no_search(tmp_path, watch):
+    outcome = call(launch.train, experiment(tmp_path, base={"height": 0.7}), tmp_path, watch)
+    assert outcome.winner is None
+    assert outcome.final.metrics["score"] == 0.7
+    assert outcome.version.uri == "models:/chain/1"
+    assert outcome.report.parent.name == "train-1"
+
+
+def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch):
+    broken = experiment(tmp_path, base={"kind": "broken"}, search={"trials": 1})
+    with pytest.raises(SearchError, match=r"none of 1 did.*the toy is broken"):
+        call(launch.tune, broken, tmp_path, watch)
+    client = mlflow.MlflowClient(local_uri(tmp_path))
+    assert not client.search_registered_models()
+    parent = client.get_run((tmp_path / "chain" / "run-1" / "parent-run").read_text())
+    assert parent.info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_path, watch):
+    base = {"image_size": 32, "epochs": 1, "model": {"trunk": "narrow"}, "batch": {"size": 24, "length_factor": 1.0}}
+    checked = experiment(
+        tmp_path,
+        "multigrain",
+        data={"builtin": "shapes", "image_size": 40, "images": 96},
+        base=base,
+        space={"loss.weight": {"uniform": [0.1, 1.0]}, "model.p": {"uniform": [1.0, 6.0]}},
+        objective={"mean_top1_copy_map": "max"},
+        search={"trials": 2},
+        resources={"retrain_workers": 2},
+    )
+    outcome = call(launch.tune, checked, tmp_path, watch)
+    images = sorted((tmp_path / "data" / "shapes-96x40" / "val").rglob("*.png"))
+    code = textwrap.dedent(f"""
+        import mlflow, numpy, pandas, pathlib, sys
+        mlflow.set_tracking_uri({local_uri(tmp_path)!r})
+        model = mlflow.pyfunc.load_model("models:/chain@champion")
+        table = pandas.DataFrame({{"image": [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]}})
+        numpy.save("descriptors.npy", numpy.stack(model.predict(table)["descriptor"]))
+    """)
+    subprocess.run([sys.executable, "-c", code, *map(str, images)], cwd=tmp_path, check=True)
+    checkpoints = outcome.report.parent / "trials" / "final-0000"
+    expected = catalog.find("multigrain").load(checkpoints)(pd.DataFrame({"image": [p.read_bytes() for p in images]}))
+    loaded = np.load(tmp_path / "descriptors.npy")
+    assert loaded.shape == (len(images), 128)
+    assert np.abs(loaded - np.stack(expected["descriptor"])).max() <= 1e-5
+    assert np.allclose(np.linalg.norm(loaded, axis=1), 1, atol=1e-4)
