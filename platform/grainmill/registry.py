@@ -47,7 +47,7 @@ def register(
     """
     client = tracker.client
     known = client.search_model_versions(f"run_id = '{run_id}'")
-    made = Version(name, known[0].version) if known else _log(tracker, run_id, name, trainable, folder, example)
+    made = Version(name, str(known[0].version)) if known else _log(tracker, run_id, name, trainable, folder, example)
     for key, value in tags.items():
         client.set_model_version_tag(name, made.number, key, value)
     client.set_registered_model_alias(name, CHAMPION, made.number)
