@@ -1,6 +1,9 @@
 """The whole chain on real Ray and MLflow: with the toy in seconds, and with MultiGrain on real files."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -63,7 +66,7 @@ def test_winner_is_the_best_trial_and_is_trained_again(twice):
 def test_second_run_adds_a_version_and_takes_the_alias(twice, client):
     storage, outcomes = twice
     assert [outcome.version.uri for outcome in outcomes] == ["models:/chain/1", "models:/chain/2"]
-    assert client.get_model_version_by_alias("chain", "champion").version == "2"
+    assert client.get_model_version("chain", "2").aliases == ["champion"]
     assert [outcome.report.parent.name for outcome in outcomes] == ["run-1", "run-2"]
     done = json.loads((storage / "chain" / "run-1" / "done.json").read_text())
     assert done["version"] == "models:/chain/1"
@@ -123,6 +126,39 @@ def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch)
     assert not client.search_registered_models()
     parent = client.get_run((tmp_path / "chain" / "run-1" / "parent-run").read_text())
     assert parent.info.status == "FAILED"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a real tracking server that proxies its artifacts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        for line in process.stderr:
+            if "startup complete" in line:
+                break
+        yield f"http://127.0.0.1:{port}"
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_path, watch):
+    outcome = launch.train(experiment(tmp_path / "runs"), server, None, watch, catalog.untracked)
+    client = mlflow.MlflowClient(server)
+    version = client.get_model_version_by_alias("chain", "champion")
+    assert version.run_id == outcome.final.run_id
+    parent = (tmp_path / "runs" / "chain" / "train-1" / "parent-run").read_text()
+    assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report.html"}
+    assert list((tmp_path / "artifacts").rglob("MLmodel"))
+    mlflow.set_tracking_uri(server)
+    model = mlflow.pyfunc.load_model("models:/chain@champion")
+    assert model.predict(pd.DataFrame({"x": [2.0]}))["y"].tolist() == [1.0]
 
 
 @pytest.mark.slow
