@@ -43,9 +43,10 @@ class RepeatedAugmentationBatches(Sampler[list[int]]):
         Raises:
             ValueError: if one of these does not hold.
         """
-        if batch_size % (repeats * world_size) or batch_size < 1:
+        if min(batch_size, repeats, world_size) < 1 or batch_size % (repeats * world_size):
             raise ValueError(
-                f"batch_size must be a multiple of repeats x world_size, got {batch_size} and {repeats} x {world_size}"
+                "batch_size must be a positive multiple of repeats x world_size, "
+                f"got {batch_size} and {repeats} x {world_size}"
             )
         if num_images < world_size:
             raise ValueError(f"every rank needs an image, got {num_images} images for {world_size} ranks")

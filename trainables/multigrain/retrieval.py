@@ -24,11 +24,13 @@ def positive_ranks(scores: NDArray[np.floating], positive: NDArray[np.bool_]) ->
 
     The rank of a positive is the number of negatives that score as high, plus the positives before it:
     ties go against the query, so that a network that maps all images to one point finds nothing.
+    What is not a number scores lowest.
 
     Args:
         scores: (D,) higher is nearer.
         positive: (D,).
     """
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     positives = np.sort(scores[positive])[::-1]
     negatives = np.sort(scores[~positive])
     return len(negatives) - np.searchsorted(negatives, positives, side="left") + np.arange(len(positives))
@@ -57,7 +59,8 @@ def mean_average_precision(
     answerable = np.flatnonzero(positive.any(axis=1))
     if not len(answerable):
         raise ValueError("mean average precision needs a query with a positive, got none")
-    scores = queries @ database.T
+    # In fp64, rounded to fp32: equal descriptors then tie wherever they stand in the matrix.
+    scores = (queries.astype("f8") @ database.astype("f8").T).astype("f4")
     precisions = [
         average_precision(positive_ranks(scores[q][keep[q]], positive[q][keep[q]]), int(positive[q].sum()))
         for q in answerable
