@@ -146,20 +146,25 @@ def test_lighting_of_a_view_has_the_published_spread():
 def test_brightness_jitter_stays_within_its_strength_and_fills_it(policy):
     transform = TrainTransform(still(policy, jitter=0.3), 16)
     drawn = torch.stack([transform(constant(128)).mean() for _ in range(300)]) / (128 / 255)
-    assert 0.68 <= drawn.min() < 0.75
-    assert 1.25 < drawn.max() <= 1.32
+    # JPEG at its coarsest moves a level of 90 or 166 by up to 5.
+    assert 0.65 <= drawn.min() < 0.75
+    assert 1.25 < drawn.max() <= 1.35
 
 
 @pytest.mark.parametrize("policy", ["full", "copy"])
 def test_contrast_and_saturation_are_jittered_too(policy):
     transform = TrainTransform(still(policy, jitter=0.3), 16)
-    image = constant(128)
-    image[0], image[1, :8] = 200, 60
-    views = [transform(image) for _ in range(200)]
-    contrast = torch.stack([(view[1, 12, 8] - view[1, 3, 8]) / view.mean() for view in views])
-    saturation = torch.stack([(view[0, 12, 8] - view[2, 12, 8]) / view[:, 12, 8].mean() for view in views])
-    assert contrast.max() / contrast.min() > 1.4
-    assert saturation.max() / saturation.min() > 1.4
+    image = constant(60)
+    image[:, :8] = torch.tensor([190, 120, 80])[:, None, None]
+    views = torch.stack([transform(image) for _ in range(200)])
+    top, bottom = views[:, :, 3, 8], views[:, :, 12, 8]
+    grey = torch.tensor([0.299, 0.587, 0.114])
+    step = (top - bottom) @ grey
+    # Brightness scales both sides of each ratio; contrast the step alone, saturation the difference of channels alone.
+    contrast, saturation = step / ((top + bottom) @ grey), (top[:, 0] - top[:, 2]) / step
+    for ratio in (contrast, saturation):
+        low, high = ratio.quantile(torch.tensor([0.05, 0.95])).tolist()
+        assert 1.4 < high / low < 2.2
 
 
 def test_policy_torch_neither_jitters_nor_lights():

@@ -118,10 +118,10 @@ BAD = {
     "fraction for a whole": Bad(more("base: {epochs: 1.5}"), 4, "base.epochs", ["integer", "1.5", "default, 120"]),
     "text for a number": Bad(more("base: {epochs: '3'}"), 4, "base.epochs", ["integer", "'3'", "default, 120"]),
     "truth for a number": Bad(more("search: {trials: true}"), 4, "search.trials", ["integer", "True", "default, 20"]),
-    "number for a section": Bad(more("base: 3"), 4, "base", ["must be", "3"]),
-    "list for a section": Bad(more("space: [1]"), 4, "space", ["must be", "[1]"]),
-    "section left empty": Bad(more("search:"), 4, "search", ["must be", "None"]),
-    "number for a parameter": Bad(space("loss.weight: 3"), 5, "space.loss.weight", ["must be", "3"]),
+    "number for a section": Bad(more("base: 3"), 4, "base", ["must", "3"]),
+    "list for a section": Bad(more("space: [1]"), 4, "space", ["must", "[1]"]),
+    "section left empty": Bad(more("search:"), 4, "search", ["must", "None"]),
+    "number for a parameter": Bad(space("loss.weight: 3"), 5, "space.loss.weight", ["must", "3"]),
     "date for a number": Bad(more("base: {seed: 2026-10-10}"), 4, "base.seed", ["integer", "2026"]),
     "one bound": Bad(space("loss.weight: {uniform: [0.2]}"), 5, ANY, ["uniform"]),
     "three bounds": Bad(space("loss.weight: {uniform: [0.2, 0.5, 0.8]}"), 5, ANY, ["uniform", "2", "[0.2, 0.5, 0.8]"]),
@@ -177,7 +177,7 @@ BAD = {
     "just a word": Bad("hello", None, "", ["keys and values", "str", "grainmill schema"]),
     "just a list": Bad("- a\n- b\n", None, "", ["keys and values", "list", "grainmill schema"]),
     "empty file": Bad("", None, "", ["keys and values", "grainmill schema"]),
-    "more than 1 MB": Bad(MORE_THAN_1_MB, None, "", ["smaller than 1000000", f"{len(MORE_THAN_1_MB)}"]),
+    "more than 1 MB": Bad(MORE_THAN_1_MB, None, "", ["larger than 1000000", f"{len(MORE_THAN_1_MB)}"]),
     "not UTF-8": Bad("name: gr\u00e4ne\n".encode("latin-1"), None, "", ["UTF-8", "byte 8"]),
     "UTF-16": Bad(HEAD.encode("utf-16"), None, "", ["UTF-8", "byte 0"]),
     # Searched parameters
@@ -232,11 +232,11 @@ BAD = {
         ANY,
         ["loss.weight must be 1", "got 0.5", "set loss.weight to 1", "batch.repeats = 1"],
     ),
-    "batch of broken groups at one end": Bad(
+    "batch of broken groups inside a range": Bad(
         more("space: {batch.size: {int: [504, 510]}}\nbase: {batch: {repeats: 4}}"),
         4,
         ANY,
-        ["multiple of batch.repeats", "510 and 4", "batch.size = 510"],
+        ["multiple of batch.repeats", "505 and 4", "batch.size = 505"],
     ),
     "weight above 1 at one end": Bad(
         space("loss.weight: {uniform: [0.5, 1.5]}"), 5, "space.loss.weight", ["equal to 1", "1.5"]
@@ -267,9 +267,9 @@ BAD = {
     ),
     # The objective and the search
     "misspelt metric": Bad(
-        head(objective="{tpo1: max}"), 3, "objective.tpo1", ["metric", "did you mean 'top1'", "known: top1, class_map"]
+        head(objective="{tpo1: max}"), 3, "objective.tpo1", ["metric", "did you mean 'top1'", "known: top1"]
     ),
-    "no such metric": Bad(head(objective="{loss: min}"), 3, "objective.loss", ["metric", "known: top1, class_map"]),
+    "no such metric": Bad(head(objective="{loss: min}"), 3, "objective.loss", ["metric", "known: top1"]),
     "wrong way": Bad(head(objective="{top1: min}"), 3, "objective.top1", ["larger", "set max"]),
     "no way": Bad(head(objective="{top1: maxi}"), 3, "objective.top1", ["'max' or 'min'", "'maxi'", "mean 'max'"]),
     "no metric": Bad(head(objective="{}"), 3, "objective", ["at least 1", "{}"]),
@@ -343,7 +343,7 @@ BAD_FOLDERS = {
     "class of one image": ({**TWO_CLASSES, "c/1.png": PICTURE}, ["needs 2 images", "found 1 in pictures/c"]),
     "set of one image": (
         {"train/a/1.png": PICTURE, "val/a/1.png": PICTURE},
-        ["at least 2 images", "found 1 in pictures/train"],
+        ["at least 2 images", "found 1 in pictures"],
     ),
     "train without val": ({"train/a/1.png": PICTURE, "train/a/2.png": PICTURE}, ["needs val/<class>/", "pictures"]),
     "val class that train lacks": (SPLIT | {"val/c/1.png": PICTURE}, ["must be in train/", "pictures/train/c"]),
@@ -397,21 +397,18 @@ def test_class_folders_may_have_any_name_that_the_disk_allows(pictures, validate
 
 
 def test_every_problem_of_the_pictures_is_told_in_the_order_of_their_names(pictures, validate):
-    broken = {f"a/{number:02}.png": b"text" for number in range(20)}
-    pictures({**TWO_CLASSES, **broken})
+    broken = [f"{part}/a/{number:02}.png" for part in ("train", "val") for number in range(10)]
+    pictures(SPLIT | dict.fromkeys(broken, b"text"))
     code, _, stderr = validate(head(data="{folder: pictures}"))
     title, *problems = stderr.splitlines()
     assert code == 2
     assert title.endswith(": 20 problems")
-    # Held-out images are looked at after the others.
-    assert sorted(problem.split("pictures/")[1].split()[0] for problem in problems) == sorted(broken)
-    told_twice = validate(head(data="{folder: pictures}"))
-    assert told_twice[2] == stderr
+    assert [problem.split("pictures/")[1].split()[0] for problem in problems] == broken
 
 
 def test_copies_can_be_the_objective_only_where_the_folder_has_some(pictures, validate):
     pictures(TWO_CLASSES)
-    check_told(validate(COPY_MAP), 3, "objective.copy_map", ["these data allow", "known: top1, class_map"])
+    check_told(validate(COPY_MAP), 3, "objective.copy_map", ["these data allow", "known: top1"])
     for name, content in COPIES.items():
         path = Path("pictures", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -624,7 +621,7 @@ def test_the_identity_is_everything_but_where_things_are_kept(read, override, sa
 
 
 def test_the_identity_written_as_a_file_is_the_same_experiment(read):
-    before = load(DEMO)
+    before = load(DEMO, ["space.seed={int: [0, 9]}"])
     after = read(to_yaml(before.identity()))
     assert after.model_dump() == before.model_dump()
     assert list(after.space) == list(before.space)

@@ -47,7 +47,7 @@ def test_the_tests_are_no_package():
 USE_PLATFORM = "import platform, uuid; print(platform.system(), uuid.UUID(int=7).int)"
 
 
-@pytest.mark.parametrize("path", ["", ".", str(ROOT)])
+@pytest.mark.parametrize("path", ["", ".", str(ROOT)], ids=["no path", "relative path", "absolute path"])
 def test_pythons_own_platform_module_is_found_from_the_root(path):
     assert python("-c", USE_PLATFORM, PYTHONPATH=path).split() == [platform.system(), "7"]
     # With -m the working directory comes first on the path, too.

@@ -77,10 +77,10 @@ def test_a_parameter_with_two_conditions_is_searched_where_both_hold():
 def test_extremes_are_the_reference_and_every_end_alone_and_in_pairs():
     space = {
         "rate": parameter(loguniform=[0.1, 10.0]),
-        "size": parameter(int=[2, 8]),
+        "size": parameter(int=[2, 800]),
         "policy": parameter(choice=["a", "b", "c"]),
     }
-    ends = {"rate": [0.1, 10.0], "size": [2, 8], "policy": ["a", "b", "c"]}
+    ends = {"rate": [0.1, 10.0], "size": [2, 800], "policy": ["a", "b", "c"]}
     reference = {"rate": 1.0, "size": 4, "policy": "b"}
     expected = [reference]
     for first, ones in ends.items():
@@ -129,7 +129,8 @@ def test_a_parameter_contains_what_a_search_could_draw(fields, inside, outside):
     [
         ({"uniform": [0, 1]}, (0.0, 1.0)),
         ({"loguniform": [0.1, 10]}, (0.1, 10.0)),
-        ({"int": [2, 5]}, (2, 5)),
+        ({"int": [2, 5]}, (2, 3, 4, 5)),
+        ({"int": [2, 500]}, (2, 500)),
         ({"choice": ["a", True, 3, 0.5]}, ("a", True, 3, 0.5)),
     ],
 )

@@ -95,9 +95,11 @@ def find(name: str) -> Trainable:
     for entry in entry_points(group="grainmill.trainables", name=name):
         return entry.load()
     try:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ModuleNotFoundError(name=name)
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, but not what it imports
         raise LookupError(
             f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}"

@@ -16,7 +16,7 @@ Location = tuple[str | int, ...]
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
     """Plain data as YAML, keys in their order."""
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,9 +31,14 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _both in (_Loader, _Dumper):
+    _both.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 class Document:
@@ -44,58 +49,29 @@ class Document:
         self.problems: list[Problem] = []
         self.lines: dict[Location, int] = {}
         self.tree: dict[str, Any] = {}
+        self.overridden: set[Location] = set()
         try:
+            if (size := file.stat().st_size) > MAX_BYTES:
+                self.add(
+                    (), f"the file must not be larger than {MAX_BYTES} bytes, got {size}; images belong in folders"
+                )
+                return
             content = file.read_bytes()
         except OSError as error:
             self.add((), f"the file must be readable, but is not ({error.strerror})")
-            return
-        if len(content) > MAX_BYTES:
-            self.add((), f"the file must be smaller than {MAX_BYTES} bytes, got {len(content)}")
             return
         self._parse(content)
 
     def _parse(self, content: bytes) -> None:
         try:
-            loader = _Loader(content.decode())
-            node = loader.get_single_node()
-            tree = self._plain(loader, node, ()) if node else None
+            tree, self.lines, self.problems = _read(content.decode())
         except UnicodeDecodeError as error:
-            self.add((), f"the file must be UTF-8 text ({error.reason} at byte {error.start})")
-            return
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else None
-            self.problems.append(Problem(line, "", f"the file must be valid YAML: {error.problem}"))
-            return
-        except yaml.YAMLError as error:
-            self.add((), f"the file must be valid YAML: {error}")
+            self.add((), f"the file must be UTF-8 text, but is not ({error.reason} at byte {error.start}); save it so")
             return
         if isinstance(tree, dict):
             self.tree = tree
-        else:
+        elif not self.problems:
             self.add((), f"the file must hold keys and values, got {type(tree).__name__}; see `grainmill schema`")
-
-    def _plain(self, loader: _Loader, node: yaml.Node, location: Location) -> Any:
-        self.lines.setdefault(location, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._plain(loader, item, (*location, index)) for index, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node)
-        tree = {}
-        for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))
-            place = (*location, key)
-            if key in tree:
-                first = self.lines[place]
-                self.problems.append(
-                    Problem(
-                        key_node.start_mark.line + 1,
-                        dotted(place),
-                        f"a key must stand once, but is on line {first} too; remove one",
-                    )
-                )
-            self.lines[place] = key_node.start_mark.line + 1
-            tree[key] = self._plain(loader, value_node, place)
-        return tree
 
     def override(self, text: str) -> None:
         """Apply one `a.b=value`."""
@@ -103,10 +79,10 @@ class Document:
         if not equals or not path:
             self.add((), f"--set needs key=value, got {text!r}")
             return
-        try:
-            plain = yaml.load(value, _Loader)  # noqa: S506 - a safe loader
-        except yaml.YAMLError as error:
-            self.add((), f"--set {path}: the value must be valid YAML: {error}")
+        plain, _, problems = _read(value)
+        for problem in problems:
+            self.add((), f"--set {path}: {problem.message.replace('the file', 'the value', 1)}")
+        if problems:
             return
         section, _, rest = path.partition(".")
         # A searched parameter's name is itself a dotted path: everything behind `space.` is one key.
@@ -119,18 +95,81 @@ class Document:
                 return
         branch[key[-1]] = plain
         self.lines = {place: line for place, line in self.lines.items() if place[: len(key)] != key}
+        self.overridden.add(key)
 
     def add(self, location: Location, message: str) -> None:
         """Note a problem at a key, or at the nearest one above it that the file holds."""
-        known = next(
-            (location[:length] for length in range(len(location), 0, -1) if location[:length] in self.lines), None
-        )
+        above = [location[:length] for length in range(len(location), 0, -1)]
+        known = next((place for place in above if place in self.lines), None)
+        if self.overridden.intersection(above):
+            known = None
         self.problems.append(Problem(self.lines[known] if known else None, dotted(location), message))
 
     def stop_if_wrong(self) -> None:
         """Raise ExperimentError if there is a problem."""
         if self.problems:
             raise ExperimentError(str(self.file), self.problems)
+
+
+def _read(text: str) -> tuple[Any, dict[Location, int], list[Problem]]:
+    """Plain data, the line of each key, and what is wrong."""
+    lines: dict[Location, int] = {}
+    problems: list[Problem] = []
+    tree = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        tree = _plain(loader, node, (), lines, problems) if node else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        problems.append(Problem(line, "", f"the file must be valid YAML: {error.problem}"))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"the file must be valid YAML: character #x{error.character:04x}: {error.reason}"
+        problems.append(Problem(line, "", message))
+    except RecursionError:
+        problems.append(Problem(None, "", "the file must not be nested as deeply as this"))
+    return tree, lines, problems
+
+
+def _plain(
+    loader: _Loader, node: yaml.Node, location: Location, lines: dict[Location, int], problems: list[Problem]
+) -> Any:
+    lines.setdefault(location, node.start_mark.line + 1)
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+        message = f"the tag {node.tag!r} is not supported; remove it"
+        raise yaml.MarkedYAMLError(problem=message, problem_mark=node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(loader, item, (*location, index), lines, problems) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return _scalar(loader, node)
+    tree: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
+        key = str(_scalar(loader, key_node))
+        place = (*location, key)
+        if key in tree:
+            problems.append(
+                Problem(
+                    key_node.start_mark.line + 1,
+                    dotted(place),
+                    f"a key must stand once, but is on line {lines[place]} too; remove one",
+                )
+            )
+        lines[place] = key_node.start_mark.line + 1
+        tree[key] = _plain(loader, value_node, place, lines, problems)
+    return tree
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        value = loader.construct_object(node)
+        str(value).encode()  # half characters cannot be printed, nor be part of a path
+    except ValueError as error:
+        message = f"{node.value[:40]!r} cannot be read ({error})"
+        raise yaml.MarkedYAMLError(problem=message, problem_mark=node.start_mark) from None
+    return value
 
 
 def dotted(location: Location) -> str:

@@ -3,6 +3,7 @@
 GrainmillError
 ├── ExperimentError    the experiment file, or what it names, is wrong; holds every problem
 ├── NameTakenError     the name belongs to a run with other settings
+├── StorageError       the storage folder cannot be written
 ├── BusyError          another process works in the same folder
 ├── ResourceError      Ray cannot give what a trial asks for
 ├── TrackingError      MLflow cannot be reached
@@ -36,13 +37,17 @@ class ExperimentError(GrainmillError):
 
     def __init__(self, file: str, problems: Sequence[Problem]) -> None:
         self.file = file
-        self.problems = sorted(set(problems), key=lambda problem: (problem.line or 0, problem.key))
+        self.problems = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.key))
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{file}: {count}", *(f"  {problem}" for problem in self.problems)]))
 
 
 class NameTakenError(GrainmillError):
     """A name stands for one set of settings."""
+
+
+class StorageError(GrainmillError):
+    """A run needs a folder to write to."""
 
 
 class BusyError(GrainmillError):

@@ -32,7 +32,7 @@ class Search(Section):
     """`asha` stops the weaker trials early, judged by the objective; the first trial always runs to its end."""
     trials: int = Field(20, ge=1)
     """Number of trials; the first has the published defaults."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the sampler."""
     grace_epochs: int | None = Field(None, ge=1)
     """Epochs before a trial can be stopped; a third of all by default."""
@@ -126,9 +126,10 @@ def load(file: Path, overrides: Sequence[str] = (), track: catalog.Track = catal
         ExperimentError: with all problems found.
     """
     document = Document(file)
+    if not document.tree:
+        document.stop_if_wrong()
     for override in overrides:
         document.override(override)
-    document.stop_if_wrong()
     try:
         trainable = catalog.find(str(document.tree.get("trainable", "multigrain")))
     except LookupError as error:
@@ -150,7 +151,7 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
     except ValidationError as error:
         for details in error.errors():
             document.add(details["loc"], _message(model, details))
-            wrong.add(details["loc"][0])
+            wrong.update(details["loc"][:1])
     parts = {}
     for name, field in model.model_fields.items():
         if name in wrong:
@@ -163,6 +164,17 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
     return parts
 
 
+_RULES = {
+    "dict_type": "must hold keys and values",
+    "model_type": "must hold keys and values",
+    "string_pattern_mismatch": "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
+    "too_long": "must have at most {max_length} items",
+    "too_short": "must have at least {min_length} items",
+    "tuple_type": "must be a list in [brackets]",
+}
+"""By pydantic's type of error, where its own message is not for people."""
+
+
 def _message(model: type[BaseModel], details: ErrorDetails) -> str:
     """One of pydantic's findings in our words: rule, value found, remedy."""
     *parents, key = details["loc"] or ("",)
@@ -172,17 +184,22 @@ def _message(model: type[BaseModel], details: ErrorDetails) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
         return f"unknown key; {hint}"
     if details["type"] == "missing":
-        return "this key is required"
+        return "both bounds are required, [low, high]" if isinstance(key, int) else "this key is required"
     if details["type"] == "value_error":
         return details["msg"].removeprefix("Value error, ")
-    rule = details["msg"].replace("Input should be", "must be", 1)
+    rule = _RULES.get(details["type"], "").format(**details.get("ctx", {}))
+    rule = rule or details["msg"].replace("Input should be", "must be", 1)
     remedy = ""
     if details["type"] == "literal_error" and (
         near := difflib.get_close_matches(str(details["input"]), rule.split("'"), n=1)
     ):
         remedy = f"; did you mean {near[0]!r}?"
     elif (field := fields.get(str(key))) is not None and not field.is_required():
-        remedy = f"; leave it out for the default, {field.get_default(call_default_factory=True)!r}"
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, bool | int | float | str):
+            remedy = f"; leave it out for the default, {default!r}"
+        elif details["input"] is None:
+            remedy = "; leave the key out, too"
     return f"{rule}, got {details['input']!r}{remedy}"
 
 
@@ -195,7 +212,8 @@ def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str
             annotation = field.annotation if field else None
         elif get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
-    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+    fields = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+    return {field.alias or name: field for name, field in fields.items()}
 
 
 def _cross_problems(
@@ -215,7 +233,8 @@ def _cross_problems(
         yield ("search", "grace_epochs"), message
     if "space" in parts:
         problems = list(_path_problems(trainable.Spec().model_dump(), parts["space"]))
-        problems += [(("space", name), message) for name, message in space_problems(parts["space"]).items()]
+        for name, messages in space_problems(parts["space"]).items():
+            problems += [(("space", name), message) for message in messages]
         yield from problems
         if "base" in parts and not problems:
             yield from _setting_problems(trainable, parts)
@@ -253,20 +272,28 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
     """What is wrong with settings at the ends of the space; each message once."""
     space, base = parts["space"], parts["base"].model_dump()
     defaults = trainable.Spec().model_dump()
-    workers = {parts["resources"].workers, parts["resources"].retrain_workers} if "resources" in parts else set()
-    seen: set[str] = set()
+    workers: dict[int, str] = {}
+    if "resources" in parts:
+        workers = {parts["resources"].retrain_workers: "retrain_workers", parts["resources"].workers: "workers"}
+    seen: set[tuple[Location, str]] = set()
+    reference = resolve(space, lambda name, _: lookup(defaults, name))
     for setting in extremes(space, {name: lookup(defaults, name) for name in space}):
-        found: list[tuple[str, str]] = []
+        found: list[tuple[Location, str]] = []
+        moved = [name for name, value in setting.items() if value != reference[name]]
         try:
             spec = trainable.Spec.model_validate(nested(setting, base))
-            found += [("", message) for count in sorted(workers) for message in trainable.worker_problems(spec, count)]
+            for count, key in workers.items():
+                found += [(("resources", key), message) for message in trainable.worker_problems(spec, count)]
         except ValidationError as error:
-            found += [(dotted(details["loc"]), _message(trainable.Spec, details)) for details in error.errors()]
-        for culprit, message in found:
-            if message not in seen:
-                seen.add(message)
-                at = " (at " + ", ".join(f"{name} = {value}" for name, value in setting.items()) + ")" if space else ""
-                yield ("space", culprit) if culprit in space else ("space" if space else "base",), message + at
+            for details in error.errors():
+                culprits = [name for name in [dotted(details["loc"]), *moved] if name in space]
+                found.append((("space", culprits[0]) if culprits else ("base",), _message(trainable.Spec, details)))
+        for place, message in found:
+            rule = message.partition(", got")[0]
+            if (place, rule) not in seen:
+                seen.add((place, rule))
+                at = " (at " + ", ".join(f"{name} = {setting[name]}" for name in moved) + ")" if moved else ""
+                yield place, message + at
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

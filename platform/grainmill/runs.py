@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grainmill.document import to_yaml
-from grainmill.errors import BusyError, NameTakenError
+from grainmill.errors import BusyError, NameTakenError, StorageError
 from grainmill.experiment import Experiment
 
 
@@ -47,10 +47,16 @@ def claim(experiment: Experiment, kind: str) -> Iterator[Path]:
     Raises:
         NameTakenError: the name stands for other settings.
         BusyError: another process has it.
+        StorageError: the folder cannot be made.
     """
     check_name(experiment)
     home = _home(experiment)
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"a run needs a folder to write in, but {home} cannot be made ({error}); set storage"
+        ) from error
     with (home / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,8 +65,10 @@ def claim(experiment: Experiment, kind: str) -> Iterator[Path]:
                 f"one process at a time works under a name, but another has {experiment.name!r} in {home}; "
                 "wait for it, or choose another name"
             ) from None
-        (home / "experiment.yaml").write_text(to_yaml(experiment.identity()))
-        last = max((int(path.name.removeprefix(f"{kind}-")) for path in home.glob(f"{kind}-[0-9]*")), default=0)
+        check_name(experiment)  # again, now that nobody else writes
+        _write(home / "experiment.yaml", to_yaml(experiment.identity()))
+        numbers = [path.name.removeprefix(f"{kind}-") for path in home.glob(f"{kind}-[0-9]*")]
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
         begin = last == 0 or (home / f"{kind}-{last}" / "done.json").exists()
         folder = home / f"{kind}-{last + begin}"
         folder.mkdir(exist_ok=True)
@@ -69,9 +77,14 @@ def claim(experiment: Experiment, kind: str) -> Iterator[Path]:
 
 def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Mark a run as finished, with what came of it."""
-    draft = folder / "done.json.draft"
-    draft.write_text(json.dumps(outcome, indent=1))
-    draft.rename(folder / "done.json")
+    _write(folder / "done.json", json.dumps(outcome, indent=1))
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    draft = file.with_name(file.name + ".draft")
+    draft.write_text(text)
+    draft.rename(file)
 
 
 def _home(experiment: Experiment) -> Path:

@@ -22,6 +22,8 @@ Values = Annotated[tuple[ScalarField, ...], Field(min_length=1, strict=False)]
 Setting = Mapping[str, Scalar]
 """A value for each parameter, by dotted path."""
 
+SHORT = 16
+"""Whole numbers in a range that are all tried when the space is checked."""
 KINDS = ("uniform", "loguniform", "int", "choice")
 
 
@@ -31,9 +33,7 @@ class Parameter(BaseModel):
     With `when`, it is searched only where other parameters have certain values, and is `otherwise` elsewhere.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, populate_by_name=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     uniform: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
     """[low, high], both included."""
@@ -69,7 +69,9 @@ class Parameter(BaseModel):
 
     @property
     def ends(self) -> tuple[Scalar, ...]:
-        """The two bounds, or all choices."""
+        """The two bounds; all values of a choice, or of a short range of whole numbers."""
+        if self.integer and self.integer[1] - self.integer[0] < SHORT:
+            return tuple(range(self.integer[0], self.integer[1] + 1))
         return next(value for value in self._kinds() if value is not None)
 
     def contains(self, value: Scalar) -> bool:
@@ -78,7 +80,7 @@ class Parameter(BaseModel):
             return value in self.choice
         if isinstance(value, str | bool) or (self.integer and value != int(value)):
             return False
-        low, high = self.ends
+        low, high = self.ends[0], self.ends[-1]
         return low <= value <= high  # type: ignore[operator]  # ends of a range are numbers
 
     def active(self, drawn: Setting) -> bool:
@@ -89,18 +91,22 @@ class Parameter(BaseModel):
 Space = Mapping[str, Parameter]
 
 
-def space_problems(space: Space) -> dict[str, str]:
+def space_problems(space: Space) -> dict[str, list[str]]:
     """What is wrong with the conditions, by parameter."""
-    problems = {}
+    problems: dict[str, list[str]] = {}
     for name, parameter in space.items():
         for other, values in (parameter.when or {}).items():
             if other not in space:
-                problems[name] = f"`when` must name searched parameters, got {other}; known: {', '.join(space)}"
+                message = f"`when` must name searched parameters, got {other}; known: {', '.join(space)}"
+                problems.setdefault(name, []).append(message)
             elif strangers := [value for value in values if not space[other].contains(value)]:
-                problems[name] = f"`when` must name values that {other} can have, got {strangers}"
+                problems.setdefault(name, []).append(f"`when` must name values that {other} can have, got {strangers}")
     if not problems and len(list(_dependency_order(space))) < len(space):
         ring = set(space) - set(_dependency_order(space))
-        problems |= dict.fromkeys(ring, "conditions must not form a ring; drop a `when` of " + ", ".join(sorted(ring)))
+        while beside := ring - {other for name in ring for other in space[name].when or ()}:
+            ring -= beside
+        message = "conditions must not form a ring; drop a `when` of " + ", ".join(sorted(ring))
+        problems |= {name: [message] for name in ring}
     return problems
 
 

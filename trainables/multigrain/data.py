@@ -4,6 +4,7 @@ No torch here: the experiment file is checked, folders included, before anything
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Dataset:
 
 def stable_order(name: str) -> str:
     """A sort key that shuffles names the same way on every machine and for ever."""
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -98,15 +99,15 @@ def _files(folder: Path) -> list[Path]:
 
 def _class_folders(root: Path) -> dict[str, list[Path]]:
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return {folder.name: _files(folder) for folder in folders if folder.name != "copies"}
+    return {folder.name: _files(folder) for folder in folders}
 
 
 def _split(by_class: dict[str, list[Path]], share: float) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Hold out a share of each class, at least one image, chosen by the hash of class and file name."""
+    """Hold out a share of each class of two or more, one image at least and not all, by the hash of its name."""
     train, val = {}, {}
     for name, paths in by_class.items():
         shuffled = sorted(paths, key=lambda path: stable_order(f"{name}/{path.name}"))
-        held_out = max(1, round(share * len(shuffled)))
+        held_out = min(max(1, round(share * len(shuffled))), len(shuffled) - 1)
         train[name], val[name] = sorted(shuffled[held_out:]), sorted(shuffled[:held_out])
     return train, val
 
@@ -143,7 +144,7 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
     Raises:
         DataError: with everything that is wrong about the folder's layout.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
     problems: list[str] = []
     if (folder / "train").is_dir():
@@ -164,6 +165,7 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         ]
     else:
         by_class = _class_folders(folder)
+        by_class.pop("copies", None)
         empty = [folder / name for name, paths in by_class.items() if not paths]
         few = [name for name, paths in by_class.items() if len(paths) == 1]
         problems += [f"a class needs 2 images to be split, found 1 in {folder / name}" for name in few]
@@ -174,7 +176,7 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty
     ]
     if train and sum(map(len, train.values())) == 1:
-        problems.append(f"training needs at least 2 images, found 1 in {folder / 'train'}")
+        problems.append(f"training needs at least 2 images, found 1 in {folder}")
     copies = None
     if (folder / "copies").is_dir():
         try:

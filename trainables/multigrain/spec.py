@@ -106,7 +106,7 @@ class MultiGrainSpec(Settings):
     """Side of the square training and evaluation crops, in pixels [P Table 2: 224]."""
     epochs: int = Field(120, ge=1)
     """Passes; each holds `batch.length_factor` times as many views as there are images [P Fig. A.1: 120]."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of the weights, the batches, the augmentation and the sampled negatives [-]."""
     model: ModelSettings = ModelSettings()
     loss: LossSettings = LossSettings()

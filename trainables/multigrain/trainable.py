@@ -27,9 +27,13 @@ def metrics(data: DataSettings) -> Mapping[str, Literal["max", "min"]]:
     Raises:
         DataError: the folder cannot be read.
     """
-    names = ["top1", "class_map"]
-    if data.folder is None or read_dataset(Path(data.folder), data.val_share).copies:
-        names += ["copy_map", "mean_top1_copy_map"]
+    names = ["top1", "class_map", "copy_map", "mean_top1_copy_map"]
+    if data.folder is not None:
+        dataset = read_dataset(Path(data.folder), data.val_share)
+        if len(set(dataset.val_labels)) == len(dataset.val_labels):  # no held-out image has another of its class
+            names.remove("class_map")
+        if not dataset.copies:
+            names = [name for name in names if "copy" not in name]
     return dict.fromkeys(names, "max")
 
 
@@ -41,6 +45,8 @@ def data_problems(data: DataSettings, track: Track) -> list[str]:
         return image_problems(read_dataset(Path(data.folder), data.val_share), track)
     except DataError as error:
         return error.problems
+    except OSError as error:
+        return [f"the image folder must be readable, but is not ({error}); change its permissions or name another"]
 
 
 def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
@@ -48,7 +54,7 @@ def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
     if data.folder is None:
         from multigrain.demo import write_builtin
 
-        return DataSettings(folder=str(write_builtin(data, root, track)))
+        return DataSettings(folder=str(write_builtin(data, root.absolute(), track)))
     return data.model_copy(update={"folder": str(Path(data.folder).absolute())})
 
 
