@@ -1,6 +1,9 @@
 """Training and evaluation transforms: uint8 images in, float images in [0, 1] out (paper Table C.1)."""
 
+import io
+
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -23,6 +26,17 @@ def light(image: Tensor, alpha: Tensor, std: float) -> Tensor:
     return ((image + shift[:, None, None]) / (1 + std)).clamp(0, 1)
 
 
+class _Compression(torch.nn.Module):
+    """JPEG of a random quality from 10 to 90, by Pillow: torchvision's own is on its way out."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        buffer = io.BytesIO()
+        quality = int(torch.randint(10, 91, ()))
+        v2.functional.to_pil_image(image).save(buffer, "JPEG", quality=quality)
+        with Image.open(buffer) as compressed:
+            return v2.functional.pil_to_tensor(compressed)
+
+
 class TrainTransform:
     """The random transform of one view: (3, H, W) uint8 -> (3, size, size) float in [0, 1].
 
@@ -37,7 +51,7 @@ class TrainTransform:
         steps: list[torch.nn.Module] = [crop, flip]
         if settings.policy == "copy":
             blur = v2.RandomApply([v2.GaussianBlur(kernel_size=5, sigma=(0.1, 2.0))], p=0.3)
-            jpeg = v2.RandomApply([v2.JPEG(quality=(10, 90))], p=0.3)
+            jpeg = v2.RandomApply([_Compression()], p=0.3)
             steps = [
                 v2.RandomRotation(settings.rotation, v2.InterpolationMode.BILINEAR),
                 crop,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
+FILES = {"model.safetensors", "optimizer.pt", "state.json"}
 KEEP = 2
 """Checkpoints kept: the newest, and one to fall back to."""
 
@@ -46,9 +47,8 @@ def _sync(path: Path) -> None:
 
 def _epochs(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
-    return sorted(
-        folder.glob("epoch-[0-9]*[0-9]"), key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True
-    )
+    found = [path for path in folder.glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -76,6 +76,8 @@ def _fault(directory: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
         manifest = json.loads((directory / "MANIFEST.json").read_text())
+        if not isinstance(manifest, dict) or set(manifest) != FILES:
+            return f"MANIFEST.json does not list {', '.join(sorted(FILES))}"
         changed = [name for name, digest in manifest.items() if _digest(directory / name) != digest]
     except (OSError, ValueError) as error:
         return str(error)

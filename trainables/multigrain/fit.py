@@ -120,15 +120,21 @@ class Training:
             self.optimizer.step()
             for name, value in (losses._asdict() | sums).items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        return self._summary(totals, epoch, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if self.grouped:
+            for buffer in self.network.buffers():  # every rank evaluates with the batch statistics that are saved
+                distributed.broadcast(buffer, src=0)
+        return self._summary(totals, epoch, seconds)
 
     def _summary(self, totals: dict[str, Tensor], epoch: int, seconds: float) -> dict[str, float]:
         values = torch.stack([total.float() for total in totals.values()])
         if self.grouped:
             values = _average(values)
         mean = dict(zip(totals, values.tolist(), strict=True))
-        if not all(map(torch.isfinite, values)):
-            raise TrainingError(f"the loss must be finite, but was not in epoch {epoch + 1}; lower optimizer.rate")
+        if not all(tensor.isfinite().all() for tensor in (values, *self.objective.parameters())):
+            raise TrainingError(
+                f"loss and weights must be finite, but were not in epoch {epoch + 1}; lower optimizer.rate"
+            )
         triplets = max(mean["triplets"], 1)
         views = len(self.batches) * self.batches.images_per_step * self.spec.batch.repeats
         return {
@@ -184,9 +190,9 @@ def fit(
     training = Training(spec, dataset, device)
     done = 0
     if saved := checkpoint.latest(folder):
-        if saved.state["spec"] != spec.model_dump():
+        if saved.state["spec"] != spec.model_dump() or saved.state["classes"] != list(dataset.classes):
             raise ValueError(
-                f"a run goes on with the settings it began with, but {folder} holds others; use a new folder"
+                f"a run goes on with the settings and classes it began with, but {folder} holds others; use another"
             )
         training.restore(saved)
         done = saved.state["epoch"]

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from multigrain import checkpoint
 from multigrain.augment import evaluation_crop
 from multigrain.model import MultiGrain
 from multigrain.spec import MultiGrainSpec
+from multigrain.views import decode
 
 
 class Predictor:
@@ -27,20 +26,16 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, table: pd.DataFrame) -> pd.DataFrame:
-        crops = []
+        columns: dict[str, list[object]] = {"descriptor": [], "class_id": [], "class_name": [], "score": []}
         for content in table["image"]:
-            with Image.open(io.BytesIO(content)) as image:
-                crops.append(evaluation_crop(pil_to_tensor(image.convert("RGB")), self.size))
-        output = self.network(torch.stack(crops))
-        scores, ids = output.logits.softmax(dim=1).max(dim=1)
-        return pd.DataFrame(
-            {
-                "descriptor": output.descriptor.tolist(),
-                "class_id": ids.tolist(),
-                "class_name": [self.classes[index] for index in ids],
-                "score": scores.tolist(),
-            }
-        )
+            crop = evaluation_crop(decode(io.BytesIO(content)), self.size)
+            output = self.network(crop[None])
+            score, index = output.logits[0].softmax(dim=0).max(dim=0)
+            columns["descriptor"].append(output.descriptor[0].tolist())
+            columns["class_id"].append(int(index))
+            columns["class_name"].append(self.classes[int(index)])
+            columns["score"].append(float(score))
+        return pd.DataFrame(columns)
 
 
 def load(folder: Path) -> Predictor:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,9 +26,16 @@ class Views(NamedTuple):
     """(B,) numbers of the images that the views show."""
 
 
-def decode(path: Path) -> Tensor:
-    """An image file as RGB, (3, H, W) uint8."""
-    with Image.open(path) as image:
+def decode(file: Path | BinaryIO) -> Tensor:
+    """An image file as RGB, (3, H, W) uint8.
+
+    Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
+    """
+    with Image.open(file) as image:
+        if image.mode.startswith("I"):
+            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
+        if "transparency" in image.info:
+            return pil_to_tensor(image.convert("RGBA").convert("RGB"))
         return pil_to_tensor(image.convert("RGB"))
 
 
