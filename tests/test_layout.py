@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pydantic import BaseModel
 
 from grainmill import catalog
-from grainmill.experiment import json_schema, load
+from grainmill.experiment import Experiment, json_schema, load
+from multigrain.data import DataSettings
+from multigrain.spec import MultiGrainSpec
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -120,3 +123,24 @@ assert multigrain.MultiGrainSpec().epochs == 120
 print(sorted(heavy))
 """
     assert python("-c", code).splitlines()[-1] == "[]"
+
+
+def settings(model, prefix=""):
+    """(dotted path, field) of all settings of a model and of those in it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+@pytest.mark.parametrize(("model", "prefix"), [(Experiment, ""), (DataSettings, "data."), (MultiGrainSpec, "base.")])
+def test_readme_tells_every_setting_with_its_default_and_its_description(model, prefix):
+    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    told = {row[0][3:-1]: (row[1].strip(), row[2].removesuffix(" |")) for row in rows if len(row) == 3}
+    for path, field in settings(model, prefix):
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        value = "" if default in (None, {}) else default
+        said, description = told[path]
+        assert description == field.description
+        assert said == str(value) or float(said) == value
