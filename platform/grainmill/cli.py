@@ -176,7 +176,7 @@ class Screen:
 
     def _table(self) -> Table:
         table = Table("trial", "state", "epoch", self.metric, "setting")
-        for row in self.rows.values():
+        for row in list(self.rows.values())[-max(1, out.height - 8) :]:  # the newest that fit on the screen
             table.add_row(*row)
         return table
 
