@@ -89,6 +89,7 @@ def test_one_finished_parent_a_run_with_its_children_file_and_report(twice, clie
         children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
         names = [f"trial-{trial:04d}" for trial in range(4)] + ["final-0000"]
         assert sorted(run.info.run_name for run in children) == sorted(names)
+        assert client.get_run(parent).data.metrics["score"] == outcome.final.metrics["score"]
         assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report.html"}
         assert outcome.report.read_text().startswith("<!doctype html>")
 

@@ -147,6 +147,7 @@ class _Run:
             self.trainable.example(self.data),
             {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
         )
+        self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics)
         outcome = Outcome(records, winner, final, version, self.folder / "report.html")
         page = report.html(experiment, records or (final,), winner, final, version)
         outcome.report.write_text(page)
