@@ -1,5 +1,6 @@
 """What lies in an image folder, how it is split, and everything that can be wrong with it."""
 
+import os
 import random
 import resource
 import shutil
@@ -272,6 +273,17 @@ def test_readable_images_have_no_problems_and_are_tracked_one_by_one(tmp_path):
 def test_data_settings_refuse_what_has_no_meaning(settings):
     with pytest.raises(ValidationError):
         DataSettings(**settings)
+
+
+def test_names_that_are_not_utf8_are_split_too(tmp_path):
+    write_images(tmp_path, *(f"{os.fsdecode(bytes([0xE9]))}/{number}.png" for number in range(4)))
+    data = read_dataset(tmp_path)
+    assert (len(data.train), len(data.val)) == (3, 1)
+
+
+def test_a_name_that_no_folder_can_have_is_a_missing_folder(tmp_path):
+    (problem,) = problems_of(tmp_path / ("long" * 100))
+    assert "must exist" in problem
 
 
 def test_moving_a_folder_does_not_change_its_split(tmp_path):

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import toy
 
-from grainmill import catalog, launch
+from grainmill import catalog, launch, runs
 from grainmill.errors import SearchError
 from grainmill.experiment import experiment_model
 from grainmill.tracking import local_uri
@@ -111,8 +111,11 @@ def test_registered_model_loads_in_a_process_without_our_packages_installed(twic
     assert "'x': double" in loaded.stderr
 
 
-def test_train_needs_no_search(tmp_path, watch):
-    outcome = call(launch.train, experiment(tmp_path, base={"height": 0.7}), tmp_path, watch)
+def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
+    checked = experiment(tmp_path, base={"height": 0.7})
+    with runs.claim(checked, "run"):
+        pass
+    outcome = call(launch.train, checked, tmp_path, watch)
     assert outcome.winner is None
     assert outcome.final.metrics["score"] == 0.7
     assert outcome.version.uri == "models:/chain/1"

@@ -166,6 +166,19 @@ def test_reopened_study_hands_out_what_was_running_first_under_the_same_number(t
     assert searcher.suggest("e") == Searcher.FINISHED
 
 
+def test_study_in_which_all_failed_begins_again_with_its_first_setting(tmp_path):
+    made = study(tmp_path, trials=2, first={"height": 0.25})
+    for number in range(2):
+        made.ask()
+        made.close(number, failed=True)
+    for _ in range(2):  # opening it does nothing by itself
+        again = study(tmp_path, trials=2, first={"height": 0.25})
+    assert StudySearcher(again).open_trials == 2
+    assert again.ask().setting == {"height": 0.25}
+    assert again.ask().setting != {"height": 0.25}
+    assert again.ask() is None
+
+
 def test_suggestion_is_the_whole_settings_of_a_trial(tmp_path):
     made = study(tmp_path, base={"epochs": 7})
     assert StudySearcher(made).suggest("a") == {"number": 0, "spec": {"epochs": 7, "height": 0.5, "kind": "plain"}}

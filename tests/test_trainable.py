@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -78,6 +79,12 @@ def test_problems_of_the_images_are_told_all_at_once(tmp_path):
         (tmp_path / name).write_bytes(b"")
     problems = trainable.data_problems(data, untracked)
     assert [name for problem in problems for name in (SPLIT[0], COPIES[1]) if name in problem] == [SPLIT[0], COPIES[1]]
+
+
+def test_a_folder_that_may_not_be_read_is_a_problem_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainable, "read_dataset", Mock(side_effect=PermissionError(13, "not yours", str(tmp_path))))
+    (problem,) = trainable.data_problems(DataSettings(folder=str(tmp_path)), untracked)
+    assert str(tmp_path) in problem
 
 
 def test_problems_are_looked_for_in_the_split_that_is_asked_for(tmp_path):

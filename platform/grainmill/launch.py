@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def tune(
         watch: is told of the progress.
         track: shows the progress of long loops.
     Raises:
-        NameTakenError, BusyError: see `runs.claim`.
+        NameTakenError, BusyError, StorageError: see `runs.claim`.
         ResourceError: a trial does not fit into the cluster.
         TrackingError: MLflow does not answer.
         SearchError: no trial came through.
@@ -63,10 +63,10 @@ def train(
     experiment: Experiment, tracking_uri: str, address: str | None, watch: trials.Watch, track: catalog.Track
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
-    single = experiment.model_copy(update={"space": {}})
-    with _Run.begin(single, tracking_uri, track, watch, "train") as run, trials.cluster(address):
+    with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, trials.cluster(address):
         watch.note(f"training {_workers(experiment)}")
-        return run.finish(None, ())
+        single = experiment.model_copy(update={"space": {}})
+        return replace(run, experiment=single).finish(None, ())
 
 
 def _workers(experiment: Experiment) -> str:

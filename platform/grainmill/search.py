@@ -74,22 +74,26 @@ class Study:
             study_name=name,
             load_if_exists=True,
         )
-        if not self._study.get_trials(deepcopy=False):
-            self._study.enqueue_trial(
-                {key: value for key, value in first.items() if experiment.space[key].contains(value)}
-            )
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting and not self.used():
+            inside = {key: value for key, value in first.items() if experiment.space[key].contains(value)}
+            self._study.enqueue_trial(inside, user_attrs={"first": True})
 
     @property
     def records(self) -> list[Record]:
         """All trials that have a setting, by number."""
         return [_record(trial) for trial in self._study.get_trials(deepcopy=False) if "setting" in trial.user_attrs]
 
+    def used(self) -> int:
+        """Trials that count: one that failed is made up for, by another, when the run is carried on."""
+        return sum(record.state != "failed" for record in self.records)
+
     def ask(self) -> Record | None:
         """A new trial; None when all have been given out."""
-        if len(self.records) >= self.trials:
+        if self.used() >= self.trials:
             return None
         trial = self._study.ask()
-        fixed = self.first if trial.number == 0 else {}
+        fixed = self.first if trial.user_attrs.get("first") else {}
 
         def draw(name: str, parameter: Parameter) -> Scalar:
             if name in fixed and not parameter.contains(fixed[name]):
@@ -183,7 +187,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     @property
     def open_trials(self) -> int:
         """How many trials are still to be run."""
-        return self.study.trials - len(self.study.records) + len(self._left_running)
+        return self.study.trials - self.study.used() + len(self._left_running)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The number and the settings of the next trial."""
