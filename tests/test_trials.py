@@ -13,6 +13,7 @@ from grainmill.errors import ResourceError
 from grainmill.experiment import Resources, experiment_model
 from grainmill.search import Study, build_scheduler
 from grainmill.tracking import Tracker, local_uri
+from grainmill.worker import Plan
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -33,7 +34,7 @@ class Bench:
 
     def plan(self, workers=1, **resources):
         data = {"diary": str(self.diary), "gate": None}
-        return trials.Plan("trial", "toy", data, self.folder, Resources(**resources), workers)
+        return Plan("trial", "toy", data, self.folder, Resources(**resources), workers)
 
     def study(self, count, **changes):
         content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}

@@ -14,6 +14,7 @@ from grainmill.errors import SearchError
 from grainmill.experiment import Experiment
 from grainmill.search import Record, Study
 from grainmill.tracking import Status, Tracker
+from grainmill.worker import Plan
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class _Run:
         trials.run(plan, study, scheduler, self.tracker, self.parent, self.watch)
         return study
 
-    def _plan(self, study: str, workers: int) -> trials.Plan:
+    def _plan(self, study: str, workers: int) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
-        return trials.Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
+        return Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
 
     def finish(self, winner: Record | None, records: Sequence[Record]) -> Outcome:
         """Train the winner, or the base settings, on `retrain_workers`; register and report."""

@@ -3,30 +3,24 @@
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray import train as ray_train
 from ray import tune as ray_tune
-from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import TrialScheduler
 
 from grainmill import worker
 from grainmill.errors import ResourceError
-from grainmill.experiment import Resources
 from grainmill.search import Record, Study, StudySearcher
 from grainmill.tracking import Tracker
+from grainmill.worker import Plan
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray: trials pass metrics, not data."""
 POLL_SECONDS = "0.5"
 """How often Ray Train takes up reports; a worker's report waits for it, two seconds by default."""
-WORKER_RESTARTS = 1
-"""Failures of a group's workers before its trial fails; they go on from the last checkpoint."""
 LEADER_BYTES = 256 * 2**20
 """Memory reserved for a trial that only leads a group: it takes no CPU from its workers."""
 
@@ -39,34 +33,6 @@ class Watch(Protocol):
 
     def trial(self, name: str, record: Record) -> None:
         """A trial began, finished an epoch, or ended."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all trials of a study share, in plain data."""
-
-    study: str
-    trainable: str
-    """Dotted path of its module."""
-    data: Mapping[str, Any]
-    folder: Path
-    """Of the run; all nodes must see it."""
-    resources: Resources
-    workers: int
-
-    def name(self, number: int) -> str:
-        """Of a trial: for people, folders and MLflow."""
-        return f"{self.study}-{number:04d}"
-
-    def checkpoints(self, number: int) -> Path:
-        """Folder for a trial's checkpoints."""
-        return self.folder / "trials" / self.name(number)
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes from the cluster."""
-        needs = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
-        return {name: amount for name, amount in needs.items() if amount}
 
 
 @contextmanager
@@ -125,7 +91,7 @@ def run(plan: Plan, study: Study, scheduler: TrialScheduler, tracker: Tracker, p
         return
 
     def trial(config: Mapping[str, Any]) -> None:
-        _trial(plan, config)
+        worker.trial(plan, config)
 
     if plan.workers == 1:
         resources = ray_tune.PlacementGroupFactory([plan.bundle])
@@ -149,28 +115,6 @@ def run(plan: Plan, study: Study, scheduler: TrialScheduler, tracker: Tracker, p
         ).fit()
     finally:
         observer.end_unfinished()
-
-
-def _trial(plan: Plan, config: Mapping[str, Any]) -> None:
-    """One trial: alone in this process, or at the head of a Ray Train group."""
-    checkpoints = plan.checkpoints(config["number"])
-    job = worker.Job(plan.trainable, config["spec"], plan.data, str(checkpoints))
-    if plan.workers == 1:
-        worker.work(job, ray_tune.report)
-        return
-    TorchTrainer(
-        worker.work_in_group,
-        train_loop_config={"job": job},
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=plan.workers, use_gpu="GPU" in plan.bundle, resources_per_worker=plan.bundle
-        ),
-        run_config=ray_train.RunConfig(
-            name="group",
-            storage_path=str(checkpoints),
-            callbacks=[TuneReportCallback()],
-            failure_config=ray_train.FailureConfig(max_failures=WORKER_RESTARTS),
-        ),
-    ).fit()
 
 
 class _Observer(ray_tune.Callback):  # type: ignore[misc]
