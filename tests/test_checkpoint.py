@@ -1,32 +1,37 @@
 """Training state on disk: the same bits back, or, where that cannot be, the checkpoint before and a warning."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
+import threading
+from contextlib import closing, contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from multigrain import checkpoint
-from multigrain.checkpoint import Checkpoint
+from multigrain.checkpoint import Checkpoint, Writer
 
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.pt", "state.json"]
 
 
-def trained(epoch):
-    """A small network, its optimizer after a step, and the state of an epoch."""
-    torch.manual_seed(epoch)
+def trained(steps):
+    """A small network, its optimizer after a step, and the state of a run."""
+    torch.manual_seed(steps)
     network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.BatchNorm2d(3))
     network = network.to(memory_format=torch.channels_last)
     groups = [{"params": network[0].parameters(), "lr": 0.1 + 0.2}, {"params": network[1].parameters(), "lr": 1e-300}]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     network(torch.randn(4, 2, 4, 4)).square().sum().backward()
     optimizer.step()
-    state = {"epoch": epoch, "metrics": {"loss": 0.1 + 0.2}, "spec": {"p": 3.0}, "classes": ["ä", "b"]}
+    state = {"steps": steps, "totals": {"loss": 0.1 + 0.2}, "spec": {"p": 3.0}, "classes": ["ä", "b"]}
     return Checkpoint(network.state_dict(), optimizer.state_dict(), state)
 
 
@@ -49,10 +54,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def seal(directory):
+def seal(directory, files=FILES[1:]):
     """Write the manifest that belongs to the files of a checkpoint as they are now."""
     manifest = {}
-    for name in FILES[1:]:
+    for name in files:
         content = (directory / name).read_bytes()
         manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (directory / "MANIFEST.json").write_text(json.dumps(manifest))
@@ -97,19 +102,29 @@ def test_nothing_is_found_where_nothing_was_saved(tmp_path):
 
 
 def test_the_newest_two_are_kept(tmp_path):
-    for epoch in (1, 2, 3, 9998, 9999, 10000):
-        assert checkpoint.save(tmp_path, trained(epoch)).is_dir()
-        assert checkpoint.latest(tmp_path).state["epoch"] == epoch
-    assert names(tmp_path) == ["epoch-10000", "epoch-9999"]
+    for steps in (1, 2, 3, 99999998, 99999999, 100000000):
+        assert checkpoint.save(tmp_path, trained(steps)).is_dir()
+        assert checkpoint.latest(tmp_path).state["steps"] == steps
+    assert names(tmp_path) == ["step-100000000", "step-99999999"]
 
 
-def test_an_epoch_saved_again_replaces_the_first(tmp_path):
+def test_what_was_just_saved_is_kept_beside_damaged_ones_of_more_steps(tmp_path):
+    for steps in (200, 300):
+        (checkpoint.save(tmp_path, trained(steps)) / "state.json").unlink()
+    for steps in (100, 200, 300):
+        assert checkpoint.save(tmp_path, trained(steps)).is_dir()
+        assert checkpoint.read(tmp_path / f"step-{steps:08d}").state["steps"] == steps
+    assert names(tmp_path) == ["step-00000200", "step-00000300"]
+    assert checkpoint.latest(tmp_path).state["steps"] == 300
+
+
+def test_a_step_saved_again_replaces_the_first(tmp_path):
     checkpoint.save(tmp_path, trained(1))
     again = trained(2)
-    again.state["epoch"] = 1
+    again.state["steps"] = 1
     checkpoint.save(tmp_path, again)
     assert_same(checkpoint.latest(tmp_path).model, again.model)
-    assert names(tmp_path) == ["epoch-0001"]
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def flip(path):
@@ -139,21 +154,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, 
     checkpoint.save(tmp_path, older)
     damaged = checkpoint.save(tmp_path, trained(2))
     damage(damaged / name)
-    with pytest.warns(UserWarning, match="epoch-0002") as warned:
+    with pytest.warns(UserWarning, match="step-00000002") as warned:
         found = checkpoint.latest(tmp_path)
     assert len(warned) == 1
     assert found.state == older.state
     assert_same(found.model, older.model)
-    with pytest.raises(ValueError, match="epoch-0002"):
+    with pytest.raises(ValueError, match="step-00000002.*" + name.replace(".", r"\.")):
         checkpoint.read(damaged)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"state.json": null}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"state.json": null}', "null", "1"])
 def test_a_manifest_that_covers_not_all_files_is_passed_over(tmp_path, content):
     checkpoint.save(tmp_path, trained(1))
     (checkpoint.save(tmp_path, trained(2)) / "MANIFEST.json").write_text(content)
-    with pytest.warns(UserWarning, match="epoch-0002"):
-        assert checkpoint.latest(tmp_path).state["epoch"] == 1
+    with pytest.warns(UserWarning, match="step-00000002 MANIFEST.json does not list"):
+        assert checkpoint.latest(tmp_path).state["steps"] == 1
+
+
+def test_a_manifest_that_covers_another_file_is_passed_over(tmp_path):
+    checkpoint.save(tmp_path, trained(1))
+    directory = checkpoint.save(tmp_path, trained(2))
+    (directory / "notes.txt").write_text("intact")
+    seal(directory, [*FILES[1:], "notes.txt"])
+    with pytest.warns(UserWarning, match="step-00000002 MANIFEST.json does not list"):
+        assert checkpoint.latest(tmp_path).state["steps"] == 1
 
 
 def test_the_manifest_covers_every_file(tmp_path):
@@ -166,21 +190,26 @@ def test_the_manifest_covers_every_file(tmp_path):
 
 
 def test_every_damaged_checkpoint_is_named(tmp_path):
-    for epoch in (1, 2):
-        flip(checkpoint.save(tmp_path, trained(epoch)) / "state.json")
+    for steps in (1, 2):
+        flip(checkpoint.save(tmp_path, trained(steps)) / "state.json")
     with pytest.warns(UserWarning, match="state.json") as warned:
         assert checkpoint.latest(tmp_path) is None
-    assert ["epoch-0002" in str(warned[0].message), "epoch-0001" in str(warned[1].message)] == [True, True]
+    assert ["step-00000002" in str(warned[0].message), "step-00000001" in str(warned[1].message)] == [True, True]
     assert len(warned) == 2
 
 
-def test_another_format_is_refused(tmp_path):
-    directory = checkpoint.save(tmp_path, trained(1))
+@pytest.mark.parametrize("other", [{"format": 1}, {"format": 3}, {}])
+def test_another_format_is_passed_over(tmp_path, other):
+    checkpoint.save(tmp_path, trained(1))
+    directory = checkpoint.save(tmp_path, trained(2))
     state = json.loads((directory / "state.json").read_text())
-    (directory / "state.json").write_text(json.dumps({**state, "format": 2}))
+    assert state.pop("format") == 2
+    (directory / "state.json").write_text(json.dumps(state | other))
     seal(directory)
-    with pytest.raises(ValueError, match="format 1"):
+    with pytest.raises(ValueError, match=r"format 2, but .*step-00000002"):
         checkpoint.read(directory)
+    with pytest.warns(UserWarning, match=r"format 2, but .*step-00000002"):
+        assert checkpoint.latest(tmp_path).state["steps"] == 1
 
 
 class Hostile:
@@ -215,51 +244,204 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, write, trust):
     directory = checkpoint.save(tmp_path / "run", trained(1))
     write(Hostile(tmp_path / "canary"), directory / "optimizer.pt")
     seal(directory)
-    with pytest.raises((ValueError, pickle.UnpicklingError)):
-        checkpoint.read(directory)
+    for read, place in [(checkpoint.read, directory), (checkpoint.latest, tmp_path / "run")]:
+        with pytest.raises(pickle.UnpicklingError):
+            read(place)
     assert not (tmp_path / "canary").exists()
 
 
+def half(path):
+    path.write_bytes(b"half of it")
+
+
+def broken_save_file(tensors, path):
+    half(path)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def broken_torch_save(state, path):
+    half(path)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize(
-    "step",
+    ("step", "broken"),
     [
-        "multigrain.checkpoint.save_file",
-        "multigrain.checkpoint.torch.save",
-        "multigrain.checkpoint._digest",
-        "multigrain.checkpoint._sync",
-        "pathlib.Path.rename",
+        ("multigrain.checkpoint.save_file", broken_save_file),
+        ("multigrain.checkpoint.torch.save", broken_torch_save),
+        ("pathlib.Path.write_text", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))),
+        ("multigrain.checkpoint._digest", Mock(side_effect=KeyboardInterrupt)),
+        ("multigrain.checkpoint.os.fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error"))),
+        ("pathlib.Path.rename", Mock(side_effect=KeyboardInterrupt)),
     ],
 )
-def test_an_interrupted_save_leaves_the_one_before_the_newest(tmp_path, monkeypatch, step):
+def test_an_interrupted_save_leaves_the_one_before_the_newest_and_no_debris(tmp_path, monkeypatch, step, broken):
     older = trained(1)
     checkpoint.save(tmp_path, older)
     with monkeypatch.context() as patch:
-        patch.setattr(step, Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, broken)
+        with pytest.raises((OSError, KeyboardInterrupt)):
             checkpoint.save(tmp_path, trained(2))
+    assert names(tmp_path) == ["step-00000001"]
     assert_same(checkpoint.latest(tmp_path).model, older.model)
     newer = trained(2)
     checkpoint.save(tmp_path, newer)
     assert_same(checkpoint.latest(tmp_path).model, newer.model)
-    assert names(tmp_path) == ["epoch-0001", "epoch-0002"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_a_checkpoint_is_complete_from_the_moment_it_has_its_name(tmp_path, monkeypatch):
-    rename = Path.rename
-    seen = []
+@contextmanager
+def largest_file(size):
+    """Files may not grow beyond so many bytes: a full disk, as the operating system tells it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def watched(draft, target):
+
+@pytest.mark.parametrize(("size", "name"), [(64, "model.safetensors"), (2000, "optimizer.pt"), (40000, "state.json")])
+def test_a_full_disk_leaves_the_one_before_the_newest_and_no_debris(tmp_path, size, name):
+    older, newer = trained(1), trained(2)
+    newer.state["classes"] = ["x" * 100] * 500
+    sizes = {path.name: path.stat().st_size for path in checkpoint.save(tmp_path / "free", newer).iterdir()}
+    assert next(file for file in FILES[1:] if sizes[file] > size) == name, "the files before fit"
+    checkpoint.save(tmp_path, older)
+    with pytest.raises((OSError, RuntimeError, SafetensorError)), largest_file(size):
+        checkpoint.save(tmp_path, newer)
+    shutil.rmtree(tmp_path / "free")
+    assert names(tmp_path) == ["step-00000001"]
+    assert_same(checkpoint.latest(tmp_path).model, older.model)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    draft = tmp_path / "draft-step-00000001"
+    draft.mkdir()
+    half(draft / "model.safetensors")
+    half(draft / "junk")
+    checkpoint.save(tmp_path, trained(1))
+    assert names(tmp_path) == ["step-00000001"]
+    assert names(tmp_path / "step-00000001") == FILES
+
+
+def test_a_checkpoint_is_complete_and_on_disk_from_the_moment_it_has_its_name(tmp_path, monkeypatch):
+    rename, fsync, seen = Path.rename, os.fsync, []
+
+    def watched_rename(draft, target):
         seen.append((names(draft), names(tmp_path)))
         return rename(draft, target)
 
-    monkeypatch.setattr(Path, "rename", watched)
-    checkpoint.save(tmp_path, trained(1))
-    assert seen == [(FILES, ["draft-epoch-0001"])]
+    def watched_fsync(handle):
+        seen.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    monkeypatch.setattr(checkpoint.os, "fsync", watched_fsync)
+    directory = checkpoint.save(tmp_path, trained(1))
+    place = seen.index((FILES, ["draft-step-00000001"]))
+    number = {path.name: (path.stat().st_ino, path.stat().st_size) for path in (*directory.iterdir(), directory)}
+    assert sorted(seen[:place]) == sorted(number.values())
+    # The new name itself, last.
+    assert [inode for inode, _ in seen[place + 1 :]] == [tmp_path.stat().st_ino]
 
 
 def test_junk_beside_checkpoints_is_no_checkpoint(tmp_path):
     directory = checkpoint.save(tmp_path, trained(1))
-    shutil.copytree(directory, tmp_path / "draft-epoch-0009")
-    shutil.copytree(directory, tmp_path / "epoch-0007.copy2")
-    (tmp_path / "notes.txt").write_text("epoch-0008")
-    assert checkpoint.latest(tmp_path).state["epoch"] == 1
+    shutil.copytree(directory, tmp_path / "draft-step-00000009")
+    shutil.copytree(directory, tmp_path / "step-00000007.copy2")
+    shutil.copytree(directory, tmp_path / "epoch-0007")
+    (tmp_path / "notes.txt").write_text("step-00000008")
+    assert checkpoint.latest(tmp_path).state["steps"] == 1
+
+
+def writing_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
+    gate, save_file = threading.Event(), checkpoint.save_file
+
+    def gated(*arguments):
+        assert gate.wait(60)
+        save_file(*arguments)
+
+    monkeypatch.setattr("multigrain.checkpoint.save_file", gated)
+    made, expected = trained(1), trained(1)
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    made.model["weight"], expected.model["weight"] = weight, torch.tensor([1.0, 2.0])
+    with closing(Writer(tmp_path)) as writer:
+        writer.save(made)  # returns while nothing is written
+        assert checkpoint.latest(tmp_path) is None
+        with torch.no_grad():
+            for tensor in made.model.values():
+                tensor.add_(1)
+            for entry in made.optimizer["state"].values():
+                entry["momentum_buffer"].zero_()
+        made.optimizer["param_groups"][0]["lr"] = 7.0
+        made.state["totals"]["loss"] = 7.0
+        gate.set()
+        writer.wait()
+        found = checkpoint.latest(tmp_path)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(dict(one), dict(other))
+
+
+def test_a_writer_waits_for_the_last_write_before_it_takes_another_copy(tmp_path, monkeypatch):
+    events, copy = [], checkpoint.pytree.tree_map_only
+
+    class Watched(Writer):
+        def wait(self):
+            super().wait()
+            events.append("waited")
+
+    def watched_copy(*arguments):
+        events.append("copied")
+        return copy(*arguments)
+
+    monkeypatch.setattr(checkpoint.pytree, "tree_map_only", watched_copy)
+    monkeypatch.setattr(checkpoint, "save", lambda *_: events.append("written"))
+    with closing(Watched(tmp_path)) as writer:
+        for steps in (1, 2, 3):
+            writer.save(trained(steps))
+    # The first save has nothing to wait for, but asks.
+    assert events == ["waited", "copied", "written"] * 3 + ["waited"]
+
+
+def test_a_writer_keeps_the_newest_two(tmp_path):
+    with closing(Writer(tmp_path)) as writer:
+        for steps in (1, 2, 3):
+            writer.save(trained(steps))
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert_same(checkpoint.latest(tmp_path).model, trained(3).model)
+
+
+def test_a_failed_write_is_told_once_by_what_comes_next(tmp_path, monkeypatch):
+    with closing(Writer(tmp_path)) as writer:
+        for tell in (writer.wait, lambda: writer.save(trained(2))):
+            with monkeypatch.context() as patch:
+                patch.setattr("multigrain.checkpoint.save_file", broken_save_file)
+                writer.save(trained(1))
+                with pytest.raises(OSError, match="No space left"):
+                    tell()
+            writer.wait()
+            assert names(tmp_path) == []
+        writer.save(trained(3))
+        writer.wait()
+        assert names(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_close_waits_tells_of_a_failure_and_ends_the_thread(tmp_path, monkeypatch, fails):
+    writer = Writer(tmp_path)
+    if fails:
+        monkeypatch.setattr("multigrain.checkpoint.save_file", broken_save_file)
+    writer.save(trained(1))
+    assert len(writing_threads()) == 1
+    if fails:
+        with pytest.raises(OSError, match="No space left"):
+            writer.close()
+    else:
+        writer.close()
+    assert names(tmp_path) == [] if fails else ["step-00000001"]
+    assert writing_threads() == []

@@ -2,16 +2,24 @@
 
 import os
 import random
-import resource
 import shutil
-import struct
-import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from multigrain.data import DataError, DataSettings, image_problems, read_copies, read_dataset, untracked
+from multigrain.data import (
+    SHOWN,
+    Copies,
+    DataError,
+    Dataset,
+    DataSettings,
+    read_copies,
+    read_dataset,
+    shortened,
+    untracked,
+)
 
 
 def write_images(root, *names):
@@ -180,88 +188,15 @@ def test_read_copies_needs_no_distractors(tmp_path):
     assert len(read_copies(tmp_path).database) == 1
 
 
-def png_header(width, height):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
-
-
-def truncated_jpeg(path):
-    noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3))
-    noise.save(path, "JPEG")
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def flipped_png(path):
-    Image.new("RGB", (8, 8)).save(path, "PNG")
-    content = bytearray(path.read_bytes())
-    content[19] ^= 1  # in the width
-    path.write_bytes(content)
-
-
-SPOILERS = {
-    "empty.png": lambda path: path.write_bytes(b""),
-    "cut.jpg": truncated_jpeg,
-    "page.jpg": lambda path: path.write_text("<!DOCTYPE html><html><body>404</body></html>"),
-    "header.png": flipped_png,
-    "bomb.png": lambda path: path.write_bytes(png_header(65000, 65000)),
-}
-
-
-@pytest.mark.parametrize("place", ["train/a", "val/a", "copies/original", "copies/strong", "copies/distractors"])
-def test_an_unreadable_image_is_told_wherever_it_lies(tmp_path, place):
-    write_images(tmp_path, *GOOD, "copies/original/200000.png", "copies/strong/200001.png", "copies/distractors/0.png")
-    write_images(tmp_path, f"{place}/200002.png")
-    (tmp_path / place / "200002.png").write_bytes(b"")
-    (problem,) = image_problems(read_dataset(tmp_path))
-    assert str(tmp_path / place / "200002.png") in problem
-
-
-def test_all_unreadable_images_are_told_in_order_and_no_other(tmp_path):
-    write_images(tmp_path, *GOOD)
-    for name, spoil in SPOILERS.items():
-        spoil(tmp_path / "train/a" / name)
-    problems = image_problems(read_dataset(tmp_path))
-    assert len(problems) == len(SPOILERS)
-    for name, problem in zip(sorted(SPOILERS), problems, strict=True):
-        assert str(tmp_path / "train/a" / name) in problem
-    assert "bomb" in problems[0].replace("bomb.png", "")
-
-
-def test_a_decompression_bomb_takes_no_memory(tmp_path):
-    write_images(tmp_path, *GOOD)
-    SPOILERS["bomb.png"](tmp_path / "train/a/0.png")
-    data = read_dataset(tmp_path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(image_problems(data)) == 1
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 200_000, "KB; the pixels would be 12 GB"
-
-
-def test_readable_images_have_no_problems_and_are_tracked_one_by_one(tmp_path):
-    write_images(tmp_path, *GOOD, "copies/original/200000.png", "copies/strong/200001.png")
-    tracked = []
-
-    def track(items, title, length):
-        tracked.append((title, length))
-        for item in items:
-            tracked.append(item)
-            yield item
-
-    data = read_dataset(tmp_path)
-    assert image_problems(data, track) == []
-    assert tracked[0][1] == 5
-    assert len(tracked) == 6
-    assert list(untracked([1, 2], "title", 2)) == [1, 2]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"builtin": "digits", "folder": "somewhere"},
+        {"builtin": "digits", "manifest": "list.csv"},
+        {"folder": "somewhere", "manifest": "list.csv"},
+        {"builtin": "digits", "folder": "somewhere", "manifest": "list.csv"},
+        {"folder": "somewhere", "skip_broken": 1},
         {"builtin": "letters"},
         {"folder": "somewhere", "val_share": 0.0},
         {"folder": "somewhere", "val_share": 1.0},
@@ -273,6 +208,51 @@ def test_readable_images_have_no_problems_and_are_tracked_one_by_one(tmp_path):
 def test_data_settings_refuse_what_has_no_meaning(settings):
     with pytest.raises(ValidationError):
         DataSettings(**settings)
+
+
+@pytest.mark.parametrize("source", [{"builtin": "digits"}, {"folder": "somewhere"}, {"manifest": "list.csv"}])
+def test_data_settings_take_one_source(source):
+    assert DataSettings(**source).skip_broken is False
+
+
+A, B, C, D = (Path(name) for name in "abcd")
+
+
+def test_an_image_is_its_own_instance_unless_told_otherwise():
+    assert Dataset(("x",), (A, B, C), (0, 0, 0), (D,), (0,), None).instances == (0, 1, 2)
+    assert Dataset(("x",), (A, B, C), (0, 0, 0), (D,), (0,), None, (0, 0, 2)).instances == (0, 0, 2)
+
+
+def test_the_paths_of_a_data_set_are_each_file_once():
+    assert Dataset(("x",), (A, B), (0, 0), (C,), (0,), None).paths == (A, B, C)
+    assert Dataset(("x",), (A, B), (0, 0), (C,), (0,), Copies((C, A), (D,), (0,))).paths == (A, B, C, D)
+
+
+@pytest.mark.parametrize(
+    ("labels", "copies", "metrics"),
+    [
+        ((0, 1), None, ("top1",)),
+        ((0, 1, 0), None, ("top1", "class_map")),
+        ((0, 1), Copies((C,), (D,), (0,)), ("top1", "copy_map", "mean_top1_copy_map")),
+        ((1, 1), Copies((C,), (D,), (0,)), ("top1", "class_map", "copy_map", "mean_top1_copy_map")),
+    ],
+)
+def test_the_metrics_are_those_that_the_images_have_truth_for(labels, copies, metrics):
+    assert Dataset(("x", "y"), (A, B), (0, 1), (C, D, A)[: len(labels)], labels, copies).metrics == metrics
+
+
+def test_long_lists_are_cut_and_the_rest_is_counted():
+    lines = [f"line {number}" for number in range(SHOWN + 3)]
+    assert shortened(lines[:SHOWN]) == lines[:SHOWN]
+    assert shortened(lines[: SHOWN + 1]) == [*lines[:SHOWN], "and 1 more of the kind"]
+    assert shortened(lines) == [*lines[:SHOWN], "and 3 more of the kind"]
+    error = DataError(lines)
+    assert error.problems == lines
+    assert str(error).splitlines() == shortened(lines)
+
+
+def test_untracked_leaves_a_loop_as_it_is():
+    assert list(untracked([1, 2], "title", 2)) == [1, 2]
 
 
 def test_names_that_are_not_utf8_are_split_too(tmp_path):

@@ -9,14 +9,19 @@ import torch
 from PIL import Image
 from torch import distributed, multiprocessing, nn
 
-from multigrain import evaluate as module
-from multigrain.augment import evaluation_crop
+from multigrain import views
+from multigrain.augment import evaluation_view
 from multigrain.data import Copies, Dataset, read_dataset
 from multigrain.evaluate import METRICS, embed, evaluate
 from multigrain.model import MultiGrain, Output
-from multigrain.views import decode, evaluation_batches
+from multigrain.spec import MultiGrainSpec
+from multigrain.views import decode
 
 CPU = torch.device("cpu")
+
+
+def spec(size, transform="crop"):
+    return MultiGrainSpec.model_validate({"image_size": 64, "evaluation": {"size": size, "transform": transform}})
 
 
 def small_network():
@@ -62,7 +67,7 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
         paint((0, 0, 255), (255, 255, 255), (0, 255, 255)), paint((100, 255, 255), (0, 0, 120)), truth=(1, 0)
     )
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN, YELLOW), (0, 0, 1, 1), copies)
-    metrics = evaluate(Colours(), data, 16, CPU)
+    metrics = evaluate(Colours(), data, spec(16), CPU)
     assert metrics == pytest.approx(
         {
             "top1": 0.75,  # yellow is more red than green
@@ -76,12 +81,12 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
 
 def test_metrics_without_truth_are_left_out(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, GREEN), (0, 1), None)
-    assert evaluate(Colours(), data, 16, CPU) == {"top1": 1.0}
+    assert evaluate(Colours(), data, spec(16), CPU) == {"top1": 1.0}
 
 
 def test_a_class_with_one_image_is_no_query(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN), (0, 0, 1), None)
-    assert evaluate(Colours(), data, 16, CPU) == {"top1": 1.0, "class_map": 1.0}
+    assert evaluate(Colours(), data, spec(16), CPU) == {"top1": 1.0, "class_map": 1.0}
 
 
 def slow_average_precision(scores, positive):
@@ -95,10 +100,10 @@ def slow_average_precision(scores, positive):
     return total / found
 
 
-def slow_metrics(network, data, size):
+def slow_metrics(network, data, size, transform):
     def outputs(paths):
         with torch.no_grad():
-            return [network.eval()(evaluation_crop(decode(path), size)[None]) for path in paths]
+            return [network.eval()(evaluation_view(decode(path), transform, size)[None]) for path in paths]
 
     def similarity(a, b):
         return float(a.descriptor[0] @ b.descriptor[0])
@@ -120,17 +125,24 @@ def slow_metrics(network, data, size):
     return {"top1": top1, "class_map": class_map, "copy_map": copy_map, "mean_top1_copy_map": (top1 + copy_map) / 2}
 
 
-def test_metrics_of_a_network_are_those_of_slow_loops(shapes_folder):
+@pytest.mark.parametrize(("size", "transform"), [(32, "crop"), (48, "rect")])
+def test_metrics_of_a_network_are_those_of_slow_loops(shapes_folder, size, transform):
     data, network = read_dataset(shapes_folder), small_network()
-    expected = slow_metrics(network, data, 32)
-    assert evaluate(network, data, 32, CPU) == pytest.approx(expected, abs=1e-6)
+    expected = slow_metrics(network, data, size, transform)
+    assert evaluate(network, data, spec(size, transform), CPU) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["copy_map"] < 1
+
+
+def test_the_size_of_training_crops_is_that_of_evaluation_unless_told(shapes_folder):
+    data, network = read_dataset(shapes_folder), small_network()
+    untold = MultiGrainSpec.model_validate({"image_size": 40})
+    assert evaluate(network, data, untold, CPU) == evaluate(network, data, spec(40), CPU)
 
 
 def test_evaluation_neither_trains_nor_depends_on_training_mode(shapes_folder):
     data, network = read_dataset(shapes_folder), small_network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    metrics = [evaluate(network.train(mode), data, 32, CPU) for mode in (False, True)]
+    metrics = [evaluate(network.train(mode), data, spec(32), CPU) for mode in (False, True)]
     assert metrics[0] == metrics[1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -138,14 +150,38 @@ def test_evaluation_neither_trains_nor_depends_on_training_mode(shapes_folder):
 
 def test_embedding_keeps_the_order_of_the_files_over_batches(shapes_folder, monkeypatch):
     paths, network = read_dataset(shapes_folder).val, small_network()
-    descriptors, logits = embed(network, paths, 32, CPU)
-    monkeypatch.setattr(module, "evaluation_batches", lambda paths, size: evaluation_batches(paths, size, 3))
-    in_threes = embed(network, paths, 32, CPU)
+    descriptors, logits = embed(network, paths, "crop", 32, CPU)
+    monkeypatch.setattr(views, "BATCH_PIXELS", 3 * 32 * 32)
     assert descriptors.shape == (14, 128)
     assert logits.shape == (14, 8)
-    np.testing.assert_allclose(in_threes[0], descriptors, atol=1e-6)
-    np.testing.assert_allclose(in_threes[1], logits, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-5)
+    for loaders in (0, 2):
+        in_threes = embed(network, paths, "crop", 32, CPU, loaders)
+        np.testing.assert_allclose(in_threes[0], descriptors, atol=1e-6)
+        np.testing.assert_allclose(in_threes[1], logits, atol=1e-5)
+
+
+def test_images_of_any_shapes_are_embedded_whole_and_in_order(tmp_path):
+    network, paths, expected = small_network().eval(), [], []
+    sizes = [(40, 30), (30, 40), (64, 64), (40, 30), (21, 90), (80, 60), (64, 48)]
+    for number, size in enumerate(sizes):
+        paths.append(tmp_path / f"{number}.png")
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(paths[-1])
+        with torch.no_grad():
+            expected.append(network(evaluation_view(decode(paths[-1]), "rect", 48)[None]))
+    descriptors, logits = embed(network, paths, "rect", 48, CPU)
+    np.testing.assert_allclose(descriptors, torch.cat([output.descriptor for output in expected]), atol=1e-6)
+    np.testing.assert_allclose(logits, torch.cat([output.logits for output in expected]), atol=1e-5)
+    assert np.linalg.norm(descriptors[:, None] - descriptors[None], axis=2)[~np.eye(7, dtype=bool)].min() > 1e-3
+
+
+def test_embedding_is_computed_in_fp32_whatever_surrounds_it(shapes_folder):
+    paths, network = read_dataset(shapes_folder).val, small_network()
+    expected = embed(network, paths, "crop", 32, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embed(network, paths, "crop", 32, CPU)
+    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
 
 
 def of_one_rank(rank, meeting, folder):
@@ -156,9 +192,9 @@ def of_one_rank(rank, meeting, folder):
     )
     data, network = read_dataset(Path(folder)), small_network()
     found = {
-        "odd": embed(network, data.val[:7], 32, CPU),
-        "fewer than ranks": embed(network, data.val[:1], 32, CPU),
-        "metrics": evaluate(network, data, 32, CPU),
+        "odd": embed(network, data.val[:7], "crop", 32, CPU),
+        "fewer than ranks": embed(network, data.val[:1], "crop", 32, CPU),
+        "metrics": evaluate(network, data, spec(32), CPU),
     }
     torch.save(found, Path(meeting) / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -171,6 +207,6 @@ def test_two_ranks_find_what_one_process_finds(shapes_folder, tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for name, count in (("odd", 7), ("fewer than ranks", 1)):
-            for whole, alone in zip(found[name], embed(network, data.val[:count], 32, CPU), strict=True):
+            for whole, alone in zip(found[name], embed(network, data.val[:count], "crop", 32, CPU), strict=True):
                 np.testing.assert_allclose(whole, alone, atol=1e-5)
-        assert found["metrics"] == pytest.approx(evaluate(network, data, 32, CPU), abs=1e-6)
+        assert found["metrics"] == pytest.approx(evaluate(network, data, spec(32), CPU), abs=1e-6)

@@ -1,63 +1,79 @@
 """The training loop: its results, how it goes on after an interruption, and how ranks share the work."""
 
-import itertools
+import copy
+import json
 import math
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed, multiprocessing, nn
 
-from multigrain import checkpoint
+from multigrain import checkpoint, model
 from multigrain import fit as module
-from multigrain.augment import TrainTransform
+from multigrain import training as training_module
 from multigrain.data import read_dataset
-from multigrain.evaluate import METRICS
-from multigrain.fit import EpochResult, Objective, Training, TrainingError, fit
-from multigrain.model import MultiGrain
-from multigrain.sampling import Triplets, sample_triplets
-from multigrain.spec import LossSettings, MultiGrainSpec
-from multigrain.views import TrainViews, Views
+from multigrain.evaluate import METRICS, evaluate
+from multigrain.fit import fit
+from multigrain.objective import Objective
+from multigrain.predict import network_of
+from multigrain.spec import MultiGrainSpec
+from multigrain.training import Training, TrainingError
 
 CPU = torch.device("cpu")
-EPOCHS = 3
+EPOCHS, STEPS = 2, 3
+
+
+class Interrupted(BaseException):
+    """What no handler of ordinary errors sees."""
+
+
+def merged(settings, changes):
+    for group, values in changes.items():
+        settings[group] = {**settings.get(group, {}), **values} if isinstance(values, dict) else values
+    return settings
 
 
 def spec(**changes):
-    """Two steps of 24 views an epoch, from the 26 images for training."""
+    """Three steps of 24 views an epoch, from the 26 images for training; a checkpoint after each step."""
     settings = {
         "image_size": 32,
         "epochs": EPOCHS,
         "model": {"trunk": "narrow"},
-        "batch": {"size": 24, "repeats": 2, "length_factor": 1.0},
+        "batch": {"size": 24, "repeats": 2, "length_factor": 2.5},
         "augment": {"crop": 0.5},
         "optimizer": {"rate": 1.0},
+        "compute": {"checkpoint_steps": 1, "precision": "fp32"},
     }
-    for group, values in changes.items():
-        settings[group] = {**settings.get(group, {}), **values} if isinstance(values, dict) else values
-    return MultiGrainSpec.model_validate(settings)
+    return MultiGrainSpec.model_validate(merged(settings, changes))
 
 
-def dead(*_):
-    raise AssertionError("nothing is left to train")
+EVERYTHING = {
+    "model": {"learn_p": True},
+    "loss": {"entropy": 0.2},
+    "batch": {"accumulate": 2},
+    "augment": {"mixup": 0.4},
+    "optimizer": {"algorithm": "adamw", "rate": 0.01, "ema": 0.9, "clip": 1.0, "schedule": "cosine", "warmup": 0.5},
+}
+"""All that could be forgotten when a run goes on."""
+RUNS = {"plain": {}, "everything": EVERYTHING, "loaders": {**EVERYTHING, "compute": {"loaders": 2}}}
 
 
-def without_speed(result):
-    return result.epoch, {name: value for name, value in result.metrics.items() if name != "views_per_second"}
+def with_dropout(patch):
+    """Networks get a trunk that draws random numbers."""
+    narrow = model._narrow_trunk
+
+    def dropping():
+        trunk = narrow()
+        return trunk._replace(module=nn.Sequential(*trunk.module, nn.Dropout2d(0.3)))
+
+    patch.setattr(model, "_narrow_trunk", dropping)
 
 
-def assert_same_state(a, b):
-    assert without_speed(EpochResult(a.state["epoch"], a.state["metrics"])) == without_speed(
-        EpochResult(b.state["epoch"], b.state["metrics"])
-    )
-    assert a.model.keys() == b.model.keys()
-    assert all(torch.equal(tensor, b.model[name]) for name, tensor in a.model.items())
-    assert a.optimizer["param_groups"] == b.optimizer["param_groups"]
-    assert a.optimizer["state"].keys() == b.optimizer["state"].keys()
-    for name, state in a.optimizer["state"].items():
-        assert torch.equal(state["momentum_buffer"], b.optimizer["state"][name]["momentum_buffer"])
+@pytest.fixture(autouse=True)
+def dropout(monkeypatch):
+    with_dropout(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -65,143 +81,242 @@ def data(shapes_folder):
     return read_dataset(shapes_folder)
 
 
+def without_clocks(metrics):
+    return {name: value for name, value in metrics.items() if name not in {"views_per_second", "data_wait"}}
+
+
+def known(results):
+    return {result.epoch: without_clocks(result.metrics) for result in results}
+
+
+def flat(tree, path=""):
+    """The leaves of dictionaries and lists, by their path."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {key: leaf for name, branch in pairs for key, leaf in flat(branch, f"{path}/{name}").items()}
+    return {path: tree}
+
+
+def assert_same_state(a, b):
+    """Bit for bit."""
+    for which in ("model", "optimizer", "state"):
+        one, other = flat(getattr(a, which)), flat(getattr(b, which))
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"/seconds", "/waited"}:
+            mine, theirs = one[name], other[name]
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, name
+
+
+def cut_short(settings, data, folder, step=0, evaluation=0):
+    """The results of a run that ends before a step, or after an evaluation, counted from 1 over all epochs."""
+    results, left = [], {"step": step, "evaluation": evaluation}
+
+    def until(which, function, after):
+        def counted(*args):
+            given = function(*args) if after else None
+            left[which] -= 1
+            if not left[which]:
+                raise Interrupted
+            return given if after else function(*args)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_train_step", until("step", Training._train_step, False))
+        patch.setattr(module, "evaluate", until("evaluation", evaluate, True))
+        with pytest.raises(Interrupted):
+            results.extend(fit(settings, data, folder, CPU))  # it keeps those before the interruption
+    return results
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """The results of a whole run, and the checkpoint that it ends with."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return list(fit(spec(), data, folder, CPU)), checkpoint.latest(folder)
+    """The results of whole runs, and the checkpoints that they end with, by name."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        with_dropout(patch)
+        for name, changes in RUNS.items():
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            found[name] = list(fit(spec(**changes), data, folder, CPU)), checkpoint.latest(folder)
+    return found
 
 
-def test_every_epoch_gives_a_result_and_a_checkpoint(uninterrupted, data):
-    results, last = uninterrupted
-    assert [result.epoch for result in results] == [1, 2, 3]
-    course = {"loss", "classification_loss", "margin_loss", "beta", "active_terms", "views_per_second"}
-    distances = {"positive_distance", "negative_distance"}
-    for result in results:
-        assert set(result.metrics) == set(METRICS) | course | distances
-        assert all(type(value) is float and math.isfinite(value) for value in result.metrics.values())
-        assert all(0 <= result.metrics[name] <= 1 for name in (*METRICS, "active_terms"))
-        assert all(0 < result.metrics[name] < math.sqrt(2) for name in distances)
-    assert last.state == {
-        "epoch": 3,
-        "metrics": results[-1].metrics,
-        "spec": spec().model_dump(),
-        "classes": list(data.classes),
-    }
-    assert results[0].metrics["beta"] != 1.2
-    assert last.model["margin.beta"].item() == results[-1].metrics["beta"]
+def test_every_epoch_gives_a_result(uninterrupted):
+    course = {"loss", "classification_loss", "margin_loss", "classification_gradient", "beta", "active_terms"}
+    course |= {"positive_distance", "negative_distance", "fallback_rows", "views_per_second", "data_wait"}
+    for name, extra in (("plain", set()), ("everything", {"p", "entropy_loss"})):
+        results, last = uninterrupted[name]
+        assert [result.epoch for result in results] == [1, 2]
+        for result in results:
+            assert set(result.metrics) == set(METRICS) | course | extra
+            assert all(type(value) is float and math.isfinite(value) for value in result.metrics.values())
+            shares = (*METRICS, "active_terms", "fallback_rows", "data_wait", "classification_gradient")
+            assert all(0 <= result.metrics[share] <= 1 for share in shares)
+            assert all(0 < result.metrics[which] < math.sqrt(2) for which in ("positive_distance", "negative_distance"))
+        assert results[0].metrics["beta"] != 1.2
+        assert last.model["margin.beta"].item() == results[-1].metrics["beta"]
+        assert (last.state["steps"], last.state["epoch"], last.state["step"]) == (EPOCHS * STEPS, EPOCHS - 1, STEPS)
 
 
-def test_course_of_the_training_is_the_mean_over_its_steps(data, monkeypatch):
-    steps, batches = [], []
-    joint_loss = module.joint_loss
+def test_what_is_evaluated_and_kept_is_the_average(uninterrupted, data):
+    for name, changes in RUNS.items():
+        results, last = uninterrupted[name]
+        network, _ = network_of(last)
+        averaged = "ema." if name != "plain" else "network."
+        assert all(torch.equal(tensor, last.model[averaged + key]) for key, tensor in network.state_dict().items())
+        expected = evaluate(network, data, spec(**changes), CPU)
+        assert {metric: results[-1].metrics[metric] for metric in METRICS} == expected
+    assert not torch.equal(last.model["ema.classifier.weight"], last.model["network.classifier.weight"])
 
-    def recorded(logits, labels, margin, weight):
-        loss = joint_loss(logits, labels, margin, weight)
-        steps.append([value.item() for value in loss])
-        return loss
 
-    def sampled(descriptors, instances, *settings):
-        triplets = sample_triplets(descriptors, instances, *settings)
-        batches.append((descriptors, triplets, training.objective.margin.beta.item()))
-        return triplets
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_what_is_evaluated_is_what_the_checkpoint_keeps(data, tmp_path, monkeypatch, ema):
+    evaluated = []
 
-    monkeypatch.setattr(module, "joint_loss", recorded)
-    monkeypatch.setattr(module, "sample_triplets", sampled)
-    training = Training(spec(), data, CPU)
-    course = training.train_epoch(0)
-    assert len(steps) == 2
-    for position, name in enumerate(("loss", "classification_loss", "margin_loss")):
-        assert course[name] == pytest.approx(sum(step[position] for step in steps) / 2, rel=1e-5)
-    near, far, active = [], [], 0
-    for descriptors, triplets, beta in batches:
-        for anchor, positive, negative in zip(*(indices.tolist() for indices in triplets), strict=True):
-            near.append(math.dist(descriptors[anchor].tolist(), descriptors[positive].tolist()))
-            far.append(math.dist(descriptors[anchor].tolist(), descriptors[negative].tolist()))
-            active += (near[-1] - beta + 0.2 > 0) + (beta - far[-1] + 0.2 > 0)
-    assert len(near) == 2 * 24
-    assert course["positive_distance"] == pytest.approx(sum(near) / len(near), abs=1e-4)
-    assert course["negative_distance"] == pytest.approx(sum(far) / len(far), abs=1e-4)
-    assert course["active_terms"] == pytest.approx(active / (2 * len(near)), abs=0.011)
+    def recorded(network, *args):
+        evaluated.append(copy.deepcopy(network.state_dict()))
+        return evaluate(network, *args)
+
+    monkeypatch.setattr(module, "evaluate", recorded)
+    for result in fit(spec(optimizer={"ema": ema}), data, tmp_path, CPU):
+        kept = network_of(checkpoint.latest(tmp_path))[0].state_dict()
+        assert len(evaluated) == result.epoch
+        assert evaluated[-1].keys() == kept.keys()
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in evaluated[-1].items())
+
+
+def test_loaders_change_nothing(uninterrupted):
+    (results, last), (others, other) = uninterrupted["everything"], uninterrupted["loaders"]
+    assert known(results) == known(others)
+    settings = spec(**EVERYTHING).model_dump()
+    assert_same_state(last, other._replace(state=other.state | {"spec": settings}))
 
 
 def test_loss_goes_down(data, tmp_path):
     settings = spec(
         epochs=8,
-        batch={"length_factor": 3.0},
         augment={"policy": "torch", "crop": 0.9, "flip": 0.0},
         optimizer={"schedule": "cosine"},
+        compute={"checkpoint_steps": 1000},
     )
     results = list(fit(settings, data, tmp_path, CPU))
     for name in ("loss", "classification_loss"):
-        assert results[-1].metrics[name] < 0.7 * results[0].metrics[name]
-    assert results[-1].metrics["margin_loss"] < results[0].metrics["margin_loss"]
+        assert results[-1].metrics[name] < 0.8 * results[0].metrics[name]
 
 
-@pytest.mark.parametrize("done", [1, 2])
-def test_a_run_interrupted_after_an_epoch_ends_as_if_it_had_not_been(uninterrupted, data, tmp_path, done):
-    results, last = uninterrupted
-    first = list(itertools.islice(fit(spec(), data, tmp_path, CPU), done))
+CUTS = [{"step": step} for step in range(2, EPOCHS * STEPS + 1)] + [{"evaluation": epoch} for epoch in (1, 2)]
+
+
+def cut_name(cut):
+    return " ".join(f"{where} {number}" for where, number in cut.items())
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=cut_name)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_a_run_interrupted_anywhere_ends_as_if_it_had_not_been(uninterrupted, data, tmp_path, name, cut):
+    results, last = uninterrupted[name]
+    settings = spec(**RUNS[name])
+    before = cut_short(settings, data, tmp_path, **cut)
+    done = cut["step"] - 1 if "step" in cut else STEPS * cut["evaluation"]
+    assert checkpoint.latest(tmp_path).state["steps"] == done
     torch.manual_seed(99)
-    second = list(fit(spec(), data, tmp_path, CPU))
-    assert second[0] == first[-1], "the last result comes again, as it was"
-    assert list(map(without_speed, [*first, *second[1:]])) == list(map(without_speed, results))
+    after = list(fit(settings, data, tmp_path, CPU))
+    assert known(before) | known(after) == known(results)
+    assert [result.epoch for result in after] == list(range(math.ceil(done / STEPS), EPOCHS + 1))
+    assert all(known(before)[epoch] == known(after)[epoch] for epoch in known(before).keys() & known(after).keys())
     assert_same_state(checkpoint.latest(tmp_path), last)
 
 
-def test_a_run_interrupted_amid_an_epoch_ends_as_if_it_had_not_been(uninterrupted, data, tmp_path, monkeypatch):
-    results, last = uninterrupted
-    joint_loss, steps = module.joint_loss, itertools.count(1)
-
-    def interrupted(*args):
-        if next(steps) == 4:  # the second step of the second epoch
-            raise KeyboardInterrupt
-        return joint_loss(*args)
-
-    running = fit(spec(), data, tmp_path, CPU)
-    monkeypatch.setattr(module, "joint_loss", interrupted)
-    assert next(running).epoch == 1
-    with pytest.raises(KeyboardInterrupt):
-        next(running)
-    assert list(map(without_speed, fit(spec(), data, tmp_path, CPU))) == list(map(without_speed, results))
-    assert_same_state(checkpoint.latest(tmp_path), last)
+@pytest.mark.parametrize("cut", [{"step": 3}, {"step": 5}, {"evaluation": 1}], ids=cut_name)
+def test_loading_processes_go_on_where_they_were(uninterrupted, data, tmp_path, cut):
+    settings = spec(**RUNS["loaders"])
+    cut_short(settings, data, tmp_path, **cut)
+    after = known(fit(settings, data, tmp_path, CPU))
+    assert after.items() <= known(uninterrupted["loaders"][0]).items()
+    assert_same_state(checkpoint.latest(tmp_path), uninterrupted["loaders"][1])
 
 
-def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(uninterrupted, data, tmp_path):
-    list(itertools.islice(fit(spec(), data, tmp_path, CPU), 2))
-    (tmp_path / "epoch-0002" / "optimizer.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="epoch-0002"):
+def test_a_run_interrupted_again_and_again_still_ends_the_same(uninterrupted, data, tmp_path):
+    settings = spec(**EVERYTHING)
+    for _ in range(EPOCHS * STEPS - 1):
+        cut_short(settings, data, tmp_path, step=2)
+    list(fit(settings, data, tmp_path, CPU))
+    assert_same_state(checkpoint.latest(tmp_path), uninterrupted["everything"][1])
+
+
+def test_a_run_that_lost_its_steps_since_the_last_checkpoint_does_them_again(uninterrupted, data, tmp_path):
+    settings = spec(compute={"checkpoint_steps": 2})
+    cut_short(settings, data, tmp_path, step=6)  # five are done, four saved
+    assert checkpoint.latest(tmp_path).state["steps"] == 4
+    assert known(fit(settings, data, tmp_path, CPU)).items() <= known(uninterrupted["plain"][0]).items()
+    saved, (_, last) = checkpoint.latest(tmp_path), uninterrupted["plain"]
+    saved.state["spec"]["compute"]["checkpoint_steps"] = 1
+    assert_same_state(saved, last)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json", "MANIFEST.json"])
+def test_a_run_with_a_truncated_checkpoint_goes_on_from_the_one_before(uninterrupted, data, tmp_path, file):
+    cut_short(spec(), data, tmp_path, step=5)
+    path = tmp_path / "step-00000004" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="step-00000004"):
         resumed = list(fit(spec(), data, tmp_path, CPU))
-    assert [result.epoch for result in resumed] == [1, 2, 3]
-    assert_same_state(checkpoint.latest(tmp_path), uninterrupted[1])
+    assert [result.epoch for result in resumed] == [1, 2]
+    assert_same_state(checkpoint.latest(tmp_path), uninterrupted["plain"][1])
 
 
 def test_random_numbers_drawn_between_epochs_change_nothing(uninterrupted, data, tmp_path):
-    running = fit(spec(), data, tmp_path, CPU)
-    for _ in running:
+    for _ in fit(spec(**EVERYTHING), data, tmp_path, CPU):
         torch.randn(17)
-    assert_same_state(checkpoint.latest(tmp_path), uninterrupted[1])
+    assert_same_state(checkpoint.latest(tmp_path), uninterrupted["everything"][1])
 
 
 def test_another_seed_gives_another_network(uninterrupted, data, tmp_path):
-    (result,) = fit(spec(seed=1, epochs=1), data, tmp_path, CPU)
-    assert result.metrics["loss"] != uninterrupted[0][0].metrics["loss"]
+    result = next(fit(spec(seed=1), data, tmp_path, CPU))
+    assert result.metrics["loss"] != uninterrupted["plain"][0][0].metrics["loss"]
+
+
+def test_a_result_comes_when_its_checkpoint_is_on_disk(data, tmp_path, monkeypatch):
+    def write(writer):
+        if "late" in vars(writer):
+            checkpoint.save(writer.folder, vars(writer).pop("late"))
+
+    # The slowest writer that there can be: it begins when it is waited for.
+    monkeypatch.setattr(checkpoint.Writer, "save", lambda writer, saved: setattr(writer, "late", copy.deepcopy(saved)))
+    monkeypatch.setattr(checkpoint.Writer, "wait", write)
+    epochs = 0
+    for result in fit(spec(compute={"checkpoint_steps": 1000}), data, tmp_path, CPU):
+        saved = checkpoint.latest(tmp_path).state
+        assert (saved["steps"], saved["epoch"], saved["step"]) == (STEPS * result.epoch, result.epoch - 1, STEPS)
+        assert saved["totals"]["loss"] / STEPS == result.metrics["loss"]
+        epochs += 1
+    assert epochs == EPOCHS
+
+
+def dead(*_):
+    raise AssertionError("nothing is left to train")
 
 
 def test_a_finished_run_gives_its_last_result_and_trains_no_more(data, tmp_path, monkeypatch):
-    (finished,) = fit(spec(epochs=1), data, tmp_path, CPU)
-    monkeypatch.setattr(Training, "train_epoch", dead)
+    results = list(fit(spec(**EVERYTHING), data, tmp_path, CPU))
+    before = contents(tmp_path)
+    monkeypatch.setattr(Training, "_train_step", dead)
     monkeypatch.setattr(checkpoint, "save", dead)
-    assert list(fit(spec(epochs=1), data, tmp_path, CPU)) == [finished]
+    assert list(fit(spec(**EVERYTHING), data, tmp_path, CPU)) == [results[-1]], "the clocks' figures, too"
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 4}, {"loss": {"beta": 1.3}}, {"optimizer": {"rate": 1.01}}])
 def test_other_settings_are_refused(data, tmp_path, change):
     next(fit(spec(), data, tmp_path, CPU))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match="settings"):
         next(fit(spec(**change), data, tmp_path, CPU))
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 def test_other_classes_are_refused(data, tmp_path):
@@ -211,43 +326,69 @@ def test_other_classes_are_refused(data, tmp_path):
         next(fit(spec(), renamed, tmp_path, CPU))
 
 
-@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (2, 1), (3, 2), (4, 2)])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_epoch(data, tmp_path, monkeypatch, step, epoch):
-    joint_loss, steps = module.joint_loss, itertools.count(1)
+def poison(patch, position):
+    """Spoils the embeddings of a step, counted from 1 over all epochs; 0: of none."""
+    backward, steps = Objective.backward, []
 
-    def spoilt(logits, labels, margin, weight):
-        return joint_loss(logits * (float("nan") if next(steps) == step else 1), labels, margin, weight)
+    def spoilt(self, embeddings, *args):
+        steps.append(embeddings)
+        return backward(self, embeddings * (math.nan if len(steps) == position else 1), *args)
 
-    monkeypatch.setattr(module, "joint_loss", spoilt)
-    found = []
-    with pytest.raises(TrainingError, match=rf"epoch {epoch}\b.*optimizer\.rate"):
-        found.extend(fit(spec(), data, tmp_path, CPU))
+    patch.setattr(Objective, "backward", spoilt)
+    return steps
+
+
+def assert_finite(folder):
+    """All that lies there."""
+    for directory in folder.glob("step-*"):
+        saved = checkpoint.read(directory)
+        tensors = [leaf for leaf in flat((saved.model, saved.optimizer)).values() if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.isfinite().all() for tensor in tensors)
+        json.dumps(saved.state, allow_nan=False)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 1000])
+@pytest.mark.parametrize("position", [1, 2, 3, 4, 6])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(data, tmp_path, monkeypatch, position, interval):
+    poison(monkeypatch, position)
+    epoch, step = (position - 1) // STEPS + 1, (position - 1) % STEPS + 1
+    with pytest.raises(TrainingError, match=rf"\bstep {step} of epoch {epoch};.* lower optimizer\.rate"):
+        list(fit(spec(compute={"checkpoint_steps": interval}), data, tmp_path, CPU))
     saved = checkpoint.latest(tmp_path)
-    assert (saved.state["epoch"] if saved else 0) == epoch - 1
+    safe = max(done for done in range(position) if done % STEPS == 0 or done % interval == 0)
+    assert (saved.state["steps"] if saved else 0) == safe
+    assert_finite(tmp_path)
 
 
-@pytest.mark.parametrize("negatives", ["uniform", "distance_weighted"])
+def test_a_loss_is_looked_at_between_checkpoints(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_module, "CHECK_STEPS", 2)
+    steps = poison(monkeypatch, 1)
+    with pytest.raises(TrainingError, match=r"\bstep 1 of epoch 1;"):
+        list(fit(spec(compute={"checkpoint_steps": 1000}), data, tmp_path, CPU))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "distance_weighted", "reference"])
 def test_too_high_a_rate_ends_the_run_with_advice(data, tmp_path, negatives):
-    settings = spec(optimizer={"rate": 1e30}, loss={"negatives": negatives})
-    with pytest.raises(TrainingError, match=r"epoch 1\b.*lower optimizer\.rate"):
+    settings = spec(optimizer={"rate": 1e30}, loss={"negatives": negatives}, compute={"checkpoint_steps": 1000})
+    with pytest.raises(TrainingError, match=r"epoch 1;.* lower optimizer\.rate"):
         list(fit(settings, data, tmp_path, CPU))
     assert checkpoint.latest(tmp_path) is None
 
 
 def test_weights_that_are_not_finite_after_the_last_step_end_the_run(data, tmp_path, monkeypatch):
-    joint_loss, steps = module.joint_loss, itertools.count(1)
+    backward, steps = Objective.backward, []
 
-    def spoilt(logits, *others):
-        losses = joint_loss(logits, *others)
-        if next(steps) < 2:
-            return losses
-        # A zero whose gradient is not a number.
-        return losses._replace(loss=losses.loss + (0 * logits.sum()).sqrt())
+    def spoilt(self, *args):
+        gradient, values = backward(self, *args)
+        steps.append(gradient)
+        return gradient * (math.inf if len(steps) == STEPS else 1), values
 
-    monkeypatch.setattr(module, "joint_loss", spoilt)
-    with pytest.raises(TrainingError, match=r"epoch 1\b"):
+    monkeypatch.setattr(Objective, "backward", spoilt)
+    with pytest.raises(TrainingError, match=r"weights must be finite, but were not after step 3 of epoch 1; lower"):
         list(fit(spec(epochs=1), data, tmp_path, CPU))
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path).state["steps"] == 2
+    assert_finite(tmp_path)
 
 
 def test_without_copies_only_the_class_is_learnt(data, tmp_path):
@@ -255,154 +396,103 @@ def test_without_copies_only_the_class_is_learnt(data, tmp_path):
     (result,) = fit(settings, data, tmp_path, CPU)
     assert result.metrics["loss"] == result.metrics["classification_loss"] > 0
     assert result.metrics["margin_loss"] == result.metrics["active_terms"] == 0
+    assert result.metrics["classification_gradient"] == 1
     assert result.metrics["beta"] == pytest.approx(1.2)
-
-
-def test_rates_follow_the_views_that_a_step_really_has(data):
-    # 26 images give a step of 52 views, however large the batch might be.
-    training = Training(spec(batch={"size": 504}), data, CPU)
-    rates = [group["lr"] for group in training.optimizer.param_groups]
-    assert rates == pytest.approx([1.0 * 52 / 512, 0.1 * 52 / 512])
 
 
 # From here on: two ranks, in processes of their own, that do everything the tests below look at.
 
-LOSSES = [
-    LossSettings(beta=0.35),
-    LossSettings(weight=0.2, beta=0.3),
-    LossSettings(negatives="uniform", beta=0.45, margin=0.1),
-]
+RANK_CUTS = [{"step": 3}, {"step": 5}, {"evaluation": 1}]
 
 
-def objective(settings):
-    """In double precision, with the statistics of BatchNorm fixed: gradients can then be compared exactly."""
-    torch.manual_seed(7)
-    return Objective(MultiGrain("narrow", 3), settings).double().eval()
+def outcome(settings, data, folder, cut):
+    """A run, cut short and gone on with; results before and after."""
+    before = cut_short(settings, data, folder, **cut) if cut else []
+    distributed.barrier()  # the first rank may still write
+    after = list(fit(settings, data, folder, CPU))
+    distributed.barrier()
+    return before, after
 
 
-def whole_batch():
-    """Eight views for each rank: three copies of two images and two of a third, noise around a colour of their own."""
-    torch.manual_seed(8)
-    instances = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5])
-    colours = torch.rand(6, 3, 1, 1, dtype=torch.float64)
-    noise = torch.rand(16, 3, 16, 16, dtype=torch.float64)
-    images = 0.5 * colours[instances] + torch.where(instances < 3, 0.1, 0.5)[:, None, None, None] * noise
-    return Views(images, torch.randint(0, 3, (16,)), instances)
+def poisoned(rank, data, folder):
+    """What a rank says of a loss that only the second one spoils."""
+    found = []
+    for interval in (1, 1000):
+        # Negatives of the same rank: the other's loss stays finite.
+        settings = spec(loss={"negatives_from": "rank"}, compute={"checkpoint_steps": interval})
+        with pytest.MonkeyPatch.context() as patch:
+            steps = poison(patch, 5 if rank == 1 else 0)
+            with pytest.raises(TrainingError) as error:
+                list(fit(settings, data, folder / f"nan-{interval}", CPU))
+        found.append((str(error.value), len(steps)))
+        distributed.barrier()
+    return found
 
 
-def drawn_views(data):
-    views = TrainViews(data.train, data.train_labels, TrainTransform(spec().augment, 32), seed=3)
-    views.epoch = 2
-    return views.__getitems__([0, 0, 1]).images
-
-
-def of_one_rank(rank, meeting, folder):
+def of_one_rank(rank, meeting, images):
     torch.set_num_threads(1)
     # A rank that waits for ever fails instead.
     distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    recorded = []
-
-    def recording(*args):
-        recorded.append(sample_triplets(*args))
-        return recorded[-1]
-
-    module.sample_triplets = recording
-    comparisons = []
-    mine = Views(*(tensor[rank * 8 : rank * 8 + 8] for tensor in whole_batch()))
-    for settings in LOSSES:
-        made = objective(settings)
-        shared = DistributedDataParallel(made)
-        losses, sums = shared(mine, torch.Generator().manual_seed(rank))
-        losses.loss.backward()
-        grads = {name: parameter.grad for name, parameter in made.named_parameters()}
-        triplets = [indices + rank * 8 for indices in recorded[-1]]
-        comparisons.append((grads, triplets, losses.loss.item(), sums["active"].item()))
-
-    saves = []
-    save = checkpoint.save
+    saves, save = [], checkpoint.save
+    data, folder = read_dataset(Path(images)), Path(meeting)
+    found = {"poisoned": poisoned(rank, data, folder)}
     checkpoint.save = lambda *args: saves.append(rank) or save(*args)
-    data = read_dataset(Path(folder))
-    run = Path(meeting) / "run"
-    results = list(fit(spec(epochs=2), data, run, CPU))
-    distributed.barrier()
-    again = list(fit(spec(epochs=2), data, run, CPU))
-    training = Training(spec(), data, CPU)
-    training.train_epoch(0)
-    found = {
-        "comparisons": comparisons,
-        "results": results,
-        "again": again,
-        "saves": saves,
-        "weights": {name: parameter.detach() for name, parameter in training.objective.named_parameters()},
-        "instances": list(training.batches),
-        "views": drawn_views(data),
-    }
-    torch.save(found, Path(meeting) / f"{rank}.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        with_dropout(patch)
+        found["runs"] = [
+            outcome(spec(**EVERYTHING), data, folder / str(number), cut) for number, cut in enumerate([{}, *RANK_CUTS])
+        ]
+        found["again"] = list(fit(spec(**EVERYTHING), data, folder / "0", CPU))
+    found["saves"] = len(saves)
+    torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, shapes_folder):
-    """What each of two ranks found, and the folder of their run."""
+    """What each of two ranks found, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(of_one_rank, (str(folder), str(shapes_folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], folder / "run"
+    # The server imports torch once for all; it has not computed anything when it forks.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["multigrain.fit"])
+    multiprocessing.start_processes(of_one_rank, (str(folder), str(shapes_folder)), nprocs=2, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(LOSSES)))
-def test_gradients_of_two_ranks_are_those_of_the_whole_batch(two_ranks, monkeypatch, number):
-    ranks = [found["comparisons"][number] for found in two_ranks[0]]
-    triplets = Triplets(*(torch.cat(parts) for parts in zip(ranks[0][1], ranks[1][1], strict=True)))
-    assert len(triplets.anchors) == 2 * (6 + 6 + 2)
-    assert ranks[0][3] != ranks[1][3], "equally many active terms would hide a mean of means"
-    monkeypatch.setattr(module, "sample_triplets", lambda *_: triplets)
-    alone = objective(LOSSES[number])
-    losses, _ = alone(whole_batch(), torch.Generator())
-    losses.loss.backward()
-    assert sum(rank[2] for rank in ranks) / 2 == pytest.approx(losses.loss.item(), abs=1e-12)
-    expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
-    assert "margin.beta" in expected
-    for rank in ranks:
-        assert rank[0].keys() == expected.keys()
-        for name, gradient in rank[0].items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=0)
-    assert all(gradient.abs().max() > 1e-6 for name, gradient in expected.items() if "bias" not in name)
-
-
-@pytest.mark.slow
-def test_two_ranks_share_each_step_and_keep_the_same_weights(two_ranks):
-    (one, two), _ = two_ranks
-    assert all(torch.equal(weight, two["weights"][name]) for name, weight in one["weights"].items())
-    for mine, other in zip(one["instances"], two["instances"], strict=True):
-        assert len(mine) == len(other) == 12
-        assert not set(mine) & set(other)
-
-
-@pytest.mark.slow
 def test_two_ranks_give_the_same_results_and_one_saves_them(two_ranks):
-    (one, two), folder = two_ranks
-    assert [result.epoch for result in one["results"]] == [1, 2]
-    assert list(map(without_speed, one["results"])) == list(map(without_speed, two["results"]))
-    assert all(math.isfinite(value) for result in one["results"] for value in result.metrics.values())
-    assert (one["saves"], two["saves"]) == ([0, 0], [])
-    assert one["again"] == two["again"] == [one["results"][-1]]
-    assert checkpoint.latest(folder).state["metrics"] == one["results"][-1].metrics
+    (one, two), _ = two_ranks
+    for mine, other in zip(one["runs"], two["runs"], strict=True):
+        assert [known(results) for results in mine] == [known(results) for results in other]
+    (_, results), *_ = one["runs"]
+    assert [result.epoch for result in results] == [1, 2]
+    assert all(math.isfinite(value) for result in results for value in result.metrics.values())
+    assert known(one["again"]) == known(two["again"]) == known(results[-1:])
+    assert (one["saves"] > 0, two["saves"]) == (True, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 1 + len(RANK_CUTS)))
+def test_two_ranks_interrupted_anywhere_end_as_if_they_had_not_been(two_ranks, number):
+    ranks, folder = two_ranks
+    for found in ranks:
+        (_, results), (before, after) = found["runs"][0], found["runs"][number]
+        assert known(before) | known(after) == known(results)
+    assert_same_state(checkpoint.latest(folder / str(number)), checkpoint.latest(folder / "0"))
+
+
 def test_metrics_of_two_ranks_are_those_of_the_saved_network(two_ranks, data):
     (one, _), folder = two_ranks
-    made = Objective(MultiGrain("narrow", 8), LossSettings())
-    made.load_state_dict(checkpoint.latest(folder).model)
-    expected = module.evaluate(made.network, data, 32, CPU)
-    assert {name: one["results"][-1].metrics[name] for name in METRICS} == pytest.approx(expected, abs=1e-6)
+    network, settings = network_of(checkpoint.latest(folder / "0"))
+    metrics = one["runs"][0][1][-1].metrics
+    assert {name: metrics[name] for name in METRICS} == pytest.approx(evaluate(network, data, settings, CPU), abs=1e-6)
 
 
-@pytest.mark.slow
-def test_another_process_draws_the_same_views(two_ranks, data):
-    # Python salts the hashes of strings anew in each process.
-    here = drawn_views(data)
-    assert all(torch.equal(found["views"], here) for found in two_ranks[0])
+@pytest.mark.parametrize("which", [0, 1], ids=["a checkpoint a step", "one an epoch"])
+def test_all_ranks_end_where_one_finds_a_loss_that_is_not_finite(two_ranks, which):
+    ranks, folder = two_ranks
+    said = [found["poisoned"][which] for found in ranks]
+    assert said[0] == said[1]
+    assert "step 2 of epoch 2;" in said[0][0]
+    saved = checkpoint.latest(folder / f"nan-{(1, 1000)[which]}")
+    assert saved.state["steps"] == (4, 3)[which]
+    assert_finite(folder / f"nan-{(1, 1000)[which]}")

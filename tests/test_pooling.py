@@ -81,10 +81,29 @@ def test_half_precision_maps_neither_overflow_nor_underflow(dtype, p):
     for scale in (50, 0.003):
         x = (torch.rand(20, 3, 3, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
         pooled = gem(x, p)
-        assert pooled.dtype == dtype
+        assert pooled.dtype == torch.float32
         expected = [gem_by_loop(values, p) for values in x.double().flatten(1).tolist()]
-        # Half a unit in the last place: rounded once, at the end.
-        assert pooled.tolist() == pytest.approx(expected, rel=0.51 * torch.finfo(dtype).eps)
+        assert pooled.tolist() == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("p", [1, 3, 100, math.inf])
+def test_maps_in_double_precision_stay_so(p):
+    assert gem(STEPS.double(), p).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("value", "p"), [(50.0, 3.0), (4.0, 100.0), (60000.0, 100.0), (0.003, 100.0)])
+def test_gradients_of_a_level_map_are_an_even_share_in_every_precision(dtype, value, p):
+    x = torch.full((1, 2, 3, 4), value, dtype=dtype, requires_grad=True)
+    pool = GeM(p, learnable=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        pooled = pool(x)
+    assert pooled.dtype == torch.float32
+    assert torch.allclose(pooled, x[..., 0, 0].float(), rtol=1e-6)
+    pooled.sum().backward()
+    assert x.grad.flatten().tolist() == pytest.approx([1 / 12] * 24, rel=torch.finfo(dtype).eps * 10)
+    # A mean of equal values is their value, whatever the exponent.
+    assert pool.p.grad.item() == pytest.approx(0, abs=1e-5 * value)
 
 
 def test_gradients_have_the_figures_of_the_closed_form():
@@ -142,3 +161,26 @@ def test_a_learnable_p_is_a_parameter_that_follows_its_gradient():
     optimizer.step()
     assert pool.p.item() == pytest.approx(3 - 0.162134, abs=2e-6)
     assert pool(STEPS).item() < 25 ** (1 / 3)
+
+
+def test_a_learnable_p_counts_as_1_below_1():
+    pool = GeM(1.0, learnable=True)
+    at_one = pool(STEPS - 3).item()
+    with torch.no_grad():
+        pool.p.fill_(0.4)
+    # (1e-6 + 1e-6 + 1e-6 + 1) / 4
+    assert pool(STEPS - 3).item() == at_one == pytest.approx(0.25, abs=2e-6)
+
+
+@pytest.mark.parametrize(("p", "sign", "moves"), [(1.0, 1, True), (0.9, 1, False), (0.9, -1, True), (1.1, 1, True)])
+def test_a_learnable_p_below_1_can_only_rise(p, sign, moves):
+    pool = GeM(p, learnable=True)
+    (sign * pool(STEPS)).sum().backward()
+    # The mean grows with p: to make it smaller is to lower p.
+    assert (pool.p.grad.item() * sign > 0) == moves
+    assert pool.p.grad.isfinite()
+    if p < 1 and moves:
+        x = STEPS.double()
+        exponent = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        gem(x, exponent).backward()
+        assert pool.p.grad.item() == pytest.approx(-exponent.grad.item(), rel=1e-5)

@@ -10,32 +10,38 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from multigrain import checkpoint, predict
-from multigrain.augment import evaluation_crop
+from multigrain.augment import evaluation_view
 from multigrain.checkpoint import Checkpoint
-from multigrain.fit import Objective
 from multigrain.model import MultiGrain
-from multigrain.spec import LossSettings, MultiGrainSpec
+from multigrain.spec import MultiGrainSpec
 from multigrain.views import decode
 
 CLASSES = ["ant", "bee", "cat"]
-SPEC = MultiGrainSpec.model_validate({"image_size": 32, "model": {"trunk": "narrow", "p": 2.5}})
+SETTINGS = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5}}
 
 
-def save(folder, epoch, seed=0):
-    """A checkpoint as training leaves it, of a network whose BatchNorm has seen something."""
+def made(seed):
+    """A network whose BatchNorm has seen something."""
     torch.manual_seed(seed)
-    objective = Objective(MultiGrain("narrow", 3, 2.5), LossSettings())
-    objective.network.train()(torch.rand(8, 3, 32, 32))
-    torch.nn.init.normal_(objective.network.classifier.weight)
-    state = {"epoch": epoch, "metrics": {}, "spec": SPEC.model_dump(), "classes": CLASSES}
-    checkpoint.save(folder, Checkpoint(objective.state_dict(), {}, state))
-    return objective.network.eval()
+    network = MultiGrain("narrow", 3, 2.5)
+    network.train()(torch.rand(8, 3, 32, 32))
+    torch.nn.init.normal_(network.classifier.weight)
+    return network.eval()
+
+
+def save(folder, steps, settings=SETTINGS, **networks):
+    """A checkpoint as training leaves it."""
+    model = {f"{prefix}.{name}": x for prefix, made in networks.items() for name, x in made.state_dict().items()}
+    spec = MultiGrainSpec.model_validate(settings)
+    state = {"steps": steps, "spec": spec.model_dump(), "classes": CLASSES}
+    checkpoint.save(folder, Checkpoint(model | {"margin.beta": torch.tensor(1.2)}, {}, state))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return save(folder, 1), predict.load(folder)
+    folder, network = tmp_path_factory.mktemp("run"), made(0)
+    save(folder, 1, network=network)
+    return network, predict.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def test_answers_are_the_networks_own_on_the_evaluation_crop(trained, files):
     assert len(answers) == len(files)
     for path, answer in zip(files, answers.itertuples(), strict=True):
         with torch.no_grad():
-            output = network(evaluation_crop(decode(path), 32)[None])
+            output = network(evaluation_view(decode(path), "crop", 32)[None])
         probabilities = (output.logits[0] - output.logits[0].max()).exp()
         probabilities = (probabilities / probabilities.sum()).tolist()
         assert answer.descriptor == pytest.approx(output.descriptor[0].tolist(), abs=1e-5)
@@ -107,7 +113,7 @@ def test_predicting_leaves_the_network_as_it_was(trained, files):
 
 def test_a_network_given_in_training_mode_answers_in_evaluation_mode(trained, files):
     network, predictor = trained
-    made = predict.Predictor(network.train(), CLASSES, 32)
+    made = predict.Predictor(network.train(), CLASSES, "crop", 32)
     np.testing.assert_array_equal(made(table(files))["score"], predictor(table(files))["score"])
 
 
@@ -135,18 +141,52 @@ def test_sixteen_bit_images_are_read_as_in_training(trained, tmp_path):
     assert np.dot(*answers) > 0.99
 
 
-def test_the_newest_intact_checkpoint_is_loaded(tmp_path, files):
-    older, newer = save(tmp_path, 1, seed=1), save(tmp_path, 2, seed=2)
-    crop = evaluation_crop(decode(files[0]), 32)[None]
+def described(network, path, transform="crop", size=32):
     with torch.no_grad():
-        expected = [network(crop).descriptor[0].tolist() for network in (older, newer)]
+        return network(evaluation_view(decode(path), transform, size)[None]).descriptor[0].tolist()
+
+
+def test_the_newest_intact_checkpoint_is_loaded(tmp_path, files):
+    older, newer = made(1), made(2)
+    save(tmp_path, 1, network=older)
+    save(tmp_path, 2, network=newer)
     loaded = predict.load(tmp_path)
-    assert loaded(table(files[:1]))["descriptor"][0] == pytest.approx(expected[1], abs=1e-6)
-    assert (loaded.classes, loaded.size) == (tuple(CLASSES), 32)
-    (tmp_path / "epoch-0002/model.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning, match="epoch-0002"):
+    assert loaded(table(files[:1]))["descriptor"][0] == pytest.approx(described(newer, files[0]), abs=1e-6)
+    assert (loaded.classes, loaded.transform, loaded.size) == (tuple(CLASSES), "crop", 32)
+    (tmp_path / "step-00000002/model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-00000002"):
         loaded = predict.load(tmp_path)
-    assert loaded(table(files[:1]))["descriptor"][0] == pytest.approx(expected[0], abs=1e-6)
+    assert loaded(table(files[:1]))["descriptor"][0] == pytest.approx(described(older, files[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "transform", "size"),
+    [({"transform": "rect"}, "rect", 32), ({"size": 40}, "crop", 40), ({"transform": "rect", "size": 64}, "rect", 64)],
+)
+def test_images_are_shown_as_the_evaluation_showed_them(tmp_path, files, evaluation, transform, size):
+    network = made(1)
+    save(tmp_path, 1, {**SETTINGS, "evaluation": evaluation}, network=network)
+    answers = predict.load(tmp_path)(table(files))
+    for path, descriptor in zip(files, answers["descriptor"], strict=True):
+        assert descriptor == pytest.approx(described(network, path, transform, size), abs=1e-5)
+
+
+def test_averaged_weights_are_preferred(tmp_path, files):
+    averaged = made(2)
+    save(tmp_path, 1, network=made(1), ema=averaged)
+    answers = predict.load(tmp_path)(table(files[:1]))
+    assert answers["descriptor"][0] == pytest.approx(described(averaged, files[0]), abs=1e-6)
+
+
+def test_a_learnt_exponent_is_loaded(tmp_path, files):
+    torch.manual_seed(0)
+    network = MultiGrain("narrow", 3, 2.5, learn_p=True).eval()
+    with torch.no_grad():
+        network.pool.p.add_(1.5)
+    settings = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5, "learn_p": True}}
+    save(tmp_path, 1, settings, network=network)
+    answers = predict.load(tmp_path)(table(files[:1]))
+    assert answers["descriptor"][0] == pytest.approx(described(network, files[0]), abs=1e-6)
 
 
 def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):

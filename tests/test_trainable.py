@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from PIL import Image
 
 from multigrain import trainable
-from multigrain.data import DataError, DataSettings, read_dataset, untracked
-from multigrain.spec import MultiGrainSpec, worker_problems
+from multigrain.data import SHOWN, DataError, DataSettings, read_dataset, untracked
+from multigrain.manifest import read_manifest
+from multigrain.spec import MultiGrainSpec
+from multigrain.weights import weight_problems
 
 SPEC = MultiGrainSpec.model_validate(
     {
@@ -61,6 +64,112 @@ def test_metrics_are_those_that_training_gives(tmp_path, images, copies):
     assert set(trainable.metrics(data)) == {name for name in ALL if name in result.metrics}
 
 
+def write_manifest(root, rows):
+    (root / "list.csv").write_text("image,class,role\n" + "".join(",".join(row) + "\n" for row in rows))
+    return DataSettings(manifest=str(root / "list.csv"))
+
+
+ROWS = [(name, *name.split("/")[1::-1]) for name in SPLIT]
+
+
+def test_a_manifest_gives_what_its_folder_gives(tmp_path):
+    write_images(tmp_path, *SPLIT)
+    data = write_manifest(tmp_path, ROWS)
+    assert trainable.metrics(data) == PLAIN
+    assert trainable.data_problems(data, untracked) == []
+    results = [
+        list(trainable.fit(SPEC, source, tmp_path / f"run-{number}"))
+        for number, source in enumerate((data, DataSettings(folder=str(tmp_path))))
+    ]
+    assert results[0][0].metrics["loss"] == results[1][0].metrics["loss"]
+    assert results[0][0].metrics["class_map"] == results[1][0].metrics["class_map"]
+    assert list(trainable.example(data)["image"]) == [(tmp_path / name).read_bytes() for name in SPLIT[3:5]]
+
+
+def test_problems_of_a_manifest_are_told_with_their_lines(tmp_path):
+    write_images(tmp_path, *SPLIT[1:])
+    data = write_manifest(tmp_path, [*ROWS, (SPLIT[1], "a", "vall")])
+    problems = trainable.data_problems(data, untracked)
+    assert [f"line {line}: " in problem for line, problem in zip((2, 8), problems, strict=True)] == [True, True]
+    with pytest.raises(DataError, match="vall"):
+        trainable.metrics(data)
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_a_long_list_of_problems_is_cut(tmp_path, skip_broken):
+    write_images(tmp_path, *SPLIT)
+    for number in range(SHOWN + 5):
+        (tmp_path / f"train/a/x{number}.png").write_bytes(b"")
+        (tmp_path / f"val/x{number}").mkdir()
+    data = DataSettings(folder=str(tmp_path), skip_broken=skip_broken)
+    problems = trainable.data_problems(data, untracked)
+    assert len(problems) == SHOWN + 1
+    assert problems[-1] == f"and {SHOWN + 10} more of the kind", "every class of val is empty, and not in train"
+    for number in range(SHOWN + 5):
+        (tmp_path / f"val/x{number}").rmdir()
+    problems = trainable.data_problems(data, untracked)
+    assert len(problems) == (1 if skip_broken else SHOWN + 1)
+
+
+def many(root, broken, count=30):
+    write_images(root, *(f"{name}/{number}.png" for name in ("a", "b") for number in range(count)), *COPIES)
+    for name in broken:
+        (root / name).write_bytes(b"")
+
+
+def test_broken_images_are_told_and_skipped_by_choice(tmp_path):
+    many(tmp_path / "images", ["a/3.png", "b/7.png"])
+    folder = str(tmp_path / "images")
+    assert len(trainable.data_problems(DataSettings(folder=folder), untracked)) == 2
+    data = DataSettings(folder=folder, skip_broken=True)
+    with pytest.warns(UserWarning, match="2 of 62 images will be left out") as warned:
+        assert trainable.data_problems(data, untracked) == []
+    assert str(warned[0].message).splitlines()[1:] == [f"  {folder}/{name} is empty" for name in ("a/3.png", "b/7.png")]
+    with pytest.warns(UserWarning, match="2 of 62 images left out, listed in ") as warned:
+        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    listed = str(warned[0].message).rpartition("listed in ")[2]
+    assert Path(listed).read_text() == f"{folder}/a/3.png\tis empty\n{folder}/b/7.png\tis empty\n"
+    assert Path(prepared.manifest).parent == Path(listed).parent
+    assert Path(listed).parents[1] == tmp_path / "data"
+    assert trainable.data_problems(prepared, untracked) == []
+    assert trainable.metrics(prepared) == trainable.metrics(data) == ALL
+    before, after = read_dataset(tmp_path / "images"), read_manifest(Path(prepared.manifest))
+    left_out = {tmp_path / "images/a/3.png", tmp_path / "images/b/7.png"}
+    assert set(after.train) == set(before.train) - left_out, "the split is that of all images"
+    assert set(after.val) == set(before.val) - left_out
+    assert after.classes == before.classes
+
+
+def test_skipping_keeps_the_instances_of_a_manifest(tmp_path):
+    files = [f"{number}.png" for number in range(24)]
+    write_images(tmp_path, *files)
+    (tmp_path / "0.png").write_bytes(b"")
+    rows = [f"{name},a,{'val' if number > 20 else 'train'},{number // 3}" for number, name in enumerate(files)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,class,role,instance_id", *rows]))
+    data = DataSettings(manifest=str(tmp_path / "list.csv"), skip_broken=True)
+    with pytest.warns(UserWarning, match="1 of 24 images left out"):
+        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    # Without the first, the groups of three begin at 0 (two are left), 2, 5, ...
+    assert read_manifest(Path(prepared.manifest)).instances == (0, 0, *(2 + 3 * (n // 3) for n in range(18)))
+
+
+def test_where_nothing_is_broken_nothing_is_said(tmp_path):
+    many(tmp_path / "images", [])
+    data = DataSettings(folder=str(tmp_path / "images"), skip_broken=True)
+    assert trainable.data_problems(data, untracked) == []
+    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    assert set(read_manifest(Path(prepared.manifest)).paths) == set(read_dataset(tmp_path / "images").paths)
+
+
+def test_what_cannot_be_skipped_stays_a_problem(tmp_path):
+    many(tmp_path, [COPIES[0]])
+    data = DataSettings(folder=str(tmp_path), skip_broken=True)
+    (problem,) = trainable.data_problems(data, untracked)
+    assert "no copy_map" in problem
+    with pytest.raises(DataError, match="no copy_map"):
+        trainable.prepare(data, tmp_path / "data", untracked)
+
+
 def test_problems_of_the_layout_are_told_all_at_once(tmp_path):
     write_images(tmp_path, "train/a/0.png", "val/c/0.png", COPIES[0])
     data = DataSettings(folder=str(tmp_path))
@@ -93,6 +202,14 @@ def test_problems_are_looked_for_in_the_split_that_is_asked_for(tmp_path):
     assert trainable.data_problems(DataSettings(folder=str(tmp_path), val_share=0.7), untracked) != []
 
 
+def test_a_manifest_without_roles_is_split_as_asked_for(tmp_path):
+    write_images(tmp_path, *(f"{number}.png" for number in range(4)))
+    (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{number}.png,a\n" for number in range(4)))
+    source = str(tmp_path / "list.csv")
+    assert trainable.metrics(DataSettings(manifest=source, val_share=0.25)) == {"top1": "max"}
+    assert trainable.metrics(DataSettings(manifest=source, val_share=0.5)) == PLAIN
+
+
 def test_a_built_in_source_has_no_problems_and_is_not_written_to_find_that_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert trainable.data_problems(DataSettings(builtin="digits"), untracked) == []
@@ -109,16 +226,24 @@ def test_preparing_a_built_in_source_writes_it_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [DataSettings(builtin="shapes", images=20, image_size=16), DataSettings(folder="images", val_share=0.3)]
+    "data",
+    [
+        DataSettings(builtin="shapes", images=20, image_size=16),
+        DataSettings(folder="images", val_share=0.3),
+        DataSettings(folder="images", skip_broken=True),
+        DataSettings(manifest="images/list.csv", val_share=0.3),
+        DataSettings(manifest="images/list.csv", skip_broken=True),
+    ],
 )
 def test_prepared_data_is_found_from_any_directory(tmp_path, monkeypatch, data):
     write_images(tmp_path / "images", "a/0.png", "a/1.png", "a/2.png")
+    (tmp_path / "images/list.csv").write_text("image,class\na/0.png,a\na/1.png,a\na/2.png,a\n")
     monkeypatch.chdir(tmp_path)
     prepared = trainable.prepare(data, (tmp_path / "data").relative_to(tmp_path), untracked)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert trainable.data_problems(prepared, untracked) == []
-    assert prepared.val_share == data.val_share
+    assert data.skip_broken or prepared.val_share == data.val_share
 
 
 def test_what_fit_trains_load_answers_with(tmp_path, shapes_folder):
@@ -143,7 +268,18 @@ def test_an_experiment_file_is_checked_without_torch():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_worker_problems_and_settings_are_the_methods_own():
+def test_settings_are_the_methods_own():
     assert trainable.Spec is MultiGrainSpec
     assert trainable.Data is DataSettings
-    assert trainable.worker_problems is worker_problems
+
+
+def test_worker_problems_are_those_of_the_batch_and_of_the_weights(tmp_path):
+    assert trainable.worker_problems(SPEC, 2) == []
+    (problem,) = trainable.worker_problems(SPEC, 5)
+    assert "batch.size must be a multiple" in problem
+    model = SPEC.model.model_copy(update={"weights": str(tmp_path / "nowhere.safetensors")})
+    wrong = SPEC.model_copy(update={"model": model})
+    told = weight_problems(model)
+    assert len(told) == 1
+    assert trainable.worker_problems(wrong, 2) == told
+    assert trainable.worker_problems(wrong, 5) == [problem, *told]

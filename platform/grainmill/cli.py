@@ -112,6 +112,7 @@ def _track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """One message and an exit code for what the user can put right; a traceback only for our defects."""
+    warnings.showwarning = _show_warning
     try:
         yield
     except GrainmillError as error:
@@ -120,6 +121,10 @@ def _clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("interrupted; the same command carries on from here", style="yellow")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)  # where the progress table is on the screen, this goes above it
 
 
 def _prepare_process() -> None:

@@ -13,6 +13,7 @@ _HOME = {
     "MultiGrain": "model",
     "MultiGrainSpec": "spec",
     "RepeatedAugmentationBatches": "batches",
+    "Whitening": "whitening",
     "fit": "fit",
     "gem": "pooling",
     "margin_loss": "losses",

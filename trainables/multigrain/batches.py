@@ -2,10 +2,17 @@
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, turn: int, size: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch, turn)).permutation(size)
 
 
 class RepeatedAugmentationBatches(Sampler[list[int]]):
@@ -14,7 +21,8 @@ class RepeatedAugmentationBatches(Sampler[list[int]]):
     A rank's batch holds whole groups, so every anchor has its positives there at any world size; the
     images of one step are all different, over all ranks. Images are drawn from random permutations of
     the set, one after another; what does not fill a last step is left to the next permutation. All
-    steps are full. The order depends on (seed, epoch) alone.
+    steps are full. The order depends on (seed, epoch) alone, and the step on nothing before it: the
+    ranks' batches, one behind the other, are the batch that one process would have.
 
     Samplers that spread the copies over the ranks leave anchors without a positive, and those that
     round the epoch down leave small sets without a batch; neither can happen here.
@@ -57,30 +65,34 @@ class RepeatedAugmentationBatches(Sampler[list[int]]):
         """Different images in one rank's batch."""
         self.images_per_step = self.groups * world_size
         self.steps = max(1, math.ceil(math.floor(num_images * length_factor) / (self.images_per_step * repeats)))
-        self.epoch = 0
+        self.epoch = self.step = 0
 
     def __len__(self) -> int:
         """Steps in one epoch."""
         return self.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self.epoch = epoch
+        """Choose the order of the next iteration, which begins at its first step."""
+        self.epoch, self.step = epoch, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """What decides the order, besides the constructor's arguments."""
-        return {"seed": self.seed, "epoch": self.epoch}
+    def state_dict(self) -> dict[str, int]:
+        """The position: what decides the rest of the epoch, besides the constructor's other arguments."""
+        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.seed, self.epoch = state["seed"], state["epoch"]
+        """The inverse of `state_dict`: the next iteration goes on at the step."""
+        self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
+
+    def images(self, step: int) -> NDArray[np.int64]:
+        """The different images of one step of the epoch, of all ranks, rank by rank."""
+        turn, position = divmod(step, self.num_images // self.images_per_step)
+        order = _permutation(self.seed, self.epoch, turn, self.num_images)
+        return order[position * self.images_per_step : (position + 1) * self.images_per_step]
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        steps_per_permutation = self.num_images // self.images_per_step
-        for step in range(self.steps):
-            turn = step % steps_per_permutation
-            if turn == 0:
-                order = rng.permutation(self.num_images)
-            first = turn * self.images_per_step + self.rank * self.groups
-            yield order[first : first + self.groups].repeat(self.repeats).tolist()
+        mine = slice(self.rank * self.groups, (self.rank + 1) * self.groups)
+        while self.step < self.steps:
+            images = self.images(self.step)[mine]
+            self.step += 1
+            yield images.repeat(self.repeats).tolist()
+        self.step = 0

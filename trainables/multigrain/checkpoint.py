@@ -1,6 +1,6 @@
 """Training state <-> directory: whole or absent, checked by hash, loaded without pickle.
 
-`<folder>/epoch-0007/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only),
+`<folder>/step-00001234/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only),
 `state.json` and, written last, `MANIFEST.json` with the size and SHA-256 of each. Neither torch
 nor safetensors notices a flipped byte, so a checkpoint that does not match its manifest is passed
 over, with a warning, for the one before.
@@ -11,15 +11,19 @@ import json
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-FORMAT = 1
+FORMAT = 2
 FILES = {"model.safetensors", "optimizer.pt", "state.json"}
+NETWORK, AVERAGED = "network.", "ema."
+"""What the names of the network's tensors begin with, and those of its running average."""
 KEEP = 2
 """Checkpoints kept: the newest, and one to fall back to."""
 
@@ -30,11 +34,12 @@ class Checkpoint(NamedTuple):
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
-    """JSON: `epoch`, `metrics`, `spec`, `classes`."""
+    """JSON: `steps` done in all, the rest is the caller's."""
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sync(path: Path) -> None:
@@ -45,31 +50,67 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _epochs(folder: Path) -> list[Path]:
+def _directories(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
-    found = [path for path in folder.glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below `folder` and drop all but the newest two; returns its directory."""
-    target = folder / f"epoch-{checkpoint.state['epoch']:04d}"
+    target = folder / f"step-{checkpoint.state['steps']:08d}"
     draft = folder / f"draft-{target.name}"
     for stale in (draft, target):
         shutil.rmtree(stale, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, draft / "model.safetensors")
-    torch.save(checkpoint.optimizer, draft / "optimizer.pt")
-    (draft / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
-    files = sorted(draft.iterdir())
-    (draft / "MANIFEST.json").write_text(json.dumps({path.name: _digest(path) for path in files}, indent=1))
-    for path in (*files, draft / "MANIFEST.json", draft):
-        _sync(path)
-    draft.rename(target)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, draft / "model.safetensors")
+        torch.save(checkpoint.optimizer, draft / "optimizer.pt")
+        (draft / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+        files = sorted(draft.iterdir())
+        (draft / "MANIFEST.json").write_text(json.dumps({path.name: _digest(path) for path in files}, indent=1))
+        for path in (*files, draft / "MANIFEST.json", draft):
+            _sync(path)
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     _sync(folder)
-    for old in _epochs(folder)[KEEP:]:
+    # What was just written stays even beside damaged ones of more steps, which a run that went back has left.
+    for old in [path for path in _directories(folder) if path != target][KEEP - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+class Writer:
+    """Saves checkpoints in the background: only the copy of the tensors holds the training up.
+
+    One is written at a time; `wait` returns when the last is safe, or raises what kept it from being written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Take a copy on the CPU, and write it."""
+        self.wait()
+        snapshot = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        self._pending = self._thread.submit(save, self.folder, snapshot)
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def _fault(directory: Path) -> str | None:
@@ -79,8 +120,10 @@ def _fault(directory: Path) -> str | None:
         if not isinstance(manifest, dict) or set(manifest) != FILES:
             return f"MANIFEST.json does not list {', '.join(sorted(FILES))}"
         changed = [name for name, digest in manifest.items() if _digest(directory / name) != digest]
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return str(error)
+    except ValueError as error:
+        return f"MANIFEST.json is not JSON ({error})"
     return f"{', '.join(changed)} differ from MANIFEST.json" if changed else None
 
 
@@ -93,7 +136,7 @@ def read(directory: Path) -> Checkpoint:
     if fault := _fault(directory):
         raise ValueError(f"a checkpoint must match its manifest, but in {directory} {fault}; use an older one")
     state = json.loads((directory / "state.json").read_text())
-    if state.pop("format") != FORMAT:
+    if state.pop("format", None) != FORMAT:
         raise ValueError(f"checkpoints must have format {FORMAT}, but {directory} has another; train again")
     optimizer = torch.load(directory / "optimizer.pt", weights_only=True)
     return Checkpoint(load_file(directory / "model.safetensors"), optimizer, state)
@@ -101,7 +144,7 @@ def read(directory: Path) -> Checkpoint:
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint below `folder`; None if there is none. Damaged ones are warned of."""
-    for directory in _epochs(folder):
+    for directory in _directories(folder):
         try:
             return read(directory)
         except ValueError as error:

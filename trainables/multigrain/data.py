@@ -5,13 +5,11 @@ No torch here: the experiment file is checked, folders included, before anything
 
 import hashlib
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, Self, TypeVar
 
-from PIL import Image
 from pydantic import Field, model_validator
 
 from multigrain.spec import Settings
@@ -19,6 +17,8 @@ from multigrain.spec import Settings
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 BLOCK = 4
 """Digits that name the original image in a Copydays file name."""
+SHOWN = 20
+"""Lines of a list that are shown; of the others, the number is."""
 
 Item = TypeVar("Item")
 
@@ -35,14 +35,18 @@ def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
 
 
 class DataSettings(Settings):
-    """Where the images are: a folder of one's own, or a built-in source that is written to disk."""
+    """Where the images are: a folder or a list of one's own, or a built-in source that is written to disk."""
 
     builtin: Literal["digits", "shapes"] | None = None
     """`digits`: 1,797 scans of handwritten digits. `shapes`: drawn coloured shapes of any size and number."""
     folder: str | None = None
     """`train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`, then split by file name."""
+    manifest: str | None = None
+    """A CSV file with the columns `image`, `class` and, optionally, `role` and `instance_id`."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of each class held out where the folder has no `val/`."""
+    """Share of each class held out where the folder has no `val/`, or the manifest no `role`."""
+    skip_broken: bool = False
+    """Whether images that cannot be used are left out, counted and listed, instead of being errors."""
     image_size: int = Field(96, ge=16, le=4096)
     """Side of the `shapes`, in pixels."""
     images: int = Field(600, ge=20)
@@ -50,18 +54,26 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.builtin is None) == (self.folder is None):
+        sources = (self.builtin, self.folder, self.manifest)
+        if (found := sum(source is not None for source in sources)) != 1:
             raise ValueError(
-                "data needs exactly one of `builtin` and `folder`; name a folder of images, or `builtin: digits`"
+                f"data needs exactly one of `builtin`, `folder` and `manifest`, got {found}; name a folder of images, "
+                "or `builtin: digits`"
             )
         return self
+
+
+def shortened(lines: Sequence[str]) -> list[str]:
+    """The first `SHOWN` lines, and how many more there are."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"and {more} more of the kind"] if more > 0 else [*lines]
 
 
 class DataError(ValueError):
     """The images on disk cannot be used; `problems` says why, one sentence each."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__("\n".join(shortened(problems)))
         self.problems = problems
 
 
@@ -78,7 +90,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Files of one data set; a label is an index into `classes`, an instance is an index into `train`."""
+    """Files of one data set; a label is an index into `classes`."""
 
     classes: tuple[str, ...]
     train: tuple[Path, ...]
@@ -86,6 +98,25 @@ class Dataset:
     val: tuple[Path, ...]
     val_labels: tuple[int, ...]
     copies: Copies | None
+    instances: tuple[int, ...] = ()
+    """For each training image, the index into `train` of the first that shows the same; by default, its own."""
+
+    def __post_init__(self) -> None:
+        if not self.instances:
+            object.__setattr__(self, "instances", tuple(range(len(self.train))))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file once."""
+        copies = (*self.copies.database, *self.copies.queries) if self.copies else ()
+        return tuple(dict.fromkeys((*self.train, *self.val, *copies)))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that these images allow."""
+        pairs = len(set(self.val_labels)) < len(self.val_labels)  # some held-out image has another of its class
+        names = ("top1", *(("class_map",) if pairs else ()))
+        return (*names, "copy_map", "mean_top1_copy_map") if self.copies else names
 
 
 def stable_order(name: str) -> str:
@@ -102,13 +133,16 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
     return {folder.name: _files(folder) for folder in folders}
 
 
-def _split(by_class: dict[str, list[Path]], share: float) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Hold out a share of each class of two or more, one image at least and not all, by the hash of its name."""
+def split(
+    by_class: dict[str, list[Item]], share: float, key: Callable[[str, Item], str]
+) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
+    """Hold out a share of each class of two or more, one image at least and not all, by the hash of its key."""
     train, val = {}, {}
-    for name, paths in by_class.items():
-        shuffled = sorted(paths, key=lambda path: stable_order(f"{name}/{path.name}"))
-        held_out = min(max(1, round(share * len(shuffled))), len(shuffled) - 1)
-        train[name], val[name] = sorted(shuffled[held_out:]), sorted(shuffled[:held_out])
+    for name, items in by_class.items():
+        order = sorted(range(len(items)), key=lambda index: stable_order(key(name, items[index])))
+        held_out = set(order[: min(max(1, round(share * len(items))), len(items) - 1)])
+        train[name] = [item for index, item in enumerate(items) if index not in held_out]
+        val[name] = [item for index, item in enumerate(items) if index in held_out]
     return train, val
 
 
@@ -169,7 +203,8 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         empty = [folder / name for name, paths in by_class.items() if not paths]
         few = [name for name, paths in by_class.items() if len(paths) == 1]
         problems += [f"a class needs 2 images to be split, found 1 in {folder / name}" for name in few]
-        train, val = _split({name: paths for name, paths in by_class.items() if len(paths) > 1}, val_share)
+        several = {name: paths for name, paths in by_class.items() if len(paths) > 1}
+        train, val = split(several, val_share, lambda name, path: f"{name}/{path.name}")
         if not by_class:
             problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
     problems += [
@@ -194,22 +229,3 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         tuple(classes.index(name) for name, paths in val.items() for _ in paths),
         copies,
     )
-
-
-def _unreadable(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (64, 64))  # a JPEG is then decoded at a fraction of its size, but to its last byte
-            image.load()
-    except Exception as error:  # Pillow raises many types, SyntaxError among them
-        return f"every image must be readable, but {path} is not ({error}); repair or remove it"
-    return None
-
-
-def image_problems(dataset: Dataset, track: Track = untracked) -> list[str]:
-    """Decode every image once, in threads; a sentence for each that cannot be read."""
-    copies = (*dataset.copies.database, *dataset.copies.queries) if dataset.copies else ()
-    paths = (*dataset.train, *dataset.val, *copies)
-    with ThreadPoolExecutor() as threads:
-        found = threads.map(_unreadable, track(paths, "checking images", len(paths)))
-        return [problem for problem in found if problem]

@@ -1,7 +1,7 @@
-"""SGD with the paper's schedule: one group for the network, one for beta."""
+"""Optimizers of the network and of beta, and the schedule of their rates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor, nn, optim
 
@@ -11,29 +11,49 @@ REFERENCE_BATCH = 512
 """Views in a step for which the settings' rates hold."""
 
 
-def rate_factor(epoch: int, epochs: int, schedule: str) -> float:
-    """What the learning rates are multiplied with in `epoch`, counted from 0."""
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    return 0.1 ** sum(epoch >= share * epochs for share in (0.25, 0.5, 0.75))
+def rate_factor(progress: float, epochs: int, settings: OptimizerSettings) -> float:
+    """What the learning rates are multiplied with after `progress` epochs, in [0, epochs)."""
+    warm = min(1.0, progress / settings.warmup) if settings.warmup else 1.0
+    if settings.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * progress / epochs))
+    return warm * 0.1 ** sum(int(progress) >= share * epochs for share in (0.25, 0.5, 0.75))
 
 
-def build_optimizer(
-    settings: OptimizerSettings, network: Iterable[nn.Parameter], beta: nn.Parameter, batch_size: int
-) -> optim.SGD:
-    """SGD whose rates grow linearly with the views in one step over all ranks."""
+def build_optimizers(
+    settings: OptimizerSettings, network: nn.Module, beta: nn.Parameter, batch_size: int
+) -> list[optim.Optimizer]:
+    """One optimizer for the network, and SGD for beta; rates grow linearly with the views in a step over all ranks.
+
+    Weight decay is for kernels and, with `decay_all`, for the vectors: scales, shifts and biases. A
+    learnable exponent p, a single number, never decays.
+    """
     scale = batch_size / REFERENCE_BATCH
-    groups: list[dict[str, list[Tensor] | float]] = [
-        {"params": list(network), "lr": settings.rate * scale, "weight_decay": settings.weight_decay},
-        {"params": [beta], "lr": settings.beta_rate * scale, "weight_decay": 0.0},
+    smallest = 1 if settings.decay_all else 2
+    decaying: list[Tensor] = [parameter for parameter in network.parameters() if parameter.ndim >= smallest]
+    free: list[Tensor] = [parameter for parameter in network.parameters() if parameter.ndim < smallest]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decaying, settings.weight_decay), (free, 0.0))
+        if parameters
     ]
-    optimizer = optim.SGD(groups, momentum=settings.momentum)
-    for group in optimizer.param_groups:
-        group["base_rate"] = group["lr"]
-    return optimizer
+    rate = settings.rate * scale
+    main: optim.Optimizer
+    if settings.algorithm == "adamw":
+        main = optim.AdamW(groups, lr=rate, betas=(settings.momentum, 0.999))
+    else:
+        main = optim.SGD(groups, lr=rate, momentum=settings.momentum)
+    optimizers: list[optim.Optimizer] = [
+        main,
+        optim.SGD([beta], lr=settings.beta_rate * scale, momentum=settings.momentum),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_rate"] = group["lr"]
+    return optimizers
 
 
-def set_epoch(optimizer: optim.SGD, epoch: int, epochs: int, schedule: str) -> None:
-    """Set the rates of `epoch`, counted from 0, from the groups' base rates."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_rate"] * rate_factor(epoch, epochs, schedule)
+def set_rates(optimizers: Sequence[optim.Optimizer], factor: float) -> None:
+    """Set the rates to `factor` times the groups' base rates."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_rate"] * factor

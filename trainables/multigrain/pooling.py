@@ -1,6 +1,7 @@
 """Generalised-mean pooling (GeM), the paper's equation 1."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +13,45 @@ def gem(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
     e_c = (mean over u of max(x_cu, eps)^p)^(1/p), the paper's equation 1. p = 1 as a number is the
     plain average, without the clamp; p = inf is the maximum.
 
-    The largest value is factored out before the power, and the power is taken in fp32 at least:
-    x^p itself leaves fp16 at x = 50, p = 3 and fp32 at x = 4, p = 100.
+    The largest value is factored out before the power: x^p itself leaves fp16 at x = 50, p = 3 and
+    fp32 at x = 4, p = 100.
 
     Args:
         x: maps of shape (..., H, W).
         p: exponent, at least 1; a tensor of one element is differentiated through.
         eps: floor of the clamp, positive.
     Returns:
-        Tensor of shape (...), in the type of `x`.
+        Tensor of shape (...), computed in fp32 at least.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not isinstance(p, Tensor):
         if p == 1:
             return x.mean(dim=(-2, -1))
         if math.isinf(p):
             return x.amax(dim=(-2, -1))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(min=eps)
+    wide = x.clamp(min=eps)
     # A constant in effect: the result does not depend on the factor, so no gradient needs to pass through it.
     peak = wide.detach().amax(dim=(-2, -1), keepdim=True)
     mean = (wide / peak).pow(p).mean(dim=(-2, -1))
-    return (peak[..., 0, 0] * mean.pow(1 / p)).to(x.dtype)
+    return peak[..., 0, 0] * mean.pow(1 / p)
+
+
+class _AtLeastOne(torch.autograd.Function):
+    """max(p, 1), whose gradient stops only where it would take p further below 1: p can come back."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return p.clamp(min=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return gradient.masked_fill((p < 1) & (gradient > 0), 0)
 
 
 class GeM(nn.Module):
-    """`gem` with an exponent of its own: a number, or a parameter that learns."""
+    """`gem` with an exponent of its own: a number, or a parameter that learns and counts as 1 below 1."""
 
     p: float | Tensor
 
@@ -45,4 +61,4 @@ class GeM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C)."""
-        return gem(x, self.p)
+        return gem(x, _AtLeastOne.apply(self.p) if isinstance(self.p, Tensor) else self.p)

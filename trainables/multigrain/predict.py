@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from multigrain import checkpoint
-from multigrain.augment import evaluation_crop
+from multigrain.augment import EvaluationTransform, evaluation_view
 from multigrain.model import MultiGrain
 from multigrain.spec import MultiGrainSpec
 from multigrain.views import decode
@@ -21,21 +21,38 @@ class Predictor:
     `descriptor` (C floats of unit norm), `class_id`, `class_name`, `score` (probability in [0, 1]).
     """
 
-    def __init__(self, network: MultiGrain, classes: Sequence[str], size: int) -> None:
-        self.network, self.classes, self.size = network.eval(), tuple(classes), size
+    def __init__(self, network: MultiGrain, classes: Sequence[str], transform: EvaluationTransform, size: int) -> None:
+        """
+        Args:
+            classes: names, in the order of the logits.
+            transform, size: as in `augment.evaluation_view`.
+        """
+        self.network, self.classes, self.transform, self.size = network.eval(), tuple(classes), transform, size
 
     @torch.no_grad()
     def __call__(self, table: pd.DataFrame) -> pd.DataFrame:
         columns: dict[str, list[object]] = {"descriptor": [], "class_id": [], "class_name": [], "score": []}
         for content in table["image"]:
-            crop = evaluation_crop(decode(io.BytesIO(content)), self.size)
-            output = self.network(crop[None])
+            image = evaluation_view(decode(io.BytesIO(content)), self.transform, self.size)
+            output = self.network(image[None])
             score, index = output.logits[0].softmax(dim=0).max(dim=0)
             columns["descriptor"].append(output.descriptor[0].tolist())
             columns["class_id"].append(int(index))
             columns["class_name"].append(self.classes[int(index)])
             columns["score"].append(float(score))
         return pd.DataFrame(columns)
+
+
+def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec]:
+    """The network of a checkpoint, with the averaged weights where it has them, and its settings."""
+    spec = MultiGrainSpec.model_validate(saved.state["spec"])
+    network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p, spec.model.learn_p)
+    averaged = any(name.startswith(checkpoint.AVERAGED) for name in saved.model)
+    prefix = checkpoint.AVERAGED if averaged else checkpoint.NETWORK
+    network.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in saved.model.items() if name.startswith(prefix)}
+    )
+    return network, spec
 
 
 def load(folder: Path) -> Predictor:
@@ -47,10 +64,5 @@ def load(folder: Path) -> Predictor:
     saved = checkpoint.latest(folder)
     if saved is None:
         raise FileNotFoundError(f"a model needs a checkpoint, but {folder} holds none that is intact")
-    spec = MultiGrainSpec.model_validate(saved.state["spec"])
-    network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p)
-    prefix = "network."
-    network.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in saved.model.items() if name.startswith(prefix)}
-    )
-    return Predictor(network, saved.state["classes"], spec.image_size)
+    network, spec = network_of(saved)
+    return Predictor(network, saved.state["classes"], spec.evaluation.transform, spec.evaluation_size)

@@ -1,11 +1,17 @@
 """MultiGrain as the mill sees it: this module is what the name `multigrain` in an experiment file stands for."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from multigrain.data import DataError, DataSettings, Track, image_problems, read_dataset
-from multigrain.spec import MultiGrainSpec, worker_problems
+from multigrain import spec as settings
+from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
+from multigrain.images import image_faults, image_problems
+from multigrain.intact import leave_out, write_intact
+from multigrain.manifest import read_manifest
+from multigrain.spec import MultiGrainSpec
+from multigrain.weights import weight_problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,49 +27,85 @@ Data = DataSettings
 __all__ = ["Data", "Spec", "data_problems", "example", "fit", "load", "metrics", "prepare", "worker_problems"]
 
 
+def images_of(data: DataSettings) -> Dataset:
+    """The images of a folder or a manifest."""
+    if data.manifest is not None:
+        return read_manifest(Path(data.manifest), data.val_share)
+    assert data.folder is not None, "prepare() writes a built-in source to a folder"
+    return read_dataset(Path(data.folder), data.val_share)
+
+
 def metrics(data: DataSettings) -> Mapping[str, Literal["max", "min"]]:
     """The metrics that an objective can name, and which way is better.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: the images cannot be listed.
     """
-    names = ["top1", "class_map", "copy_map", "mean_top1_copy_map"]
-    if data.folder is not None:
-        dataset = read_dataset(Path(data.folder), data.val_share)
-        if len(set(dataset.val_labels)) == len(dataset.val_labels):  # no held-out image has another of its class
-            names.remove("class_map")
-        if not dataset.copies:
-            names = [name for name in names if "copy" not in name]
-    return dict.fromkeys(names, "max")
+    if data.builtin is not None:
+        return dict.fromkeys(("top1", "class_map", "copy_map", "mean_top1_copy_map"), "max")
+    return dict.fromkeys(images_of(data).metrics, "max")
 
 
 def data_problems(data: DataSettings, track: Track) -> list[str]:
-    """What is wrong with the images of a folder, all at once; every file is opened."""
-    if data.folder is None:
+    """What is wrong with the images of a folder or a manifest, all at once; every file is opened.
+
+    With `skip_broken`, only what makes the whole unusable; a warning tells which images will be left out.
+    """
+    if data.builtin is not None:
         return []
     try:
-        return image_problems(read_dataset(Path(data.folder), data.val_share), track)
+        dataset = images_of(data)
+        if not data.skip_broken:
+            return shortened(image_problems(dataset, track))
+        _, left_out = leave_out(dataset, image_faults(dataset, track))
     except DataError as error:
-        return error.problems
+        return shortened(error.problems)
     except OSError as error:
-        return [f"the image folder must be readable, but is not ({error}); change its permissions or name another"]
+        return [f"the images must be readable, but are not ({error}); change the permissions or name others"]
+    if left_out:
+        lines = shortened([f"{path} {fault}" for path, fault in left_out.items()])
+        found = f"{len(left_out)} of {len(dataset.paths)} images will be left out:"
+        warnings.warn("\n  ".join([found, *lines]), stacklevel=2)
+    return []
 
 
 def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
-    """Write a built-in source below `root`, unless it is there; the settings of the folder to train on."""
-    if data.folder is None:
+    """What to train on: a built-in source is written below `root`, unless it is there; paths become absolute.
+
+    With `skip_broken`, the result is a manifest of the intact images, so that all workers see the same; a warning
+    tells how many are left out, and the file below `root` that lists them.
+
+    Raises:
+        DataError: the images cannot be used; see `data_problems`.
+    """
+    if data.builtin is not None:
         from multigrain.demo import write_builtin
 
         return DataSettings(folder=str(write_builtin(data, root.absolute(), track)))
-    return data.model_copy(update={"folder": str(Path(data.folder).absolute())})
+    sources = {"folder": data.folder, "manifest": data.manifest}
+    absolute = {name: str(Path(source).absolute()) for name, source in sources.items() if source is not None}
+    data = data.model_copy(update=absolute)
+    if not data.skip_broken:
+        return data
+    dataset = images_of(data)
+    intact, left_out = leave_out(dataset, image_faults(dataset, track))
+    manifest = write_intact(intact, left_out, root.absolute())
+    if left_out:
+        listed = manifest.with_name("skipped.txt")
+        warnings.warn(f"{len(left_out)} of {len(dataset.paths)} images left out, listed in {listed}", stacklevel=2)
+    return DataSettings(manifest=str(manifest))
+
+
+def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
+    """What keeps `spec` from running on `workers` ranks, its `model.weights` included; empty if nothing does."""
+    return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
 def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.fit.fit`."""
     import multigrain.fit
 
-    assert data.folder is not None, "prepare() comes before fit()"
-    return multigrain.fit.fit(spec, read_dataset(Path(data.folder), data.val_share), folder)
+    return multigrain.fit.fit(spec, images_of(data), folder)
 
 
 def load(folder: Path) -> "Predictor":
@@ -77,6 +119,4 @@ def example(data: DataSettings) -> "pd.DataFrame":
     """Two held-out images, as `load`'s result takes them."""
     import pandas as pd
 
-    assert data.folder is not None, "prepare() comes before example()"
-    images = read_dataset(Path(data.folder), data.val_share).val[:2]
-    return pd.DataFrame({"image": [path.read_bytes() for path in images]})
+    return pd.DataFrame({"image": [path.read_bytes() for path in images_of(data).val[:2]]})

@@ -1,29 +1,43 @@
-"""Files -> tensors: augmented views for training, plain crops for evaluation."""
+"""Files -> tensors: augmented views for training, plain ones for evaluation."""
 
-from collections.abc import Sequence
+import io
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torchvision.io  # noqa: F401 - registers the operator below
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from multigrain.augment import TrainTransform, evaluation_crop
+from multigrain.augment import EvaluationTransform, TrainTransform, evaluation_pixels, rect_shape
+from multigrain.spec import AugmentSettings
+
+# Half the time of Pillow. The public function around it warns that both will go; Pillow then reads everything.
+_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
+_RGB = 3  # in torchvision.io.ImageReadMode
+
+BATCH_PIXELS = 256 * 224 * 224
+"""Most pixels in one evaluation batch of several images."""
 
 
 class Views(NamedTuple):
     """One rank's batch."""
 
     images: Tensor
-    """(B, 3, S, S) float in [0, 1]."""
+    """(B, 3, S, S) uint8."""
+    colour: Tensor
+    """(B, 11) float, what `augment.colour` still has to do to them."""
     labels: Tensor
     """(B,) class numbers."""
-    instances: Tensor
-    """(B,) numbers of the images that the views show."""
+    indices: Tensor
+    """(B,) positions in the training list of the images that the views show."""
 
 
 def decode(file: Path | BinaryIO) -> Tensor:
@@ -31,7 +45,13 @@ def decode(file: Path | BinaryIO) -> Tensor:
 
     Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
     """
-    with Image.open(file) as image:
+    content = file.read_bytes() if isinstance(file, Path) else file.read()
+    with Image.open(io.BytesIO(content)) as image:  # reads the header, and refuses what would fill the memory
+        if _decode_jpeg and image.format in {"JPEG", "MPO"} and image.mode in {"RGB", "L"}:
+            try:
+                return _decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), _RGB)
+            except RuntimeError:
+                pass  # Pillow reads some that torchvision does not, and says better what is wrong with the others
         if image.mode.startswith("I"):
             return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
         if "transparency" in image.info:
@@ -46,38 +66,93 @@ class TrainViews(Dataset[Views]):
     number of loading processes, or what was drawn before.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: TrainTransform, seed: int) -> None:
-        self.paths, self.labels, self.transform, self.seed = paths, labels, transform, seed
-        self.epoch = 0
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], settings: AugmentSettings, size: int, seed: int
+    ) -> None:
+        # One block of memory: a million objects would be copied, page by page, by every loading process.
+        self._paths, self._labels = np.array([os.fsencode(path) for path in paths]), torch.tensor(labels)
+        self._transform, self._size, self._seed = TrainTransform(settings, size), size, seed
+        # Shared, so that loading processes that outlive an epoch see the next.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draws of the batches that are asked for from now on, in all loading processes."""
+        self._epoch.fill_(epoch)
 
     def __getitems__(self, indices: list[int]) -> Views:
-        images = []
+        images = torch.empty(len(indices), 3, self._size, self._size, dtype=torch.uint8)
+        colours: list[Tensor] = []
+        epoch = int(self._epoch)
         with torch.random.fork_rng(devices=[]):
             for index, copies in groupby(indices):
-                image = decode(self.paths[index])
+                image = decode(Path(os.fsdecode(self._paths[index])))
                 for copy, _ in enumerate(copies):
-                    torch.default_generator.manual_seed(hash((self.seed, self.epoch, index, copy)) % 2**63)
-                    images.append(self.transform(image))
-        labels = torch.tensor([self.labels[index] for index in indices])
-        return Views(torch.stack(images), labels, torch.tensor(indices))
+                    torch.default_generator.manual_seed(hash((self._seed, epoch, index, copy)) % 2**63)
+                    images[len(colours)], parameters = self._transform(image)
+                    colours.append(parameters)
+        positions = torch.tensor(indices)
+        return Views(images, torch.stack(colours), self._labels[positions], positions)
 
 
-def whole(batch: Any) -> Any:
+def _whole(batch: Any) -> Any:
     """The collate function of batches that come as one."""
     return batch
 
 
-class _EvaluationImages(Dataset[Tensor]):
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths, self.size = paths, size
+def training_batches(views: TrainViews, sampler: Sampler[list[int]], loaders: int, pin: bool) -> DataLoader[Views]:
+    """The views of the sampler's batches, the same whatever the number of loaders.
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    Args:
+        loaders: processes that read ahead, with one thread each; they stay from epoch to epoch. 0: none.
+        pin: whether the batches lie in memory from which a GPU can copy while it computes.
+    """
+    return DataLoader(
+        views,
+        batch_sampler=sampler,
+        num_workers=loaders,
+        collate_fn=_whole,
+        pin_memory=pin,
+        persistent_workers=loaders > 0,
+        generator=torch.Generator(),  # else it draws a number from the global one
+    )
 
-    def __getitem__(self, index: int) -> Tensor:
-        return evaluation_crop(decode(self.paths[index]), self.size)
+
+class _EvaluationImages(Dataset[tuple[list[int], Tensor]]):
+    def __init__(self, paths: Sequence[Path], transform: EvaluationTransform, size: int) -> None:
+        self.paths, self.transform, self.size = paths, transform, size
+
+    def __getitems__(self, positions: list[int]) -> tuple[list[int], Tensor]:
+        images = [evaluation_pixels(decode(self.paths[position]), self.transform, self.size) for position in positions]
+        return positions, torch.stack(images)
 
 
-def evaluation_batches(paths: Sequence[Path], size: int, batch_size: int = 256) -> DataLoader[Tensor]:
-    """(B, 3, size, size) float batches of the files, in order."""
-    return DataLoader(_EvaluationImages(paths, size), batch_size)
+def _by_shape(paths: Sequence[Path], transform: EvaluationTransform, size: int) -> dict[tuple[int, int], list[int]]:
+    """Positions of the files, by the height and width of what the network is shown."""
+    found = defaultdict(list)
+    for position, path in enumerate(paths):
+        shape = (size, size)
+        if transform == "rect":
+            with Image.open(path) as image:
+                shape = rect_shape(image.height, image.width, size)
+        found[shape].append(position)
+    return found
+
+
+def evaluation_batches(
+    paths: Sequence[Path], transform: EvaluationTransform, size: int, batch_size: int = 256, loaders: int = 0
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Every file once, in batches of one shape: positions in `paths`, and (B, 3, h, w) uint8.
+
+    Args:
+        transform, size: as in `augment.evaluation_pixels`.
+        batch_size: most images in a batch; fewer where they are large.
+        loaders: processes that read ahead.
+    """
+    batches = []
+    for (height, width), positions in _by_shape(paths, transform, size).items():
+        step = max(1, min(batch_size, BATCH_PIXELS // (height * width)))
+        batches += [positions[start : start + step] for start in range(0, len(positions), step)]
+    images = _EvaluationImages(paths, transform, size)
+    return iter(
+        DataLoader(images, batch_sampler=batches, num_workers=loaders, collate_fn=_whole, generator=torch.Generator())
+    )

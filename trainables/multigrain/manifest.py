@@ -1,0 +1,217 @@
+"""Manifests: a CSV file that lists images -> `Dataset`, or everything that is wrong with it; and back.
+
+Columns: `image`, a path that starts at the file's folder or at the root; `class`; optionally `role`, one of
+`ROLES`; optionally `instance_id`. Training images of one instance_id show the same. A query's instance_id
+is that of its original among the rows of the database; the other rows of the database are distractors.
+"""
+
+import csv
+import difflib
+import io
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from multigrain.data import Copies, DataError, Dataset, split
+
+COLUMNS = ("image", "class", "role", "instance_id")
+REQUIRED = ("image", "class")
+ROLES = ("train", "val", "database", "query")
+OF_CLASSES = ("", "train", "val")
+"""Roles whose rows need a class."""
+
+
+class _Row(NamedTuple):
+    line: int
+    path: Path
+    image: str
+    label: str
+    role: str
+    instance: str
+
+
+class _Reader:
+    """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.absolute()
+        self.problems: list[str] = []
+
+    def add(self, line: int, problem: str) -> None:
+        self.problems.append(f"{self.file}, line {line}: {problem}")
+
+    def stop_if_wrong(self) -> None:
+        if self.problems:
+            raise DataError(self.problems)
+
+    def records(self) -> list[tuple[int, list[str]]]:
+        """The lines that are not blank, the header first, each with its number."""
+        if not os.path.isfile(self.file):
+            raise DataError([f"the manifest must exist, but there is no file {self.file}"])
+        content = self.file.read_bytes()
+        found: list[tuple[int, list[str]]] = []
+        line = 1
+        try:
+            reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+            for cells in reader:
+                if cells:
+                    found.append((line, cells))
+                line = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            self.add(line, f"a manifest must be UTF-8, but is not ({error.reason}); save it as `CSV UTF-8`")
+        except csv.Error as error:
+            self.add(line, f"rows must be comma-separated values, but this one is not ({error}); check its quotes")
+        if not found and not self.problems:
+            self.add(1, f"a manifest must begin with its columns ({', '.join(COLUMNS)}), but is empty")
+        self.stop_if_wrong()
+        return found
+
+    def check_header(self, line: int, header: Sequence[str]) -> None:
+        for name in dict.fromkeys(header):
+            if header.count(name) > 1:
+                self.add(line, f"each column may come once, but {name!r} comes {header.count(name)} times")
+            if name not in COLUMNS:
+                near = difflib.get_close_matches(name, COLUMNS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COLUMNS)}, with commas between"
+                self.add(line, f"unknown column {name!r}; {hint}")
+        for name in REQUIRED:
+            if name not in header:
+                self.add(line, f"the column {name!r} is required, found {', '.join(header)}")
+
+    def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[_Row]:
+        """The rows that say enough to be looked at together."""
+        rows = []
+        for line, values in records:
+            if len(values) != len(header):
+                self.add(line, f"a row must have as many cells as the header, {len(header)}, got {len(values)}")
+                continue
+            cells = {name: value if value.strip() else "" for name, value in zip(header, values, strict=True)}
+            image, label, role = cells["image"], cells["class"], cells.get("role", "")
+            row = _Row(line, self.file.parent / image, image, label, role, cells.get("instance_id", ""))
+            needed = {"image": True, "class": role in OF_CLASSES, "role": "role" in header}
+            empty = [name for name in needed if needed[name] and not cells[name]]
+            for name in empty:
+                self.add(line, f"the cell of {name!r} must not be empty")
+            if image and not os.path.isfile(row.path):
+                self.add(line, f"every image must exist, but there is no file {row.path}")
+            if role and role not in ROLES:
+                near = difflib.get_close_matches(role, ROLES, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ROLES)}"
+                self.add(line, f"unknown role {role!r}; {hint}")
+            elif not empty:
+                rows.append(row)
+        self._check_repeats(rows)
+        return rows
+
+    def _check_repeats(self, rows: Sequence[_Row]) -> None:
+        first: dict[tuple[str, Path], int] = {}
+        for row in rows:
+            if (line := first.setdefault((row.role, row.path), row.line)) != row.line:
+                place = f"role {row.role!r}" if row.role else "manifest"
+                self.add(row.line, f"an image may come once in a {place}, but {row.image} is in line {line}, too")
+
+    def split(self, rows: Sequence[_Row], share: float) -> tuple[list[_Row], list[_Row]]:
+        """Rows without roles for training and for validation."""
+        by_class = defaultdict(list)
+        for row in rows:
+            by_class[row.label].append(row)
+        for label, (row, *others) in by_class.items():
+            if not others:
+                self.add(row.line, f"a class needs 2 images to be split, found 1 of {label!r}; add a column `role`")
+        several = {label: found for label, found in by_class.items() if len(found) > 1}
+        parts = split(several, share, lambda _, row: Path(row.image).as_posix())
+        train, val = (sorted(row for found in part.values() for row in found) for part in parts)
+        return train, val
+
+    def check_classes(self, train: Sequence[_Row], val: Sequence[_Row]) -> None:
+        known = {row.label for row in train}
+        strange: dict[str, int] = {}
+        for row in val:
+            if row.label not in known and strange.setdefault(row.label, row.line) == row.line:
+                self.add(row.line, f"each class of val must have training images, but {row.label!r} has none")
+        if len(train) < 2:
+            self.problems.append(f"training needs at least 2 images, found {len(train)} in {self.file}")
+        if not val:
+            self.problems.append(f"validation needs at least 1 image, found none in {self.file}")
+
+    def copies(self, database: Sequence[_Row], queries: Sequence[_Row]) -> Copies | None:
+        by_instance = defaultdict(list)
+        for row in database:
+            by_instance[row.instance].append(row)
+        named = dict.fromkeys(row.instance for row in queries if row.instance in by_instance and row.instance)
+        for row in queries:
+            if row.instance not in named:
+                found = f"no row of the database has {row.instance!r}" if row.instance else "the cell is empty"
+                self.add(row.line, f"a query must have the instance_id of its original, but {found}")
+        for instance in named:
+            original, *others = by_instance[instance]
+            for row in others:
+                self.add(row.line, f"originals must differ in instance_id, but {instance!r} is in line {original.line}")
+        if database and not queries:
+            self.problems.append(f"a copy-detection set needs queries, but {self.file} has a database only")
+        if not queries:
+            return None
+        originals = [by_instance[instance][0] for instance in named]
+        others = [row for row in database if row.instance not in named]
+        place = {instance: index for index, instance in enumerate(named)}
+        return Copies(
+            tuple(row.path for row in (*originals, *others)),
+            tuple(row.path for row in queries),
+            tuple(place.get(row.instance, -1) for row in queries),
+        )
+
+
+def read_manifest(file: Path, val_share: float = 0.2) -> Dataset:
+    """List the images that a manifest names, in its order; without a column `role`, they are split as a folder's are.
+
+    Raises:
+        DataError: with everything that is wrong about the manifest.
+    """
+    reader = _Reader(file)
+    (line, header), *records = reader.records()
+    reader.check_header(line, header)
+    wrong_header = bool(reader.problems)
+    if not set(REQUIRED) <= set(header):
+        reader.stop_if_wrong()
+    rows = reader.rows(header, records)
+    if wrong_header:  # what the rows are to each other is not known
+        reader.stop_if_wrong()
+    train, val, database, queries = ([row for row in rows if row.role == role] for role in ROLES)
+    if "role" not in header:
+        train, val = reader.split(rows, val_share)
+    reader.check_classes(train, val)
+    copies = reader.copies(database, queries)
+    reader.stop_if_wrong()
+    classes = tuple(sorted({row.label for row in train}))
+    number = {label: index for index, label in enumerate(classes)}
+    first: dict[str | int, int] = {}
+    return Dataset(
+        classes,
+        tuple(row.path for row in train),
+        tuple(number[row.label] for row in train),
+        tuple(row.path for row in val),
+        tuple(number[row.label] for row in val),
+        copies,
+        tuple(first.setdefault(row.instance or index, index) for index, row in enumerate(train)),
+    )
+
+
+def manifest_text(dataset: Dataset) -> str:
+    """The manifest that `read_manifest` reads as this data set; absolute paths, numbers as instance_id."""
+    text = io.StringIO(newline="")
+    write = csv.writer(text).writerow
+    write(COLUMNS)
+    for path, label, instance in zip(dataset.train, dataset.train_labels, dataset.instances, strict=True):
+        write((path.absolute(), dataset.classes[label], "train", instance))
+    for path, label in zip(dataset.val, dataset.val_labels, strict=True):
+        write((path.absolute(), dataset.classes[label], "val", ""))
+    if copies := dataset.copies:
+        originals = set(copies.truth)
+        for index, path in enumerate(copies.database):
+            write((path.absolute(), "", "database", index if index in originals else ""))
+        for path, index in zip(copies.queries, copies.truth, strict=True):
+            write((path.absolute(), "", "query", index))
+    return text.getvalue()
