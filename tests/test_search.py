@@ -1,16 +1,20 @@
 """The study and what it hands to Tune; no Ray cluster is started."""
 
 import math
+from itertools import product
 
 import optuna
 import pytest
 import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optuna.trial import TrialState
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from grainmill.experiment import experiment_model
 from grainmill.search import Study, StudySearcher, build_scheduler
+from grainmill.space import Parameter, grid, resolve
 
 HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
 
@@ -189,6 +193,140 @@ def test_two_studies_share_a_file_without_mixing(tmp_path):
     one.ask()
     assert other.ask().setting == {"height": 0.9}
     assert [len(one.records), len(other.records)] == [1, 1]
+
+
+@given(st.lists(st.tuples(st.integers(2, 3), st.integers(0, 4), st.integers(0, 2)), max_size=5), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_grid_has_each_setting_of_a_space_once(drawn, turned):
+    space = {}
+    for size, parent, value in drawn:
+        name, condition = f"p{len(space)}", {}
+        if f"p{parent}" in space:
+            values = space[f"p{parent}"].values
+            condition = {"when": {f"p{parent}": [values[value % len(values)]]}, "otherwise": "none"}
+        kind = {"int": [0, size - 1]} if size == 2 else {"choice": [0.5, "a", True]}
+        space[name] = Parameter.model_validate({**kind, **condition})
+    space = dict(reversed(space.items())) if turned else space
+    combinations = product(*(parameter.values for parameter in space.values()))
+    expected = []
+    for values in combinations:
+        setting = resolve(space, lambda name, _, values=values: values[list(space).index(name)])
+        if setting not in expected:
+            expected.append(setting)
+    found = list(grid(space))
+    assert len(found) == len(expected)
+    assert [setting for setting in expected if setting not in found] == []
+
+
+GRID = {
+    "sampler": {"sampler": "grid"},
+    "space": {
+        "kind": {"choice": ["plain", "nan"]},
+        "height": {"choice": [0.25, 0.5, 0.75], "when": {"kind": ["plain"]}, "otherwise": 0.1},
+    },
+}
+GRID_SETTINGS = [("nan", 0.1), ("plain", 0.25), ("plain", 0.5), ("plain", 0.75)]
+
+
+def grid_study(tmp_path, trials=4, space=GRID["space"]):
+    return study(tmp_path, trials=trials, space=space, search=GRID["sampler"])
+
+
+def points(records):
+    return sorted((record.setting["kind"], record.setting["height"]) for record in records)
+
+
+def test_a_grid_is_searched_whole_with_the_published_setting_first(tmp_path):
+    made = grid_study(tmp_path)
+    asked = [made.ask() for _ in range(4)]
+    assert asked[0].setting == {"kind": "plain", "height": 0.5}
+    assert points(asked) == GRID_SETTINGS
+    assert made.ask() is None
+    stored = optuna.load_study(study_name="trial", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    told = [{"kind": "nan"}, *({"kind": "plain", "height": height} for height in (0.25, 0.5, 0.75))]
+    assert [params for params in told if params not in [trial.params for trial in stored.trials]] == []
+
+
+def test_a_grid_without_the_published_setting_is_searched_whole_after_it(tmp_path):
+    made = grid_study(tmp_path, trials=3, space={"height": {"choice": [0.6, 0.7]}, "kind": {"choice": ["plain"]}})
+    asked = [made.ask() for _ in range(3)]
+    assert asked[0].setting["height"] == 0.5
+    assert points(asked) == [("plain", 0.5), ("plain", 0.6), ("plain", 0.7)]
+
+
+def test_a_grid_that_was_cut_short_goes_on_with_what_is_left(tmp_path):
+    made = grid_study(tmp_path)
+    made.ask(), made.ask()
+    run(made, 0, epochs=4)
+    made.close(0, False)
+    searcher = StudySearcher(grid_study(tmp_path))
+    assert searcher.open_trials == 3
+    assert [searcher.suggest(letter)["number"] for letter in "abc"] == [1, 2, 3]
+    assert searcher.suggest("d") == Searcher.FINISHED
+    assert points(searcher.study.records) == GRID_SETTINGS
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_setting_of_a_grid_that_failed_is_tried_again_when_the_run_is_carried_on(broken, tmp_path):
+    made = grid_study(tmp_path)
+    for number in range(4):
+        made.ask()
+        run(made, number, epochs=4)
+        made.close(number, failed=number == broken)
+    again = grid_study(tmp_path)
+    assert StudySearcher(again).open_trials == 1
+    assert again.ask().setting == made.record(broken).setting
+    assert again.ask() is None
+
+
+def test_the_published_setting_outside_a_grid_is_tried_again_too(tmp_path):
+    space = {"height": {"choice": [0.6, 0.7]}}
+    made = grid_study(tmp_path, trials=3, space=space)
+    for number in range(3):
+        made.ask()
+        run(made, number, epochs=4)
+        made.close(number, failed=number == 0)
+    again = grid_study(tmp_path, trials=3, space=space)
+    assert again.ask().setting == {"height": 0.5}
+    assert again.ask() is None
+
+
+def test_what_fails_in_a_grid_does_not_keep_the_others_from_being_tried(tmp_path):
+    made = grid_study(tmp_path)
+    asked = []
+    for number in range(4):
+        asked.append(made.ask())
+        made.close(number, failed=True)
+    assert points(asked) == GRID_SETTINGS
+    again = [made.ask() for _ in range(4)]
+    assert points(again) == GRID_SETTINGS
+    assert made.ask() is None
+
+
+def test_a_grid_of_which_all_failed_begins_again_outside_its_points(tmp_path):
+    space = {"height": {"choice": [0.6, 0.7]}, "kind": {"choice": ["plain"]}}
+    made = grid_study(tmp_path, trials=3, space=space)
+    for number in range(3):
+        made.ask()
+        made.close(number, failed=True)
+    again = grid_study(tmp_path, trials=3, space=space)
+    assert points([again.ask() for _ in range(3)]) == [("plain", 0.5), ("plain", 0.6), ("plain", 0.7)]
+
+
+def test_a_grid_that_was_killed_before_a_trial_was_given_out_loses_no_setting(tmp_path, monkeypatch):
+    made = grid_study(tmp_path)
+    made.ask()
+
+    def killed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made._study, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.ask()
+    again = grid_study(tmp_path)
+    asked = [again.ask() for _ in range(3)]
+    assert points([*asked, again.record(0)]) == GRID_SETTINGS
+    assert again.ask() is None
 
 
 class _Trial:

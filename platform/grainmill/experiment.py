@@ -3,14 +3,14 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
-from pydantic_core import ErrorDetails
 
 from grainmill import catalog
 from grainmill.document import Document, Location, dotted
-from grainmill.space import Parameter, extremes, lookup, nested, resolve, space_problems
+from grainmill.findings import describe
+from grainmill.space import Parameter, extremes, grid_problems, lookup, nested, resolve, space_problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -26,8 +26,8 @@ class Section(BaseModel):
 class Search(Section):
     """How the space is searched."""
 
-    sampler: Literal["tpe", "random"] = "tpe"
-    """Optuna's sampler."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """Optuna's sampler; or `grid`: every setting of a space of `choice` and `int`, once."""
     scheduler: Literal["asha", "none"] = "asha"
     """`asha` stops the weaker trials early, judged by the objective; the first trial always runs to its end."""
     trials: int = Field(20, ge=1)
@@ -88,8 +88,7 @@ class Experiment(Section):
     @property
     def reference(self) -> dict[str, Any]:
         """The first trial's setting: the published default of each searched parameter."""
-        defaults = type(self.base)().model_dump()
-        return resolve(self.space, lambda name, _: lookup(defaults, name))
+        return _reference(type(self.base)(), self.space)
 
     def spec(self, setting: Mapping[str, Any]) -> Any:
         """The settings of one trial: the base with a point of the space put in."""
@@ -150,7 +149,7 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
         model.model_validate(document.tree)
     except ValidationError as error:
         for details in error.errors():
-            document.add(details["loc"], _message(model, details))
+            document.add(details["loc"], describe(model, details))
             wrong.update(details["loc"][:1])
     parts = {}
     for name, field in model.model_fields.items():
@@ -162,58 +161,6 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
         else:
             parts[name] = field.get_default(call_default_factory=True)
     return parts
-
-
-_RULES = {
-    "dict_type": "must hold keys and values",
-    "model_type": "must hold keys and values",
-    "string_pattern_mismatch": "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
-    "too_long": "must have at most {max_length} items",
-    "too_short": "must have at least {min_length} items",
-    "tuple_type": "must be a list in [brackets]",
-}
-"""By pydantic's type of error, where its own message is not for people."""
-
-
-def _message(model: type[BaseModel], details: ErrorDetails) -> str:
-    """One of pydantic's findings in our words: rule, value found, remedy."""
-    *parents, key = details["loc"] or ("",)
-    fields = _fields_at(model, parents)
-    if details["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(key), fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
-        return f"unknown key; {hint}"
-    if details["type"] == "missing":
-        return "both bounds are required, [low, high]" if isinstance(key, int) else "this key is required"
-    if details["type"] == "value_error":
-        return details["msg"].removeprefix("Value error, ")
-    rule = _RULES.get(details["type"], "").format(**details.get("ctx", {}))
-    rule = rule or details["msg"].replace("Input should be", "must be", 1)
-    remedy = ""
-    if details["type"] == "literal_error" and (
-        near := difflib.get_close_matches(str(details["input"]), rule.split("'"), n=1)
-    ):
-        remedy = f"; did you mean {near[0]!r}?"
-    elif (field := fields.get(str(key))) is not None and not field.is_required():
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, bool | int | float | str):
-            remedy = f"; leave it out for the default, {default!r}"
-        elif details["input"] is None:
-            remedy = "; leave the key out, too"
-    return f"{rule}, got {details['input']!r}{remedy}"
-
-
-def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str, Any]:
-    """The fields of the model at a location; none where there is no model."""
-    annotation: Any = model
-    for parent in parents:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            field = annotation.model_fields.get(str(parent))
-            annotation = field.annotation if field else None
-        elif get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-    fields = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
-    return {field.alias or name: field for name, field in fields.items()}
 
 
 def _cross_problems(
@@ -236,6 +183,9 @@ def _cross_problems(
         for name, messages in space_problems(parts["space"]).items():
             problems += [(("space", name), message) for message in messages]
         yield from problems
+        if "search" in parts and parts["search"].sampler == "grid" and not problems:
+            reference = _reference(trainable.Spec(), parts["space"])
+            yield from grid_problems(parts["space"], reference, parts["search"].trials)
         if "base" in parts and not problems:
             yield from _setting_problems(trainable, parts)
 
@@ -257,7 +207,9 @@ def _path_problems(defaults: Mapping[str, Any], space: Mapping[str, Parameter]) 
     """Searched parameters that are no setting of the trainable."""
     known = list(_leaves(defaults))
     for name in space:
-        if name not in known:
+        if name in known and lookup(defaults, name) is None:
+            yield ("space", name), "must have a published value for the first trial, but has none; set it in base"
+        elif name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             yield ("space", name), f"must be a setting of the trainable; {hint}"
@@ -276,7 +228,7 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
     if "resources" in parts:
         workers = {parts["resources"].retrain_workers: "retrain_workers", parts["resources"].workers: "workers"}
     seen: set[tuple[Location, str]] = set()
-    reference = resolve(space, lambda name, _: lookup(defaults, name))
+    reference = _reference(trainable.Spec(), space)
     for setting in extremes(space, {name: lookup(defaults, name) for name in space}):
         found: list[tuple[Location, str]] = []
         moved = [name for name, value in setting.items() if value != reference[name]]
@@ -287,13 +239,18 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
         except ValidationError as error:
             for details in error.errors():
                 culprits = [name for name in [dotted(details["loc"]), *moved] if name in space]
-                found.append((("space", culprits[0]) if culprits else ("base",), _message(trainable.Spec, details)))
+                found.append((("space", culprits[0]) if culprits else ("base",), describe(trainable.Spec, details)))
         for place, message in found:
             rule = message.partition(", got")[0]
             if (place, rule) not in seen:
                 seen.add((place, rule))
                 at = " (at " + ", ".join(f"{name} = {setting[name]}" for name in moved) + ")" if moved else ""
                 yield place, message + at
+
+
+def _reference(published: BaseModel, space: Mapping[str, Parameter]) -> dict[str, Any]:
+    defaults = published.model_dump()
+    return resolve(space, lambda name, _: lookup(defaults, name))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

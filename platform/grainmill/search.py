@@ -6,8 +6,10 @@ again, under the same number. A trial that was stopped early is PRUNED there, ne
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from grainmill.experiment import Experiment, Search
-from grainmill.space import Parameter, Scalar, Setting, resolve
+from grainmill.space import Parameter, Scalar, Setting, grid, resolve
 
 State = Literal["running", "complete", "stopped", "failed"]
 _STATES: dict[TrialState, State] = {
@@ -74,10 +76,8 @@ class Study:
             study_name=name,
             load_if_exists=True,
         )
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and not self.used():
-            inside = {key: value for key, value in first.items() if experiment.space[key].contains(value)}
-            self._study.enqueue_trial(inside, user_attrs={"first": True})
+        if not self.used():
+            self._enqueue(first)
 
     @property
     def records(self) -> list[Record]:
@@ -92,8 +92,10 @@ class Study:
         """A new trial; None when all have been given out."""
         if self.used() >= self.trials:
             return None
+        if self.experiment.search.sampler == "grid":
+            self._enqueue(self._next_of_grid())
         trial = self._study.ask()
-        fixed = self.first if trial.user_attrs.get("first") else {}
+        fixed = trial.user_attrs.get("fixed", {})
 
         def draw(name: str, parameter: Parameter) -> Scalar:
             if name in fixed and not parameter.contains(fixed[name]):
@@ -140,6 +142,20 @@ class Study:
         signs = {name: 1 if way == "max" else -1 for name, way in self.experiment.objective.items()}
         return max(complete, key=lambda r: [sign * r.metrics[name] for name, sign in signs.items()], default=None)
 
+    def _enqueue(self, setting: Setting) -> None:
+        """Make `setting` that of the next trial, unless one is waiting already."""
+        if not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self._study.enqueue_trial(dict(setting), user_attrs={"fixed": dict(setting)})
+
+    def _next_of_grid(self) -> Setting:
+        """One that was not tried; or else, of those that failed, one that failed least often."""
+        # Not by Optuna's samplers of grids: they never come back to what failed, and stop the loop that we do not use.
+        records = [(frozenset(record.setting.items()), record.state) for record in self.records]
+        taken = {point for point, state in records if state != "failed"}
+        failures = Counter(point for point, _ in records if point not in taken)
+        points = {frozenset(setting.items()): setting for setting in chain([self.first], grid(self.experiment.space))}
+        return points[min((point for point in points if point not in taken), key=failures.__getitem__)]
+
     def _frozen(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
 
@@ -155,7 +171,7 @@ def _record(trial: FrozenTrial) -> Record:
 
 
 def _sampler(search: Search, trials: int) -> optuna.samplers.BaseSampler:
-    if search.sampler == "random":
+    if search.sampler != "tpe":  # a grid draws nothing
         return optuna.samplers.RandomSampler(seed=search.seed)
     startup = min(10, max(1, trials // STARTUP_SHARE))
     # constant_liar: trials that still run count as poor, so that the next one is drawn elsewhere.

@@ -1,8 +1,8 @@
 """The search-space language: what may vary, within which bounds, and when."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from itertools import combinations, product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations, islice, product
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
@@ -25,6 +25,8 @@ Setting = Mapping[str, Scalar]
 SHORT = 16
 """Whole numbers in a range that are all tried when the space is checked."""
 KINDS = ("uniform", "loguniform", "int", "choice")
+LARGEST_GRID = 10_000
+"""Settings of the largest space that is searched whole."""
 
 
 class Parameter(BaseModel):
@@ -73,6 +75,11 @@ class Parameter(BaseModel):
         if self.integer and self.integer[1] - self.integer[0] < SHORT:
             return tuple(range(self.integer[0], self.integer[1] + 1))
         return next(value for value in self._kinds() if value is not None)
+
+    @property
+    def values(self) -> Sequence[Scalar] | None:
+        """All values; None of a range of fractions."""
+        return range(self.integer[0], self.integer[1] + 1) if self.integer else self.choice
 
     def contains(self, value: Scalar) -> bool:
         """Whether a search could draw `value`."""
@@ -127,6 +134,39 @@ def resolve(space: Space, draw: Callable[[str, Parameter], Scalar]) -> dict[str,
         assert value is not None, "a condition has an `otherwise`"
         drawn[name] = value
     return drawn
+
+
+def grid(space: Space) -> Iterator[dict[str, Scalar]]:
+    """Every setting of a space without ranges of fractions, each once."""
+    names = list(_dependency_order(space))
+
+    def extend(drawn: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if len(drawn) == len(names):
+            yield drawn
+            return
+        name = names[len(drawn)]
+        parameter = space[name]
+        for value in (parameter.values or ()) if parameter.active(drawn) else (parameter.otherwise,):
+            yield from extend({**drawn, name: value})
+
+    yield from extend({})
+
+
+def grid_problems(space: Space, reference: Setting, trials: int) -> Iterator[tuple[tuple[str, str], str]]:
+    """What keeps `trials`, the reference first, from being the whole space: places in the file, and messages."""
+    endless = [name for name, parameter in space.items() if parameter.values is None]
+    for name in endless:
+        message = f"a grid needs `choice` or `int`, got the range {list(space[name].ends)}; list the values to try"
+        yield ("space", name), message
+    if endless:
+        return
+    settings = list(islice(grid(space), LARGEST_GRID + 1))
+    count = len(settings) + (reference not in settings)
+    if len(settings) > LARGEST_GRID:
+        yield ("search", "sampler"), f"a grid has at most {LARGEST_GRID} settings, got more; use tpe, or fewer values"
+    elif trials != count:
+        message = f"must be the number of the grid's settings, the published one included, got {trials} for {count}"
+        yield ("search", "trials"), f"{message}; set it to {count}"
 
 
 def extremes(space: Space, reference: Setting) -> Iterator[dict[str, Scalar]]:
