@@ -388,24 +388,45 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
 
 
 def test_a_writer_waits_for_the_last_write_before_it_takes_another_copy(tmp_path, monkeypatch):
-    events, copy = [], checkpoint.pytree.tree_map_only
+    events, flatten = [], checkpoint.pytree.tree_flatten
 
     class Watched(Writer):
         def wait(self):
             super().wait()
             events.append("waited")
 
-    def watched_copy(*arguments):
-        events.append("copied")
-        return copy(*arguments)
+    def watched_flatten(tree):
+        events.append("copied")  # the copies are made of what this gives
+        return flatten(tree)
 
-    monkeypatch.setattr(checkpoint.pytree, "tree_map_only", watched_copy)
+    monkeypatch.setattr(checkpoint.pytree, "tree_flatten", watched_flatten)
     monkeypatch.setattr(checkpoint, "save", lambda *_: events.append("written"))
     with closing(Watched(tmp_path)) as writer:
         for steps in (1, 2, 3):
             writer.save(trained(steps))
     # The first save has nothing to wait for, but asks.
     assert events == ["waited", "copied", "written"] * 3 + ["waited"]
+
+
+def test_a_writer_copies_into_the_memory_of_its_last_copy_where_it_fits(tmp_path):
+    def saved(model):
+        writer.save(Checkpoint(model, {}, {"steps": len(places) + 1}))
+        writer.wait()
+        places.append([value.data_ptr() for value in writer._copies if isinstance(value, torch.Tensor)])
+        return checkpoint.latest(tmp_path).model
+
+    places = []
+    with closing(Writer(tmp_path)) as writer:
+        saved({"a": torch.zeros(3), "b": torch.zeros(2, 2)})
+        second = {"a": torch.tensor([1.0, 2, 3]), "b": torch.full((2, 2), 5.0)}
+        found = saved(second)
+        assert places[0] == places[1]
+        assert all(torch.equal(found[name], tensor) for name, tensor in second.items())
+        # Of another size, of another type, and one more: the old memory does not fit.
+        third = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.float64), "c": torch.ones(1)}
+        found = saved(third)
+    assert all(torch.equal(found[name], tensor) for name, tensor in third.items())
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in third.items()}
 
 
 def test_a_writer_keeps_the_newest_two(tmp_path):

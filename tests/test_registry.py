@@ -1,3 +1,6 @@
+import sys
+from unittest.mock import Mock
+
 import toy
 
 from grainmill import registry
@@ -28,3 +31,10 @@ def test_requirements_are_pinned_to_what_is_installed():
     assert pinned["torch"] == version("torch").partition("+")[0]
     assert {"mlflow", "ray", "pillow", "safetensors"} <= pinned.keys()
     assert "pytest" not in pinned
+
+
+def test_an_optional_package_is_required_by_the_models_that_import_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    assert not any(line.startswith("timm") for line in registry._pinned_requirements())
+    monkeypatch.setitem(sys.modules, "timm", Mock())
+    assert any(line.startswith("timm==") for line in registry._pinned_requirements())

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from collections.abc import Mapping
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -82,6 +83,7 @@ def _package_path(package: str) -> str:
 
 
 def _pinned_requirements() -> list[str]:
-    """Our dependencies in the versions installed here."""
-    names = [re.split(r"[\[<>=;~! ]", line)[0] for line in requires("grainmill") or () if "extra ==" not in line]
+    """Our dependencies in the versions installed here; of the optional ones those that the model has imported."""
+    lines = {re.split(r"[\[<>=;~! ]", line)[0]: line for line in requires("grainmill") or () if '"dev"' not in line}
+    names = [name for name, line in lines.items() if "extra ==" not in line or name in sys.modules]
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,22 +83,34 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return target
 
 
+def _copy(value: Any, old: Any) -> Any:
+    """A tensor's copy on the CPU, in the memory of `old` if it fits; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype):
+        return old.copy_(value.detach())
+    return value.detach().to("cpu", copy=True)
+
+
 class Writer:
     """Saves checkpoints in the background: only the copy of the tensors holds the training up.
 
     One is written at a time; `wait` returns when the last is safe, or raises what kept it from being written.
+    The memory of a copy serves the next: fresh memory takes several times as long to fill.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
+        self._copies: list[Any] = []
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Take a copy on the CPU, and write it."""
         self.wait()
-        snapshot = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
-        self._pending = self._thread.submit(save, self.folder, snapshot)
+        values, structure = pytree.tree_flatten(checkpoint)
+        self._copies = [_copy(value, old) for value, old in zip_longest(values, self._copies[: len(values)])]
+        self._pending = self._thread.submit(save, self.folder, pytree.tree_unflatten(self._copies, structure))
 
     def wait(self) -> None:
         """Until nothing is being written."""
