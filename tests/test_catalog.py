@@ -25,6 +25,10 @@ class Data(BaseModel):
     rows: int
 
 
+class Evaluation(BaseModel):
+    on: dict[str, str]
+
+
 def metrics(data):
     return {"error": "min"}
 
@@ -41,6 +45,7 @@ def worker_problems(spec, workers):
 def prepare(data, root, track): ...
 def fit(spec, data, folder): ...
 def load(folder): ...
+def evaluate(folder, settings, out): ...
 def example(data): ...
 """
 FILE = """\
@@ -97,7 +102,7 @@ def test_multigrain_has_all_that_the_mill_asks_of_a_trainable():
     assert {"Spec", "Data", "metrics", "data_problems", "worker_problems", "prepare", "fit", "load"} < members
     found = catalog.find("multigrain")
     assert {name for name in members if not hasattr(found, name)} == set()
-    for name in members - {"Spec", "Data"}:
+    for name in members - {"Spec", "Data", "Evaluation"}:
         asked = list(inspect.signature(getattr(catalog.Trainable, name)).parameters)
         assert list(inspect.signature(getattr(found, name)).parameters) == asked, name
 

@@ -13,7 +13,7 @@ from multigrain import views
 from multigrain.augment import evaluation_view
 from multigrain.data import Copies, Dataset, read_dataset
 from multigrain.evaluate import METRICS, embed, evaluate
-from multigrain.model import MultiGrain, Output
+from multigrain.model import MultiGrain
 from multigrain.spec import MultiGrainSpec
 from multigrain.views import decode
 
@@ -29,16 +29,13 @@ def small_network():
     return MultiGrain("narrow", 8)
 
 
-class Colours(nn.Module):
+def colours():
     """Describes an image by its mean colour, and takes it for class 0 where it is more red than green."""
-
-    def __init__(self):
-        super().__init__()
-        self.classifier = nn.Linear(3, 2)
-
-    def forward(self, images):
-        colour = images.mean(dim=(2, 3))
-        return Output(colour, colour / colour.norm(dim=1, keepdim=True), colour[:, :2])
+    network = MultiGrain("narrow", 2, p=1.0)
+    network.trunk, network.mean, network.std = nn.Identity(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    network.classifier = nn.Linear(3, 2, bias=False)
+    nn.init.eye_(network.classifier.weight)
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
         paint((0, 0, 255), (255, 255, 255), (0, 255, 255)), paint((100, 255, 255), (0, 0, 120)), truth=(1, 0)
     )
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN, YELLOW), (0, 0, 1, 1), copies)
-    metrics = evaluate(Colours(), data, spec(16), CPU)
+    metrics = evaluate(colours(), data, spec(16), CPU)
     assert metrics == pytest.approx(
         {
             "top1": 0.75,  # yellow is more red than green
@@ -81,12 +78,12 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
 
 def test_metrics_without_truth_are_left_out(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, GREEN), (0, 1), None)
-    assert evaluate(Colours(), data, spec(16), CPU) == {"top1": 1.0}
+    assert evaluate(colours(), data, spec(16), CPU) == {"top1": 1.0}
 
 
 def test_a_class_with_one_image_is_no_query(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN), (0, 0, 1), None)
-    assert evaluate(Colours(), data, spec(16), CPU) == {"top1": 1.0, "class_map": 1.0}
+    assert evaluate(colours(), data, spec(16), CPU) == {"top1": 1.0, "class_map": 1.0}
 
 
 def slow_average_precision(scores, positive):

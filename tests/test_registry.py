@@ -1,9 +1,12 @@
 import sys
 from unittest.mock import Mock
 
+import pandas as pd
+import pytest
 import toy
 
 from grainmill import registry
+from grainmill.errors import TrackingError
 from grainmill.tracking import Tracker, local_uri
 
 
@@ -38,3 +41,19 @@ def test_an_optional_package_is_required_by_the_models_that_import_it(monkeypatc
     assert not any(line.startswith("timm") for line in registry._pinned_requirements())
     monkeypatch.setitem(sys.modules, "timm", Mock())
     assert any(line.startswith("timm==") for line in registry._pinned_requirements())
+
+
+def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
+    uri = local_uri(tmp_path)
+    tracker = Tracker(uri, "apples", tmp_path)
+    list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
+    run_id = tracker.start("first", {}, {})
+    register(tracker, tmp_path / "model", run_id)
+    for name in ("models:/apples@champion", "models:/apples/1"):
+        stored = registry.fetch(uri, name)
+        assert (stored.trainable, stored.run_id) == ("toy", run_id)
+        table = toy.load(stored.folder)(pd.DataFrame({"x": [2.0]}))
+        assert table["y"].tolist() == [1.4]
+    for name in ("models:/pears@champion", "models:/apples/2", "models:/apples@best"):
+        with pytest.raises(TrackingError, match=f"{name} must be in the registry"):
+            registry.fetch(uri, name)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multigrain import Whitening
+from multigrain import Whitening, whitening
 
 FIVE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [3.0, 1.0]], dtype=torch.float64)
 WEIGHT = torch.tensor([[1.0, -1.0], [0.5, 2.0]], dtype=torch.float64)
@@ -177,6 +177,14 @@ def test_more_rows_than_are_taken_at_a_time():
     whitening = Whitening.fit(embeddings)
     close(covariance(whitening.project(embeddings)), torch.eye(4), 1e-9)
     same_geometry(whitening, Whitening.fit(embeddings.flip(0).split(999)), embeddings[:50])
+
+
+@pytest.mark.parametrize("stripe", [1, 3, 5, 7])
+def test_the_scatter_is_computed_in_stripes(monkeypatch, stripe):
+    embeddings = pooled(80, 6)
+    monkeypatch.setattr(whitening, "ROWS", 30)
+    monkeypatch.setattr(whitening, "STRIPE", stripe)
+    close(covariance(Whitening.fit(embeddings).project(embeddings)), torch.eye(7), 1e-10)
 
 
 @given(st.integers(0, 1000))

@@ -26,6 +26,30 @@ class Data(BaseModel):
     """A named pipe: from the second epoch on, a new process waits until someone opens it for writing."""
 
 
+class Evaluation(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    on: dict[str, str]
+    """`scale`: a file that holds a number."""
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    name: str
+    value: float
+    low: float
+    high: float
+    paper: float | None = None
+
+
+@dataclass(frozen=True)
+class Assessment:
+    figures: list[Figure]
+    headlines: list[Figure]
+    notes: list[str]
+    files: list[Path]
+
+
 @dataclass(frozen=True)
 class Result:
     epoch: int
@@ -81,6 +105,15 @@ def load(folder: Path) -> Any:
         return table.assign(y=table["x"] * height)[["y"]]
 
     return predict
+
+
+def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
+    height = json.loads((folder / "state.json").read_text())["height"]
+    value = height * float(Path(settings.on["scale"]).read_text()) * settings.times
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "figures.csv").write_text(f"height,{value}\n")
+    figures = [Figure("scale/height", value, value - 0.1, value + 0.1, 0.5), Figure("scale/width", 2.0, 1.0, 3.0)]
+    return Assessment(figures, figures[:1], ["a toy"], [out / "figures.csv"])
 
 
 def example(data: Data) -> Any:

@@ -1,7 +1,7 @@
 """Trainables by name: what the mill knows of what it mills."""
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -35,6 +35,28 @@ class EpochResult(Protocol):
         """Among them, in every epoch, the metrics that an objective can name."""
 
 
+class Figure(Protocol):
+    """One figure of an evaluation, and the 95 % interval around it."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    paper: float | None
+    """The published figure to compare with."""
+
+
+class Assessment(Protocol):
+    """What came of an evaluation."""
+
+    figures: Sequence[Figure]
+    headlines: Sequence[Figure]
+    """Those to show."""
+    notes: Sequence[str]
+    """What a reader must know to believe the figures."""
+    files: Sequence[Path]
+
+
 class Predictor(Protocol):
     """A trained model, from table to table."""
 
@@ -48,6 +70,8 @@ class Trainable(Protocol):
     """Settings of one run, frozen, each with the published default; one is `epochs`."""
     Data: type[BaseModel]
     """Where the data are."""
+    Evaluation: type[BaseModel]
+    """On what, and how, a trained model is evaluated."""
 
     @staticmethod
     def metrics(data: Any) -> Mapping[str, Direction]:
@@ -74,11 +98,18 @@ class Trainable(Protocol):
         """The model that `fit` left in `folder`."""
 
     @staticmethod
+    def evaluate(folder: Path, settings: Any, out: Path) -> Assessment:
+        """Evaluate the model that `fit` left in `folder`, writing files to `out`. Raises ValueError if it cannot."""
+
+    @staticmethod
     def example(data: Any) -> Any:
         """A small table that a `Predictor` takes."""
 
 
-_MEMBERS = ("Spec", "Data", "metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "example")
+_MEMBERS = (
+    *("Spec", "Data", "Evaluation"),
+    *("metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "evaluate", "example"),
+)
 
 
 def names() -> list[str]:

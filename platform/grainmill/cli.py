@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.progress import track as rich_track
-from rich.table import Table
+from rich.table import Column, Table
 
 from grainmill import catalog, experiment, runs
 from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
@@ -73,6 +73,38 @@ def tune(file: File, overrides: Overrides = None, address: Address = None) -> No
 def train(file: File, overrides: Overrides = None, address: Address = None) -> None:
     """Train the base settings once, without a search, and register the model as champion."""
     _mill(file, overrides, address, "train")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="models:/name@alias, a run's folder, or one with checkpoints.")],
+    on: Annotated[list[str], typer.Option("--on", metavar="BENCHMARK=PATH", help="What to evaluate on. Repeatable.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as sizes=[224,500] or exponents=[3,4,5]. Repeatable."),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for figures, pictures and pages.")] = Path("evaluation"),
+    trainable: Annotated[str, typer.Option(help="What made the model in a folder.")] = "multigrain",
+) -> None:
+    """Evaluate a trained model on benchmarks; a registered model's MLflow run gets the figures."""
+    with _clear_errors():
+        _prepare_process()
+        from grainmill import evaluation, tracking
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(
+            Path(Experiment.model_fields["storage"].default)
+        )
+        settings = [*(f"on.{one}" for one in on), *(overrides or ())]
+        assessment = evaluation.evaluate(model, settings, trainable, folder, uri)
+        table = Table(Column("", overflow="fold"), "value", "95 % interval", "paper")
+        for one in assessment.headlines:
+            paper = "" if one.paper is None else f"{one.paper:.4f}"
+            table.add_row(one.name, f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}", paper)
+        out.print(table)
+        for note in assessment.notes:
+            out.print(note, style="yellow", highlight=False, soft_wrap=True)
+        for file in assessment.files:
+            out.print(str(file.absolute()), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -44,12 +44,15 @@ for _both in (_Loader, _Dumper):
 class Document:
     """The file as plain data, the line of each key, and what is wrong so far."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path | None) -> None:
+        """A file's content; nothing yet for None, what the command line says follows as overrides."""
+        self.file = file or "the command line"
         self.problems: list[Problem] = []
         self.lines: dict[Location, int] = {}
         self.tree: dict[str, Any] = {}
         self.overridden: set[Location] = set()
+        if file is None:
+            return
         try:
             if (size := file.stat().st_size) > MAX_BYTES:
                 self.add(

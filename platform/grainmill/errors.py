@@ -7,7 +7,8 @@ GrainmillError
 ├── BusyError          another process works in the same folder
 ├── ResourceError      Ray cannot give what a trial asks for
 ├── TrackingError      MLflow cannot be reached
-└── SearchError        no trial came through
+├── SearchError        no trial came through
+└── EvaluationError    there is no model, or nothing to evaluate it on
 """
 
 from collections.abc import Sequence
@@ -64,3 +65,7 @@ class TrackingError(GrainmillError):
 
 class SearchError(GrainmillError):
     """There is no winner."""
+
+
+class EvaluationError(GrainmillError):
+    """A model or a benchmark cannot be used."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlflow
+from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 
 from grainmill import catalog
+from grainmill.errors import TrackingError
 from grainmill.tracking import Tracker
 
 CHAMPION = "champion"
@@ -74,6 +76,36 @@ def _log(tracker: Tracker, run_id: str, name: str, trainable: str, folder: Path,
     model = mlflow.get_logged_model(info.model_id)
     made = tracker.client.create_model_version(name, model.artifact_location, run_id, model_id=model.model_id)
     return Version(name, str(made.version))
+
+
+class Stored(NamedTuple):
+    """A registered model on this machine."""
+
+    folder: Path
+    """With its checkpoints."""
+    trainable: str
+    run_id: str
+    """Of the run that trained it."""
+
+
+def fetch(tracking_uri: str, model: str) -> Stored:
+    """Download a registered model.
+
+    Args:
+        tracking_uri: MLflow's.
+        model: such as `models:/name@champion` or `models:/name/3`.
+    Raises:
+        TrackingError: there is no such model, or MLflow does not answer.
+    """
+    mlflow.set_tracking_uri(tracking_uri)
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(model))
+        info = mlflow.models.Model.load(str(folder))
+    except MlflowException as error:
+        raise TrackingError(f"{model} must be in the registry at {tracking_uri}, but: {error.message}") from error
+    settings = info.flavors["python_function"]
+    checkpoints = folder / settings["artifacts"]["checkpoints"]["path"]
+    return Stored(checkpoints, settings["config"]["trainable"], info.run_id)
 
 
 def _package_path(package: str) -> str:

@@ -37,6 +37,10 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     """JSON: `steps` done in all, the rest is the caller's."""
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The model's tensors whose names begin so, named by the rest."""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.model.items() if name.startswith(prefix)}
+
 
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:

@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed
 
-from multigrain.augment import EvaluationTransform, scale
+from multigrain import grid
+from multigrain.augment import EvaluationTransform
 from multigrain.data import Dataset
 from multigrain.model import MultiGrain
 from multigrain.retrieval import mean_average_precision
 from multigrain.spec import MultiGrainSpec
-from multigrain.views import evaluation_batches
 
 METRICS = {
     "top1": "share of held-out images whose class is right",
@@ -23,16 +21,6 @@ METRICS = {
     "mean_top1_copy_map": "mean of top1 and copy_map",
 }
 """All in [0, 1], larger is better. Those with `copy` in their name need a copy-detection set."""
-
-
-class _Outputs(NamedTuple):
-    descriptors: NDArray[np.float32]
-    logits: NDArray[np.float32]
-
-
-def _room(network: MultiGrain, images: int) -> _Outputs:
-    classifier = network.classifier
-    return _Outputs(np.empty((images, classifier.in_features), "f4"), np.empty((images, classifier.out_features), "f4"))
 
 
 @torch.no_grad()
@@ -44,32 +32,11 @@ def embed(
     device: torch.device,
     loaders: int = 0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Descriptors (N, C) and logits (N, K) of image files, in order, computed in fp32.
-
-    With a process group, every rank embeds its share and gets the whole.
-
-    Args:
-        transform, size: as in `augment.evaluation_pixels`.
-        loaders: processes that read the files; 0: this one does.
-    """
-    grouped = distributed.is_initialized()
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
-    network.eval()
-    share = paths[rank::world]
-    mine = _room(network, len(share))
-    with torch.autocast(device.type, enabled=False):
-        for positions, images in evaluation_batches(share, transform, size, loaders=loaders):
-            output = network(scale(images.to(device)))
-            mine.descriptors[positions] = output.descriptor.cpu().numpy()
-            mine.logits[positions] = output.logits.cpu().numpy()
-    if not grouped:
-        return mine
-    shares = [mine] * world
-    distributed.all_gather_object(shares, mine)
-    whole = _room(network, len(paths))
-    for index, outputs in enumerate(shares):
-        whole.descriptors[index::world], whole.logits[index::world] = outputs
-    return whole
+    """Descriptors (N, C) and logits (N, K) of image files, with the network's own exponent; see `grid.embed`."""
+    p = max(1.0, float(network.pool.p))  # one that learns counts as 1 below 1
+    embeddings = grid.embed(network, paths, size, transform, [p], device, loaders)[p]
+    output = network.head(torch.from_numpy(embeddings).to(device))
+    return output.descriptor.cpu().numpy(), output.logits.cpu().numpy()
 
 
 def evaluate(

@@ -12,14 +12,26 @@ from pydantic import AfterValidator, Field
 
 from multigrain.data import DataSettings
 from multigrain.spec import NotNegative, Positive, Settings, Strength
-from multigrain.trainable import data_problems, example, images_of, load, metrics, prepare
+from multigrain.trainable import Evaluation, data_problems, evaluate, example, images_of, load, metrics, prepare
 
 if TYPE_CHECKING:
     from multigrain.fit import EpochResult
 
 Data = DataSettings
 
-__all__ = ["Data", "Spec", "data_problems", "example", "fit", "load", "metrics", "prepare", "worker_problems"]
+__all__ = [
+    "Data",
+    "Evaluation",
+    "Spec",
+    "data_problems",
+    "evaluate",
+    "example",
+    "fit",
+    "load",
+    "metrics",
+    "prepare",
+    "worker_problems",
+]
 
 
 class Spec(Settings):

@@ -23,7 +23,9 @@ OF_CLASSES = ("", "train", "val")
 """Roles whose rows need a class."""
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """One line of a manifest."""
+
     line: int
     path: Path
     image: str
@@ -32,7 +34,7 @@ class _Row(NamedTuple):
     instance: str
 
 
-class _Reader:
+class Reader:
     """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
 
     def __init__(self, file: Path) -> None:
@@ -81,7 +83,7 @@ class _Reader:
             if name not in header:
                 self.add(line, f"the column {name!r} is required, found {', '.join(header)}")
 
-    def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[_Row]:
+    def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[Row]:
         """The rows that say enough to be looked at together."""
         rows = []
         for line, values in records:
@@ -90,7 +92,7 @@ class _Reader:
                 continue
             cells = {name: value if value.strip() else "" for name, value in zip(header, values, strict=True)}
             image, label, role = cells["image"], cells["class"], cells.get("role", "")
-            row = _Row(line, self.file.parent / image, image, label, role, cells.get("instance_id", ""))
+            row = Row(line, self.file.parent / image, image, label, role, cells.get("instance_id", ""))
             needed = {"image": True, "class": role in OF_CLASSES, "role": "role" in header}
             empty = [name for name in needed if needed[name] and not cells[name]]
             for name in empty:
@@ -106,14 +108,14 @@ class _Reader:
         self._check_repeats(rows)
         return rows
 
-    def _check_repeats(self, rows: Sequence[_Row]) -> None:
+    def _check_repeats(self, rows: Sequence[Row]) -> None:
         first: dict[tuple[str, Path], int] = {}
         for row in rows:
             if (line := first.setdefault((row.role, row.path), row.line)) != row.line:
                 place = f"role {row.role!r}" if row.role else "manifest"
                 self.add(row.line, f"an image may come once in a {place}, but {row.image} is in line {line}, too")
 
-    def split(self, rows: Sequence[_Row], share: float) -> tuple[list[_Row], list[_Row]]:
+    def split(self, rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
         """Rows without roles for training and for validation."""
         by_class = defaultdict(list)
         for row in rows:
@@ -126,7 +128,7 @@ class _Reader:
         train, val = (sorted(row for found in part.values() for row in found) for part in parts)
         return train, val
 
-    def check_classes(self, train: Sequence[_Row], val: Sequence[_Row]) -> None:
+    def check_classes(self, train: Sequence[Row], val: Sequence[Row]) -> None:
         known = {row.label for row in train}
         strange: dict[str, int] = {}
         for row in val:
@@ -137,7 +139,7 @@ class _Reader:
         if not val:
             self.problems.append(f"validation needs at least 1 image, found none in {self.file}")
 
-    def copies(self, database: Sequence[_Row], queries: Sequence[_Row]) -> Copies | None:
+    def copies(self, database: Sequence[Row], queries: Sequence[Row]) -> Copies | None:
         by_instance = defaultdict(list)
         for row in database:
             by_instance[row.instance].append(row)
@@ -170,7 +172,7 @@ def read_manifest(file: Path, val_share: float = 0.2) -> Dataset:
     Raises:
         DataError: with everything that is wrong about the manifest.
     """
-    reader = _Reader(file)
+    reader = Reader(file)
     (line, header), *records = reader.records()
     reader.check_header(line, header)
     wrong_header = bool(reader.problems)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn, optim
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from multigrain.spec import OptimizerSettings
 
@@ -57,3 +58,14 @@ def set_rates(optimizers: Sequence[optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
+
+
+def follow(averaged: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
+    """Move averaged weights towards the network's by 1 - decay, and copy its statistics.
+
+    Young averages follow faster, by 1 - (1 + steps) / (10 + steps), lest the random start weigh in for long.
+    """
+    update = get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))  # type: ignore[no-untyped-call]
+    update([*averaged.parameters()], [*network.parameters()], 0)
+    for mean, buffer in zip(averaged.buffers(), network.buffers(), strict=True):
+        mean.copy_(buffer)

@@ -47,11 +47,7 @@ def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec
     """The network of a checkpoint, with the averaged weights where it has them, and its settings."""
     spec = MultiGrainSpec.model_validate(saved.state["spec"])
     network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p, spec.model.learn_p)
-    averaged = any(name.startswith(checkpoint.AVERAGED) for name in saved.model)
-    prefix = checkpoint.AVERAGED if averaged else checkpoint.NETWORK
-    network.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in saved.model.items() if name.startswith(prefix)}
-    )
+    network.load_state_dict(saved.part(checkpoint.AVERAGED) or saved.part(checkpoint.NETWORK))
     return network, spec
 
 

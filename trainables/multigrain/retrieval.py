@@ -1,39 +1,199 @@
-"""Retrieval metrics: pure functions on arrays."""
+"""Measures of retrieval and classification: pure functions of ranks, of pairs and of logits, in numpy.
+
+`multigrain.search` makes ranks and pairs of descriptors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+Ints: TypeAlias = NDArray[np.integer]
+Floats: TypeAlias = NDArray[np.float64]
 
-def average_precision(ranks: NDArray[np.integer], num_positives: int) -> float:
-    """Trapezoidal average precision of one query, as used for Holidays, Copydays and Oxford/Paris.
 
-    AP = 1/n sum_j 1/2 [j / r_j + (j + 1) / (r_j + 1)], with j / r_j = 1 at r_j = 0. Other texts use the
-    sum of precisions alone, which is larger: one positive at rank 1 has 0.25 here, 0.5 there.
+class Truth(NamedTuple):
+    """What a query should find. An item that is positive and junk is junk; one that is neither is a negative."""
+
+    positives: NDArray[np.int64]
+    """Indices into the database of what shows what the query shows."""
+    junk: NDArray[np.int64]
+    """Indices of items that are taken out of the query's list, the query itself where the protocol says so."""
+
+
+class Pairs(NamedTuple):
+    """The one ranking of all pairs of a query and an item, as far as measures need it: its M positive pairs."""
+
+    owner: NDArray[np.int64]
+    """(M,), the query of each positive pair, the highest score first."""
+    above: NDArray[np.int32]
+    """(Q, M), how many of each query's negatives score at least as high as a positive pair."""
+
+
+def average_precision(ranks: Ints, num_positives: int | None = None) -> float:
+    """Trapezoidal average precision of one query: that of Holidays, Copydays and Oxford/Paris, old and revisited.
+
+    AP = 1/n sum_j 1/2 [j / r_j + (j + 1) / (r_j + 1)], with j / r_j = 1 at r_j = 0 (Philbin et al., CVPR 2007;
+    revisited: arXiv:1803.11285).
 
     Args:
         ranks: 0-based ranks of the retrieved positives, ascending, junk not counted.
-        num_positives: n, at least 1; positives that were not retrieved add nothing.
+        num_positives: n, by default as many as there are ranks; positives that were not retrieved add nothing.
     """
     j = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, j / np.maximum(ranks, 1))
-    return float((before + (j + 1) / (ranks + 1)).sum() / (2 * num_positives))
+    return float((before + (j + 1) / (ranks + 1)).sum() / (2 * (num_positives or len(ranks))))
 
 
-def positive_ranks(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """0-based ranks of the positives of one query, ascending.
+def average_precision_finite(ranks: Ints, num_positives: int | None = None) -> float:
+    """Average precision of one query as the mean of the precisions at its positives: 1/n sum_j (j + 1) / (r_j + 1).
 
-    The rank of a positive is the number of negatives that score as high, plus the positives before it:
-    ties go against the query, so that a network that maps all images to one point finds nothing.
-    What is not a number scores lowest.
+    That of TREC and of scikit-learn. It is the larger one: one positive at rank 1 has 0.5 here, 0.25 above.
+    Arguments are those of `average_precision`.
+    """
+    return float(((np.arange(len(ranks)) + 1) / (ranks + 1)).sum() / (num_positives or len(ranks)))
+
+
+def average_precision_at_r(ranks: Ints) -> float:
+    """`average_precision_finite` over the first R items alone, R being the number of positives (arXiv:2003.08505)."""
+    return average_precision_finite(ranks[ranks < len(ranks)], len(ranks))
+
+
+def precision_at(k: int) -> Callable[[Ints], float]:
+    """mP@k of the revisited Oxford and Paris (arXiv:1803.11285): the share of positives among the first k'.
+
+    k' is the smaller of k and the rank of the last positive, counted from 1: a query with two positives can have 1
+    at k = 10.
+    """
+
+    def precision(ranks: Ints) -> float:
+        first = min(k, int(ranks[-1]) + 1)
+        return float((ranks < first).sum() / first)
+
+    return precision
+
+
+def recall_at(k: int) -> Callable[[Ints], float]:
+    """Recall@k of metric learning: 1 if a positive is among the first k, else 0 (Jegou et al., PAMI 2011)."""
+    return lambda ranks: float(ranks[0] < k)
+
+
+def ukb(ranks: Ints) -> float:
+    """UKBench's score: how many of the object's four images are among the first four, the query being one of them.
+
+    In [0, 4] (Nister and Stewenius, CVPR 2006).
+    """
+    return float((ranks < 4).sum())
+
+
+def per_query(
+    measure: Callable[[Ints], float],
+) -> Callable[[Sequence[Ints]], Floats]:
+    """The measure of each query that has a positive: ranks of Q queries -> (A,), A at most Q, whose mean is reported.
+
+    Queries without a positive are left out, as in the revisited Oxford and Paris. The function that is
+    returned raises a ValueError where none is left.
+    """
+
+    def values(ranks: Sequence[Ints]) -> Floats:
+        found = np.array([measure(one) for one in ranks if len(one)], dtype=np.float64)
+        if not len(found):
+            raise ValueError(f"a mean needs a query with a positive, got none among {len(ranks)}; check the truth")
+        return found
+
+    return values
+
+
+def _precisions(pairs: Pairs, times: Ints | None) -> tuple[Floats, Floats]:
+    """Of the global ranking at each positive pair: how often that pair is there, and the precision, (B, M) each."""
+    if not len(pairs.owner):
+        raise ValueError("a ranking of pairs needs a positive one, got none; check the truth")
+    if times is None:
+        count, wrong = np.ones((1, len(pairs.owner))), pairs.above.sum(axis=0, dtype=np.float64)
+    else:
+        count, wrong = times[:, pairs.owner].astype(np.float64), times.astype(np.float64) @ pairs.above
+    right = count.cumsum(axis=1)
+    return count, right / np.maximum(right + wrong, 1)
+
+
+def micro_ap(pairs: Pairs, times: Ints | None = None) -> Floats:
+    """Micro-AP of copy detection: the finite-sum average precision of the one ranking of all pairs (arXiv:2106.09672).
+
+    Negatives go first among equals. Queries without a positive count by what they wrongly find.
 
     Args:
-        scores: (D,) higher is nearer.
-        positive: (D,).
+        times: (B, Q), how often each query is drawn in each of B samples; once by default.
+    Returns:
+        (B,), or (1,) without `times`; nan for a sample without a positive pair.
+    Raises:
+        ValueError: there is no positive pair.
     """
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    positives = np.sort(scores[positive])[::-1]
-    negatives = np.sort(scores[~positive])
-    return len(negatives) - np.searchsorted(negatives, positives, side="left") + np.arange(len(positives))
+    count, precision = _precisions(pairs, times)
+    total = count.sum(axis=1)
+    return np.where(total > 0, (count * precision).sum(axis=1) / np.maximum(total, 1), np.nan)
+
+
+def recall_at_p90(pairs: Pairs, times: Ints | None = None) -> Floats:
+    """The largest recall at a threshold of the score that leaves a precision of 90 % or more (arXiv:2106.09672).
+
+    Arguments, result and errors are those of `micro_ap`; 0 if no threshold does.
+    """
+    count, precision = _precisions(pairs, times)
+    total = count.sum(axis=1)
+    reached = np.where(precision >= 0.9, count.cumsum(axis=1), 0).max(axis=1)
+    return np.where(total > 0, reached / np.maximum(total, 1), np.nan)
+
+
+def top_at(k: int) -> Callable[[NDArray[np.floating], Ints], Floats]:
+    """Whether fewer than k other classes have a logit as high as the right one: logits (N, K), labels (N,) -> (N,).
+
+    Ties, and what is not a number, go against the classifier.
+    """
+
+    def values(logits: NDArray[np.floating], labels: Ints) -> Floats:
+        own = logits[np.arange(len(logits)), labels][:, None]
+        return ((~(logits < own)).sum(axis=1) - 1 < k).astype(np.float64)
+
+    return values
+
+
+class Measure(NamedTuple):
+    """How a measure is computed, and what it is."""
+
+    source: Literal["ranks", "pairs", "logits"]
+    """What `values` takes: the ranks of Q queries, their `Pairs`, or logits (N, K) and labels (N,)."""
+    values: Callable[..., Floats]
+    """Numbers whose mean is the measure: of `pairs` one, otherwise one a query or image, as `interval` takes them."""
+    description: str
+
+
+def _ranked(measure: Callable[[Ints], float], description: str) -> Measure:
+    return Measure("ranks", per_query(measure), description)
+
+
+RECALLS = (1, 2, 4, 8, 10, 100, 1000)
+PRECISIONS = (1, 5, 10)
+MEASURES = {
+    "map": _ranked(average_precision, "mean trapezoidal average precision, the literature's for Oxford, Paris, copies"),
+    "map_finite": _ranked(average_precision_finite, "mean average precision as the finite sum of precisions"),
+    "map@r": _ranked(average_precision_at_r, "mean average precision over as many items as there are positives"),
+    **{f"recall@{k}": _ranked(recall_at(k), f"share of queries with a positive among the first {k}") for k in RECALLS},
+    **{f"mp@{k}": _ranked(precision_at(k), f"mean share of positives among the first {k}") for k in PRECISIONS},
+    "ukb": _ranked(ukb, "mean count of the object's images among the first four, at most 4"),
+    "micro_ap": Measure("pairs", micro_ap, "average precision of the one ranking of all pairs of query and item"),
+    "recall@p90": Measure("pairs", recall_at_p90, "recall of the one ranking of all pairs at a precision of 90 %"),
+    "top1": Measure("logits", top_at(1), "share of images whose class has the highest logit"),
+    "top5": Measure("logits", top_at(5), "share of images whose class has one of the five highest logits"),
+}
+"""Every measure by name; larger is better. All lie in [0, 1], `ukb` in [0, 4]."""
+
+
+def same_label(labels: NDArray[Any]) -> list[Truth]:
+    """The truth of items that are searched among each other: those of the same label are positives, itself is junk."""
+    _, which = np.unique(labels, return_inverse=True)
+    members = np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
+    return [Truth(members[label], np.array([item])) for item, label in enumerate(which)]
 
 
 def mean_average_precision(
@@ -42,27 +202,55 @@ def mean_average_precision(
     positive: NDArray[np.bool_],
     junk: NDArray[np.bool_] | None = None,
 ) -> float:
-    """Mean of `average_precision` over the queries that have a positive.
+    """`multigrain.search.mean_average_precision` of truth as matrices.
 
     Args:
         queries: (Q, C) descriptors.
-        database: (D, C) descriptors; compared by dot product.
+        database: (D, C) descriptors.
         positive: (Q, D), whether an item shows what the query shows.
         junk: (Q, D), items to be taken out of a query's list, such as the query itself.
-    Returns:
-        In [0, 1].
-    Raises:
-        ValueError: no query has a positive.
     """
-    keep = np.ones_like(positive) if junk is None else ~junk
-    positive = positive & keep
-    answerable = np.flatnonzero(positive.any(axis=1))
-    if not len(answerable):
-        raise ValueError("mean average precision needs a query with a positive, got none")
-    # In fp64, rounded to fp32: equal descriptors then tie wherever they stand in the matrix.
-    scores = (queries.astype("f8") @ database.astype("f8").T).astype("f4")
-    precisions = [
-        average_precision(positive_ranks(scores[q][keep[q]], positive[q][keep[q]]), int(positive[q].sum()))
-        for q in answerable
-    ]
-    return float(np.mean(precisions))
+    from multigrain import search
+
+    junk = np.zeros_like(positive) if junk is None else junk
+    truth = [Truth(np.flatnonzero(one), np.flatnonzero(other)) for one, other in zip(positive, junk, strict=True)]
+    return search.mean_average_precision(queries, database, truth)
+
+
+def interval(
+    sample: Floats | Pairs,
+    draws: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    measure: Callable[[Pairs, Any], Floats] = micro_ap,
+) -> tuple[float, float]:
+    """Bootstrap interval of a measure, queries drawn with replacement: percentiles of its values over the draws.
+
+    Args:
+        sample: (A,) values whose mean is the measure, or `Pairs`.
+        draws: how many samples of A, or of all Q, queries.
+        seed: the same one gives the same interval.
+        level: in (0, 1), the share of the draws inside.
+        measure: of `Pairs`, `micro_ap` or `recall_at_p90`.
+    Returns:
+        The lower and the upper end. Samples without a positive pair are left out.
+    Raises:
+        ValueError: there is nothing to draw from, or `draws` or `level` is out of range.
+    """
+    count = len(sample.above) if isinstance(sample, Pairs) else len(sample)
+    if not count or draws < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"an interval needs a query, a draw and a level in (0, 1), got {count}, {draws} and {level}; set them so"
+        )
+    found = []
+    generator = np.random.default_rng(seed)
+    step = max(1, 2**22 // (max(sample.above.shape) if isinstance(sample, Pairs) else count))
+    for start in range(0, draws, step):
+        drawn = generator.integers(count, size=(min(step, draws - start), count))
+        if isinstance(sample, Pairs):
+            times = np.stack([np.bincount(one, minlength=count) for one in drawn])
+            found.append(measure(sample, times))
+        else:
+            found.append(sample[drawn].mean(axis=1))
+    low, high = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

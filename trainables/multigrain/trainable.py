@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from multigrain import spec as settings
 from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
+from multigrain.evaluation import Evaluation
 from multigrain.images import image_faults, image_problems
 from multigrain.intact import leave_out, write_intact
 from multigrain.manifest import read_manifest
@@ -16,6 +17,7 @@ from multigrain.weights import weight_problems
 if TYPE_CHECKING:
     import pandas as pd
 
+    from multigrain.assess import Assessment
     from multigrain.fit import EpochResult
     from multigrain.predict import Predictor
 
@@ -24,7 +26,19 @@ if TYPE_CHECKING:
 Spec = MultiGrainSpec
 Data = DataSettings
 
-__all__ = ["Data", "Spec", "data_problems", "example", "fit", "load", "metrics", "prepare", "worker_problems"]
+__all__ = [
+    "Data",
+    "Evaluation",
+    "Spec",
+    "data_problems",
+    "evaluate",
+    "example",
+    "fit",
+    "load",
+    "metrics",
+    "prepare",
+    "worker_problems",
+]
 
 
 def images_of(data: DataSettings) -> Dataset:
@@ -113,6 +127,13 @@ def load(folder: Path) -> "Predictor":
     from multigrain import predict
 
     return predict.load(folder)
+
+
+def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":
+    """Evaluate the model that `fit` left in `folder` on benchmarks; see `multigrain.assess.evaluate`."""
+    from multigrain import assess
+
+    return assess.evaluate(folder, settings, out)
 
 
 def example(data: DataSettings) -> "pd.DataFrame":

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from multigrain import checkpoint
 from multigrain.augment import colour, paints, scale
@@ -16,7 +15,7 @@ from multigrain.batches import RepeatedAugmentationBatches
 from multigrain.data import Dataset
 from multigrain.model import MultiGrain, freeze_batchnorm
 from multigrain.objective import Objective, Step, average
-from multigrain.optim import build_optimizers, rate_factor, set_rates
+from multigrain.optim import build_optimizers, follow, rate_factor, set_rates
 from multigrain.spec import ComputeSettings, MultiGrainSpec
 from multigrain.views import TrainViews, Views, training_batches
 from multigrain.weights import load_weights
@@ -209,12 +208,7 @@ class Training:
             optimizer.zero_grad()
         self.scaler.update()
         if self.averaged is not None:
-            # Young averages follow faster, lest the random start weigh in for long.
-            decay = min(self.spec.optimizer.ema, (1 + self.steps) / (10 + self.steps))
-            update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-            update([*self.averaged.parameters()], [*self.network.parameters()], 0)
-            for mean, buffer in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
-                mean.copy_(buffer)
+            follow(self.averaged, self.network, self.spec.optimizer.ema, self.steps)
 
     def _check(self) -> None:
         first = self._first_bad.clone()
@@ -261,12 +255,7 @@ class Training:
             {key: value for key, value in saved.model.items() if not key.startswith(checkpoint.AVERAGED)}
         )
         if self.averaged is not None:
-            averaged = {
-                key.removeprefix(checkpoint.AVERAGED): value
-                for key, value in saved.model.items()
-                if key.startswith(checkpoint.AVERAGED)
-            }
-            self.averaged.load_state_dict(averaged)
+            self.averaged.load_state_dict(saved.part(checkpoint.AVERAGED))
         for optimizer, name in zip(self.optimizers, ("network", "beta"), strict=True):
             optimizer.load_state_dict(saved.optimizer[name])
         self.scaler.load_state_dict(saved.optimizer["scaler"])

@@ -4,6 +4,7 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from multigrain.augment import EvaluationTransform, TrainTransform, evaluation_pixels, rect_shape
+from multigrain.data import DataError
+from multigrain.pictures import Picture
 from multigrain.spec import AugmentSettings
 
 # Half the time of Pillow. The public function around it warns that both will go; Pillow then reads everything.
@@ -25,6 +28,10 @@ _RGB = 3  # in torchvision.io.ImageReadMode
 
 BATCH_PIXELS = 256 * 224 * 224
 """Most pixels in one evaluation batch of several images."""
+
+
+Source = Picture | Path
+"""A part of a file, or the whole."""
 
 
 class Views(NamedTuple):
@@ -99,7 +106,9 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
-def training_batches(views: TrainViews, sampler: Sampler[list[int]], loaders: int, pin: bool) -> DataLoader[Views]:
+def training_batches(
+    views: TrainViews, sampler: Sampler[list[int]] | Sequence[list[int]], loaders: int, pin: bool
+) -> DataLoader[Views]:
     """The views of the sampler's batches, the same whatever the number of loaders.
 
     Args:
@@ -117,42 +126,112 @@ def training_batches(views: TrainViews, sampler: Sampler[list[int]], loaders: in
     )
 
 
-class _EvaluationImages(Dataset[tuple[list[int], Tensor]]):
-    def __init__(self, paths: Sequence[Path], transform: EvaluationTransform, size: int) -> None:
-        self.paths, self.transform, self.size = paths, transform, size
+@contextmanager
+def readable(picture: Source) -> Iterator[None]:
+    """Turns what keeps a picture from being read into a DataError that names it."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises many types, SyntaxError among them
+        path = picture if isinstance(picture, Path) else picture.path
+        raise DataError([f"every image must be readable, but {path} is not ({error}); repair or remove it"]) from error
 
-    def __getitems__(self, positions: list[int]) -> tuple[list[int], Tensor]:
-        images = [evaluation_pixels(decode(self.paths[position]), self.transform, self.size) for position in positions]
+
+def _box(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is cropped out of the file, whole pixels within it."""
+    if picture.box is None:
+        return 0, 0, width, height
+    x1, y1, x2, y2 = map(round, picture.box)
+    left, top, right, bottom = max(0, x1), max(0, y1), min(width, x2), min(height, y2)
+    if left >= right or top >= bottom:
+        raise ValueError(f"a box must hold a pixel, but {picture.box} holds none of {width} x {height}")
+    return left, top, right, bottom
+
+
+def read(picture: Source) -> Tensor:
+    """A file, or the box of it that is meant, turned as told: (3, H, W) uint8.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with readable(picture):
+        if isinstance(picture, Path):
+            return decode(picture)
+        image = decode(picture.path)
+        left, top, right, bottom = _box(picture, *image.shape[1:])
+        return torch.rot90(image[:, top:bottom, left:right], -picture.turn // 90, (1, 2))
+
+
+def _shape(picture: Source) -> tuple[int, int]:
+    """Height and width of what `read` gives, from the header."""
+    with readable(picture), Image.open(picture if isinstance(picture, Path) else picture.path) as image:
+        if isinstance(picture, Path):
+            return image.height, image.width
+        left, top, right, bottom = _box(picture, image.height, image.width)
+        shape = bottom - top, right - left
+        return shape[::-1] if picture.turn % 180 else shape
+
+
+class _EvaluationImages(Dataset[tuple[list[int], Tensor | list[str]]]):
+    def __init__(self, pictures: Sequence[Source], transform: EvaluationTransform, size: int) -> None:
+        self.pictures, self.transform, self.size = pictures, transform, size
+
+    def __getitems__(self, positions: list[int]) -> tuple[list[int], Tensor | list[str]]:
+        try:
+            images = [evaluation_pixels(read(self.pictures[i]), self.transform, self.size) for i in positions]
+        except DataError as error:
+            return positions, error.problems  # raised by a loading process, it would come with that one's traceback
         return positions, torch.stack(images)
 
 
-def _by_shape(paths: Sequence[Path], transform: EvaluationTransform, size: int) -> dict[tuple[int, int], list[int]]:
-    """Positions of the files, by the height and width of what the network is shown."""
+def _of_one_shape(
+    pictures: Sequence[Source], block: Sequence[int], transform: EvaluationTransform, size: int, most: int
+) -> Iterator[list[int]]:
+    """Positions of a block, by the height and width of what the network is shown, `most` at a time or fewer."""
     found = defaultdict(list)
-    for position, path in enumerate(paths):
-        shape = (size, size)
-        if transform == "rect":
-            with Image.open(path) as image:
-                shape = rect_shape(image.height, image.width, size)
+    for position in block:
+        shape = rect_shape(*_shape(pictures[position]), size) if transform == "rect" else (size, size)
         found[shape].append(position)
-    return found
+    for (height, width), positions in found.items():
+        step = max(1, min(most, BATCH_PIXELS // (height * width)))
+        yield from (positions[start : start + step] for start in range(0, len(positions), step))
 
 
 def evaluation_batches(
-    paths: Sequence[Path], transform: EvaluationTransform, size: int, batch_size: int = 256, loaders: int = 0
+    pictures: Sequence[Source],
+    transform: EvaluationTransform,
+    size: int,
+    batch_size: int = 256,
+    loaders: int = 0,
+    blocks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Every file once, in batches of one shape: positions in `paths`, and (B, 3, h, w) uint8.
+    """Every picture once, in batches of one shape: positions in `pictures`, and (B, 3, h, w) uint8.
 
     Args:
         transform, size: as in `augment.evaluation_pixels`.
         batch_size: most images in a batch; fewer where they are large.
         loaders: processes that read ahead.
+        blocks: positions that are shown, a whole block before the next; all of them in one by default.
+    Raises:
+        DataError: a picture cannot be read.
     """
-    batches = []
-    for (height, width), positions in _by_shape(paths, transform, size).items():
-        step = max(1, min(batch_size, BATCH_PIXELS // (height * width)))
-        batches += [positions[start : start + step] for start in range(0, len(positions), step)]
-    images = _EvaluationImages(paths, transform, size)
-    return iter(
-        DataLoader(images, batch_sampler=batches, num_workers=loaders, collate_fn=_whole, generator=torch.Generator())
+    blocks = [range(len(pictures))] if blocks is None else blocks
+    problems: list[str] = []
+
+    def batches() -> Iterator[list[int]]:
+        for block in blocks:
+            for batch in _of_one_shape(pictures, block, transform, size, batch_size):
+                if problems:  # what is read ahead is all that is still read: loading processes dislike being cut
+                    return
+                yield batch
+
+    images = _EvaluationImages(pictures, transform, size)
+    loader: DataLoader[Any] = DataLoader(
+        images, batch_sampler=batches(), num_workers=loaders, collate_fn=_whole, generator=torch.Generator()
     )
+    for positions, shown in loader:
+        if not isinstance(shown, Tensor):
+            problems += shown
+        elif not problems:
+            yield positions, shown
+    if problems:
+        raise DataError(problems)

@@ -13,6 +13,8 @@ FLOOR = 1e-10
 """Share of the largest eigenvalue; well above what rounding embeddings to fp32 leaves."""
 ROWS = 2048
 """Embeddings that are made fp64 at a time."""
+STRIPE = 256
+"""Rows of the scatter that are computed at a time, each from the diagonal on: the other half is the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ class Whitening:
                 f"whitening needs more embeddings than dimensions, got {count} for {kept}; "
                 f"give {kept + 1} or more, or set a smaller dimension"
             )
-        variances, directions = torch.linalg.eigh(scatter / (count - 1))  # ascending
+        variances, directions = torch.linalg.eigh(scatter / (count - 1), UPLO="U")  # ascending
         if variances[-1] <= torch.finfo(variances.dtype).eps:
             raise ValueError(f"whitening needs embeddings that differ, got {count} equal ones; check the network")
         variances = variances.clamp(min=floor * variances[-1])
@@ -109,6 +111,7 @@ def _normalised(embeddings: Tensor) -> Tensor:
 def _moments(chunks: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
     """Number, mean (C + 1,) and scatter (C + 1, C + 1) of v: sum of (v - mean)(v - mean)^T, fp64.
 
+    Only the upper triangle of the scatter is that.
     Each chunk is centred by its own mean: sums of raw products would lose the small variances.
     """
     count, mean, scatter = 0, torch.empty(0), torch.empty(0)
@@ -123,9 +126,11 @@ def _moments(chunks: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
         if not count:
             mean, scatter = v.new_zeros(v.shape[1]), v.new_zeros(v.shape[1], v.shape[1])
         total = count + len(v)
-        shift = v.mean(dim=0) - mean
-        centred = v - v.mean(dim=0)
-        scatter.addmm_(centred.T, centred)
+        own = v.mean(dim=0)
+        shift = own - mean
+        v -= own
+        for start in range(0, len(mean), STRIPE):
+            scatter[start : start + STRIPE, start:].addmm_(v[:, start : start + STRIPE].T, v[:, start:])
         scatter.addr_(shift, shift, alpha=count * len(v) / total)
         mean += shift * (len(v) / total)
         count = total

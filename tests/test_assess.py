@@ -1,0 +1,414 @@
+"""Evaluation on benchmarks: figures against a forward pass for each picture and exponent, and naive ranks."""
+
+import csv
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from layouts import copydays, holidays
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+
+from multigrain import assess, checkpoint, grid
+from multigrain.assess import Figure, evaluate
+from multigrain.augment import evaluation_view
+from multigrain.data import DataError, read_dataset
+from multigrain.evaluation import Evaluation
+from multigrain.fit import fit
+from multigrain.grid import Setting
+from multigrain.model import MultiGrain
+from multigrain.predict import network_of
+from multigrain.published import PUBLISHED
+from multigrain.spec import MultiGrainSpec
+from multigrain.views import decode
+from multigrain.whitening import Whitening
+
+CPU = torch.device("cpu")
+SIZES, EXPONENTS = (32, 24), (3.0, 1.0)
+OWN = Setting(32, 3.0, False)
+SPEC = {
+    "image_size": 32,
+    "epochs": 1,
+    "model": {"trunk": "narrow"},
+    "batch": {"size": 24, "repeats": 2, "length_factor": 2.5},
+    "augment": {"crop": 0.5},
+    "compute": {"precision": "fp32"},
+}
+CROPS = ("crops/10", "crops/80")
+
+
+def noise(folder, seed=0):
+    """Images of several shapes in the place of those below a folder, lossless whatever their names say."""
+    rng = np.random.default_rng(seed)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in {".jpg", ".png", ".JPEG"}):
+        height, width = rng.integers(20, 50, 2)
+        image = rng.integers(0, 256, (6, 5, 3), np.uint8)
+        Image.fromarray(image).resize((int(width), int(height))).save(path, "PNG")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(shapes_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    list(fit(MultiGrainSpec.model_validate(SPEC), read_dataset(shapes_folder), folder, CPU))
+    return folder
+
+
+def changed(trained, folder, **changes):
+    """The checkpoint with changes to what it knows about its network."""
+    saved = checkpoint.latest(trained)
+    checkpoint.save(folder, saved._replace(state={**saved.state, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    base = tmp_path_factory.mktemp("roots")
+    white = base / "white"
+    white.mkdir()
+    rng = np.random.default_rng(5)
+    for number in range(150):
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(white / f"{number}.png")
+    return {
+        "holidays": noise(holidays(base / "holidays"), 1),
+        "copydays": noise(copydays(base / "copydays", crops=CROPS, distractors=5), 2),
+        "white": white,
+    }
+
+
+@pytest.fixture(scope="module")
+def assessed(trained, roots, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    on = {name: str(roots[name]) for name in ("holidays", "copydays")}
+    settings = Evaluation(on=on, sizes=[24, 32], exponents=[1, 3], whiten=str(roots["white"]))
+    return evaluate(trained, settings, out), out, settings
+
+
+def slow_embeddings(trained, paths, size, p, transform="rect"):
+    """(N, C) and logits (N, K): one forward pass of a network with this exponent for each file."""
+    saved = checkpoint.latest(trained)
+    network = MultiGrain("narrow", len(saved.state["classes"]), p)
+    network.load_state_dict(network_of(saved)[0].state_dict())
+    network.eval()
+    with torch.no_grad():
+        outputs = [network(evaluation_view(decode(path), transform, size)[None]) for path in paths]
+    return torch.cat([one.embedding for one in outputs]), torch.cat([one.logits for one in outputs])
+
+
+def slow_whitened(fitted_on, embeddings):
+    """Mean and covariance of l2([e; 1]), its eigenvectors divided by the roots of its eigenvalues [P section 3.6]."""
+
+    def lifted(e):
+        return normalize(torch.cat([e.double(), torch.ones(len(e), 1)], dim=1), dim=1)
+
+    v = lifted(fitted_on)
+    values, vectors = torch.linalg.eigh(torch.cov(v.T))
+    return normalize(
+        (lifted(embeddings) - v.mean(dim=0)) @ (vectors / values.clamp(min=1e-6 * values[-1]).sqrt()), dim=1
+    )
+
+
+def slow_map(queries, database, truths):
+    """Of (positives, left out) of each query: trapezoids under the curve, position for position."""
+    found = []
+    for query, (positives, left_out) in zip(queries, truths, strict=True):
+        order = [i for i in torch.argsort(-(database @ query)).tolist() if i not in left_out]
+        right, area, last = 0, 0.0, 1.0
+        for position, item in enumerate(order):
+            if item in positives:
+                right += 1
+                area += (last + right / (position + 1)) / 2 / len(positives)
+            last = right / (position + 1)
+        found.append(area)
+    return sum(found) / len(found)
+
+
+def slow_micro_ap(queries, database, positives):
+    asked = zip(queries, positives, strict=True)
+    pairs = [(float(query @ item), i in positive) for query, positive in asked for i, item in enumerate(database)]
+    scores = sorted(pairs, reverse=True)
+    right, total = 0, 0.0
+    for position, (_, good) in enumerate(scores, 1):
+        right += good
+        total += good * right / position
+    return total / right
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_figures_are_those_of_whole_forward_passes(assessed, trained, roots, size, p, whitened):
+    found = {
+        (one.benchmark, one.part, one.measure): one.value
+        for one in assessed[0].figures
+        if one.at == (size, p, whitened)
+    }
+    fitted_on = slow_embeddings(trained, sorted(roots["white"].iterdir()), size, p)[0]
+
+    def described(paths):
+        embeddings = slow_embeddings(trained, paths, size, p)[0]
+        return slow_whitened(fitted_on, embeddings) if whitened else normalize(embeddings.double(), dim=1)
+
+    paths = sorted((roots["holidays"] / "jpg").iterdir())
+    everything = described(paths)
+    groups = [path.stem[:4] for path in paths]
+    heads = [index for index, path in enumerate(paths) if path.stem.endswith("00")]
+    truths = [({i for i, group in enumerate(groups) if group == groups[q] and i != q}, {q}) for q in heads]
+    expected = {("holidays", "", "map"): slow_map(everything[heads], everything, truths)}
+
+    originals = sorted((roots["copydays"] / "original").iterdir())
+    database = described([*originals, *sorted((roots["copydays"] / "distractors").rglob("*.png"))])
+    for part in ("strong", *CROPS):
+        copies = sorted((roots["copydays"] / part).iterdir())
+        queries = described(copies)
+        positives = [{[path.stem[:4] for path in originals].index(copy.stem[:4])} for copy in copies]
+        expected["copydays", part, "map"] = slow_map(queries, database, [(one, set()) for one in positives])
+        expected["copydays", part, "micro_ap"] = slow_micro_ap(queries, database, positives)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_queries_of_other_parts_do_not_count(assessed, trained, roots, tmp_path):
+    shutil.copytree(roots["copydays"], tmp_path / "copydays", ignore=shutil.ignore_patterns("crops"))
+    alone = evaluate(trained, Evaluation(on={"copydays": str(tmp_path / "copydays")}), tmp_path / "out").figures
+    assert [one.measure for one in alone] == ["map", "micro_ap"]
+    for mine, other in zip(alone, [one for one in assessed[0].figures if one.at == OWN][1:3], strict=True):
+        assert other.part == "strong"
+        assert (mine.value, mine.low, mine.high) == (other.value, other.low, other.high)
+
+
+def test_intervals_hold_their_figures(assessed):
+    assert all(0 <= one.low <= one.value <= one.high <= 1 for one in assessed[0].figures if one.measure == "map")
+    assert any(one.low < one.high for one in assessed[0].figures)
+
+
+def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(assessed):
+    assessment, out, _ = assessed
+    assert len(assessment.figures) == 8 * (1 + 3 * 2)
+    names = [one.name for one in assessment.figures]
+    assert len(set(names)) == len(names)
+    assert {"holidays/map/32/p3", "copydays/crops/10/micro_ap/24/p1/whitened"} <= {*names}
+    assert assessment.files[0] == out / "figures.csv"
+    with assessment.files[0].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, one in zip(rows, assessment.figures, strict=True):
+        assert [row[name] for name in ("benchmark", "setting", "measure")] == [one.benchmark, one.part, one.measure]
+        assert (int(row["size"]), float(row["p"]), row["whitened"]) == (one.at.size, one.at.p, str(one.at.whitened))
+        assert [float(row[name]) for name in ("value", "low", "high")] == [one.value, one.low, one.high]
+        assert row["paper"] == ""
+
+
+@pytest.mark.parametrize("p", [1.0, 2.25, 3e6, math.inf])
+@pytest.mark.parametrize("measure", ["map@r", "recall@1", "mp@10", "recall@p90", "micro_ap"])
+def test_names_of_figures_have_only_characters_that_mlflow_allows(measure, p):
+    name = Figure("roxford5k", "hard", measure, Setting(500, p, True), 0.5, 0.4, 0.6).name
+    assert re.fullmatch(r"[\w\-. :/]+", name, re.ASCII)
+
+
+def test_headlines_are_the_own_setting_and_the_best(assessed):
+    assessment = assessed[0]
+    for key in {(one.benchmark, one.part, one.measure) for one in assessment.figures}:
+        group = [one for one in assessment.figures if (one.benchmark, one.part, one.measure) == key]
+        told = [one for one in assessment.headlines if (one.benchmark, one.part, one.measure) == key]
+        assert told[0].at == OWN
+        assert max(one.value for one in told) == max(one.value for one in group)
+        assert len(told) == (1 if told[0].value == max(one.value for one in group) else 2)
+
+
+def test_whitenings_are_kept_for_each_size_and_exponent(assessed, trained, roots):
+    out = assessed[1]
+    white = sorted(roots["white"].iterdir())
+    for size in SIZES:
+        for p in EXPONENTS:
+            kept = Whitening.from_state(load_file(out / f"whitening-{size}-p{p:g}.safetensors"))
+            embeddings = slow_embeddings(trained, white, size, p)[0]
+            whitened = kept.project(embeddings.double())
+            torch.testing.assert_close(torch.cov(whitened.T), torch.eye(129, dtype=torch.double), atol=1e-2, rtol=0)
+
+
+def test_files_and_notes(assessed):
+    assessment, out, _ = assessed
+    pages = {"holidays.html", "copydays-strong.html", "copydays-crops-10.html", "copydays-crops-80.html"}
+    assert {path.name for path in assessment.files} == {"figures.csv", "grid.png", *pages}
+    assert all(path.parent == out and path.stat().st_size for path in assessment.files)
+    for name in ("holidays", "copydays"):
+        assert any(note.startswith(f"{name} is not whole: ") for note in assessment.notes)
+    assert "holidays is not whole: the set holds 1,491 images, found 9" in assessment.notes
+    with Image.open(out / "grid.png") as image:
+        image.load()
+
+
+def test_galleries_show_the_queries_of_their_part_at_the_own_setting(assessed):
+    page = (assessed[1] / "copydays-crops-10.html").read_text()
+    captions = re.findall(r"<figure class=query>.*?<figcaption>(\w+\.jpg)", page)
+    assert {*captions} == {"200005.jpg", "200105.jpg", "200205.jpg"}
+    assert len(captions) == 6
+
+
+def test_a_second_call_reads_what_the_first_embedded(assessed, trained, monkeypatch):
+    assessment, out, settings = assessed
+
+    def computed(*_):
+        raise AssertionError("the trunk ran")
+
+    monkeypatch.setattr(grid, "pooled", computed)
+    assert evaluate(trained, settings, out).figures == assessment.figures
+    with pytest.raises(AssertionError, match="the trunk ran"):
+        evaluate(trained, settings.model_copy(update={"sizes": (40,)}), out)
+
+
+def test_without_a_grid_only_the_own_setting_counts(trained, roots, tmp_path):
+    assessment = evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    assert [one.at for one in assessment.figures] == [OWN]
+    assert assessment.headlines == assessment.figures
+    assert [path.name for path in assessment.files] == ["figures.csv", "holidays.html"]
+
+
+def test_the_own_setting_joins_a_grid_without_it(trained, roots, tmp_path):
+    settings = Evaluation(on={"holidays": str(roots["holidays"])}, sizes=[24], exponents=[2, 5])
+    assessment = evaluate(trained, settings, tmp_path)
+    assert [one.at[:2] for one in assessment.figures] == [(size, p) for size in (32, 24) for p in (3, 2, 5)]
+    assert assessment.headlines[0].at == OWN
+
+
+@pytest.mark.parametrize(("learnt", "own"), [(0.5, 1.0), (2.2, float(np.float32(2.2)))])
+def test_an_exponent_that_was_learnt(trained, roots, tmp_path, learnt, own):
+    saved = checkpoint.latest(trained)
+    spec = {**saved.state["spec"], "model": {**saved.state["spec"]["model"], "learn_p": True}}
+    model = {**saved.model, "network.pool.p": torch.tensor(learnt)}
+    checkpoint.save(tmp_path / "trained", saved._replace(model=model, state={**saved.state, "spec": spec}))
+    settings = Evaluation(on={"holidays": str(roots["holidays"])}, exponents=[2.2, 1])
+    assessment = evaluate(tmp_path / "trained", settings, tmp_path / "out")
+    assert {one.at.p for one in assessment.figures} == {own, *({1.0} if own > 1 else {2.2})}
+    assert assessment.headlines[0].at == Setting(32, own, False)
+    with torch.no_grad():
+        network = network_of(checkpoint.latest(tmp_path / "trained"))[0].eval()
+        path = sorted((roots["holidays"] / "jpg").iterdir())[0]
+        expected = network(evaluation_view(decode(path), "rect", 32)[None]).embedding
+        torch.testing.assert_close(slow_embeddings(trained, [path], 32, own)[0], expected)
+
+
+@pytest.fixture(scope="module")
+def wnids(trained):
+    return [f"n{number:08}" for number, _ in enumerate(checkpoint.latest(trained).state["classes"])]
+
+
+@pytest.fixture(scope="module")
+def imagenet_root(wnids, tmp_path_factory):
+    root = tmp_path_factory.mktemp("imagenet")
+    for wnid in wnids:
+        (root / "val" / wnid).mkdir(parents=True)
+        for number in range(4):
+            (root / "val" / wnid / f"{number}.png").touch()
+    return noise(root, 3)
+
+
+@pytest.mark.parametrize("transform", ["crop", "rect"])
+def test_classification_sees_images_as_the_network_says_at_its_own_size(
+    trained, wnids, imagenet_root, tmp_path, transform
+):
+    spec = {**checkpoint.latest(trained).state["spec"], "evaluation": {"transform": transform, "size": 32}}
+    folder = changed(trained, tmp_path / "trained", classes=wnids, spec=spec)
+    settings = Evaluation(on={"imagenet": str(imagenet_root)}, sizes=[24], exponents=[1])
+    assessment = evaluate(folder, settings, tmp_path / "out")
+    paths = sorted((imagenet_root / "val").rglob("*.png"))
+    labels = [wnids.index(path.parent.name) for path in paths]
+    expected = {}
+    for size in SIZES:
+        for p in EXPONENTS:
+            logits = slow_embeddings(trained, paths, size, p, transform if size == 32 else "rect")[1]
+            order = logits.argsort(dim=1, descending=True).tolist()
+            for k in (1, 5):
+                right = sum(label in row[:k] for label, row in zip(labels, order, strict=True))
+                expected[f"imagenet/top{k}/{size}/p{p:g}"] = right / len(paths)
+    assert {one.name: one.value for one in assessment.figures} == expected
+    assert len({*expected.values()}) > 2
+    assert [path.name for path in assessment.files] == ["figures.csv", "grid.png"]
+
+
+def test_a_network_of_other_classes_is_refused(trained, imagenet_root, roots, tmp_path):
+    on = {"imagenet": str(imagenet_root), "holidays": str(roots["holidays"])}
+    with pytest.raises(DataError, match="imagenet needs a network of its classes, but this one knows 8"):
+        evaluate(trained, Evaluation(on=on), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_wrong_roots_are_told_at_once(trained, roots, tmp_path):
+    on = {"holidays": str(tmp_path / "no"), "copydays": str(roots["copydays"]), "ukbench": str(roots["white"])}
+    with pytest.raises(DataError) as caught:
+        evaluate(trained, Evaluation(on=on), tmp_path / "out")
+    first, second = caught.value.problems
+    assert first.startswith("the root of holidays must be a folder")
+    assert str(tmp_path / "no") in first
+    assert second.startswith("UKBench needs images")
+    assert str(roots["white"]) in second
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_checkpoint_nothing_is_evaluated(roots, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        with pytest.raises(FileNotFoundError, match=f"needs a trained network, but .*{folder} holds no intact"):
+            evaluate(tmp_path / folder, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_whitening_needs_images(trained, roots, tmp_path):
+    (tmp_path / "white/.hidden").mkdir(parents=True)
+    (tmp_path / "white/.hidden/one.jpg").touch()
+    settings = Evaluation(on={"holidays": str(roots["holidays"])}, whiten=str(tmp_path / "white"))
+    with pytest.raises(DataError, match=r"whitening needs images, but there are none below .*white"):
+        evaluate(trained, settings, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on": {"holiday": "x", "ukbench": "y"}}, "benchmarks must be among imagenet, holidays, .*, got holiday"),
+        ({"on": {}}, "at least 1 item"),
+        ({"on": {"ukbench": "y"}, "sizes": [8]}, "greater than or equal to 16"),
+        ({"on": {"ukbench": "y"}, "exponents": [math.nan]}, "greater than or equal to 1"),
+        ({"on": {"ukbench": "y"}, "exponents": []}, "at least 1 item"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation.model_validate(settings)
+
+
+class Bench:
+    """A benchmark of the paper, as far as it matters which figure is shown."""
+
+    def __init__(self, name, database=0, whole=True):
+        self.name, self.database, self.whole = name, range(database), whole
+
+
+def paper(name, part, measure, size, weight=0.5, p=3.0, database=0, whole=True):
+    run = object.__new__(assess._Run)
+    run.spec = MultiGrainSpec.model_validate({"loss": {"weight": weight}, "model": {"p": p}})
+    return run._paper(Bench(name, database, whole), part, measure, Setting(size, 4.0, False))
+
+
+def test_the_papers_figure_is_shown_for_the_same_network_size_and_set():
+    # Tables D.1 and 2 of arXiv:1902.05509.
+    assert paper("holidays", "", "map", 500) == 0.915
+    assert paper("holidays", "", "map", 500, weight=1.0) == 0.918
+    assert paper("ukbench", "", "ukb", 800) == 3.91
+    assert paper("imagenet", "", "top1", 500) == 0.786
+    assert paper("imagenet", "", "top5", 500, p=1.0) == 0.935
+    assert paper("copydays", "strong", "map", 224, database=10_157) == 0.741
+    assert paper("holidays", "", "map", 501) is None
+    assert paper("holidays", "", "map", 500, weight=0.4) is None
+    assert paper("holidays", "", "map", 500, p=1.0) is None
+    assert paper("holidays", "", "map", 500, whole=False) is None
+    assert paper("holidays-upright", "", "map", 500) is None
+    assert paper("imagenet", "", "top1", 224, whole=False) is None
+    assert paper("copydays", "strong", "map", 224, database=157) is None
+    assert paper("copydays", "strong", "map", 224, database=10_156) is None
+    assert paper("copydays", "crops/10", "map", 224, database=10_157) is None
+    assert paper("copydays", "strong", "micro_ap", 224, database=10_157) is None
+    assert {row.method for row in PUBLISHED} > {"MultiGrain"}

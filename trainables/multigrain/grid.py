@@ -1,0 +1,164 @@
+"""One pass through the trunk for each size: the embeddings of many exponents, pooled from the same maps."""
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from multigrain.augment import EvaluationTransform, scale
+from multigrain.model import MultiGrain, l2_normalise
+from multigrain.pooling import gem_all
+from multigrain.views import Source, evaluation_batches, readable
+from multigrain.whitening import ROWS, Whitening
+
+BLOCK = 1024
+"""Pictures in a file of embeddings: what a crash costs."""
+
+
+class Setting(NamedTuple):
+    """How pictures become descriptors."""
+
+    size: int
+    """s*, in pixels."""
+    p: float
+    """p*, the exponent."""
+    whitened: bool
+
+
+@torch.no_grad()
+def pooled(network: MultiGrain, images: Tensor, exponents: Sequence[float]) -> Tensor:
+    """Embeddings (P, B, C) of images (B, 3, H, W) in [0, 1], not normalised, computed in fp32."""
+    with torch.autocast(images.device.type, enabled=False):
+        return gem_all(network.trunk((images - network.mean) / network.std), exponents)
+
+
+def embed(
+    network: MultiGrain,
+    pictures: Sequence[Source],
+    size: int,
+    transform: EvaluationTransform,
+    exponents: Sequence[float],
+    device: torch.device,
+    loaders: int = 0,
+    folder: Path | None = None,
+) -> dict[float, NDArray[np.float32]]:
+    """Embeddings (N, C) of pictures for each exponent, in order, not normalised, computed in fp32.
+
+    With a process group, every rank embeds its share and gets the whole.
+
+    Args:
+        network: on `device`; it is left in evaluation mode.
+        size, transform: as in `augment.evaluation_pixels`.
+        exponents: at least 1; the network's own plays no part.
+        loaders: processes that read the files; 0: this one does.
+        folder: where embeddings are kept as they are made, so that a later call with the same network, pictures and
+            settings reads those instead. Pictures count as the same if name, length and time of the file are.
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    exponents = tuple(map(float, exponents))
+    mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder)
+    if not distributed.is_initialized():
+        return dict(zip(exponents, mine, strict=True))
+    shares = [mine] * world
+    distributed.all_gather_object(shares, mine)
+    whole = np.empty((len(exponents), len(pictures), mine.shape[2]), "f4")
+    for index, share in enumerate(shares):
+        whole[:, index::world] = share
+    return dict(zip(exponents, whole, strict=True))
+
+
+def _share(
+    network: MultiGrain,
+    pictures: Sequence[Source],
+    size: int,
+    transform: EvaluationTransform,
+    exponents: tuple[float, ...],
+    device: torch.device,
+    loaders: int,
+    folder: Path | None,
+) -> NDArray[np.float32]:
+    """Embeddings (P, N, C) of one rank's pictures."""
+    found = np.empty((len(exponents), len(pictures), network.classifier.in_features), "f4")
+    blocks = [range(start, min(start + BLOCK, len(pictures))) for start in range(0, len(pictures), BLOCK)]
+    kept: dict[int, _Kept] = {}
+    if folder is not None:
+        settings = (_digest(network), size, transform, exponents)
+        kept = {block.start: _Kept(folder, settings, [pictures[i] for i in block]) for block in blocks}
+        blocks = [block for block in blocks if not kept[block.start].read(found[:, block.start : block.stop])]
+    missing = {block.start: len(block) for block in blocks}
+    for positions, images in evaluation_batches(pictures, transform, size, loaders=loaders, blocks=blocks):
+        found[:, positions] = pooled(network, scale(images.to(device)), exponents).cpu().numpy()
+        start = positions[0] // BLOCK * BLOCK
+        missing[start] -= len(positions)
+        if kept and not missing[start]:
+            kept[start].write(found[:, start : start + BLOCK])
+    return found
+
+
+class _Kept:
+    """A file of the embeddings of one block: its name has a hash of what they are of, and one of its content."""
+
+    def __init__(self, folder: Path, settings: tuple[object, ...], pictures: Sequence[Source]) -> None:
+        self.folder = folder
+        self.name = _hash(repr((settings, *map(_identity, pictures))).encode())
+
+    def read(self, into: NDArray[np.float32]) -> bool:
+        """Whether there were embeddings to put into (P, n, C); what is damaged is removed, with a warning."""
+        for path in self.folder.glob(f"{self.name}.*.npy"):
+            content = path.read_bytes()
+            if path.name == f"{self.name}.{_hash(content)}.npy":
+                into[:] = np.load(io.BytesIO(content))
+                return True
+            warnings.warn(f"{path} is damaged; its embeddings are computed again", stacklevel=2)
+            path.unlink()
+        return False
+
+    def write(self, embeddings: NDArray[np.float32]) -> None:
+        """Keep (P, n, C): the file is there as a whole, or not at all."""
+        buffer = io.BytesIO()
+        np.save(buffer, embeddings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f"{self.name}.{os.getpid()}"
+        try:
+            draft.write_bytes(buffer.getbuffer())
+            draft.replace(self.folder / f"{self.name}.{_hash(buffer.getbuffer())}.npy")
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _hash(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _digest(network: MultiGrain) -> str:
+    """Of all that the embeddings depend on."""
+    digest = hashlib.sha256()
+    for name, tensor in {**network.trunk.state_dict(), "mean": network.mean, "std": network.std}.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _identity(picture: Source) -> tuple[object, ...]:
+    """What tells a picture from others, the times when its file was another included."""
+    path, box, turn = (picture, None, 0) if isinstance(picture, Path) else picture
+    with readable(picture):
+        file = path.stat()
+    return os.path.abspath(path), file.st_size, file.st_mtime_ns, box and tuple(map(float, box)), turn
+
+
+def descriptors(embeddings: NDArray[np.float32], whitening: Whitening | None) -> NDArray[np.float32]:
+    """Descriptors (N, D) of unit norm, of embeddings (N, C)."""
+    transform = whitening.transform if whitening else l2_normalise
+    chunks = torch.split(torch.from_numpy(embeddings), ROWS)
+    return np.concatenate([transform(chunk).numpy() for chunk in chunks])
