@@ -30,7 +30,7 @@ def start(arguments, folder, mark):
     )
 
 
-def left_behind(mark, seconds=30):
+def left_behind(mark, seconds=120):
     """Processes with the mark in their environment that do not end within so many seconds."""
     pids = []
     for entry in Path("/proc").glob("[0-9]*"):
