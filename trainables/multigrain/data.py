@@ -172,14 +172,10 @@ def read_copies(root: Path) -> Copies:
     return Copies(database, tuple(strong), tuple(block[path.stem[:BLOCK]] for path in strong))
 
 
-def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
-    """List the images of a folder.
-
-    Raises:
-        DataError: with everything that is wrong about the folder's layout.
-    """
-    if not os.path.isdir(folder):
-        raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
+def _parts(
+    folder: Path, val_share: float
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]], list[Path], list[str]]:
+    """Training and held-out files by class, class folders without any, and what else is wrong."""
     problems: list[str] = []
     if (folder / "train").is_dir():
         train = _class_folders(folder / "train")
@@ -207,6 +203,18 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         train, val = split(several, val_share, lambda name, path: f"{name}/{path.name}")
         if not by_class:
             problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
+    return train, val, empty, problems
+
+
+def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
+    """List the images of a folder.
+
+    Raises:
+        DataError: with everything that is wrong about the folder's layout.
+    """
+    if not os.path.isdir(folder):
+        raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
+    train, val, empty, problems = _parts(folder, val_share)
     problems += [
         f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty
     ]
