@@ -1,10 +1,16 @@
-"""What several test files share: one Ray cluster, and a screen that remembers."""
+"""What several test files share: one Ray cluster, an umpire of its processes, a database server, and a screen."""
 
 import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
 from pathlib import Path
 
 # Before the libraries are imported: nothing leaves this machine, and only our own output is printed.
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # as the command does
 
 import pytest
 import ray
@@ -55,3 +61,93 @@ class Memory:
 @pytest.fixture
 def watch():
     return Memory()
+
+
+class Umpire:
+    """Hears of each process of the toy before it keeps an epoch, and does to it what `rule` says.
+
+    `rule(name, epoch, rank, pid)` returns True to leave the process without an answer.
+    """
+
+    def __init__(self):
+        self.rule = lambda *_: None
+        self.heard, self._unanswered = [], []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self):
+        while True:
+            line, _ = self._server.accept()
+            words = line.makefile().readline().split()
+            if not words:  # the end, or a process that was killed meanwhile
+                line.close()
+                if self._server.fileno() == -1:
+                    return
+                continue
+            place = (words[0], *map(int, words[1:]))
+            self.heard.append(place)
+            if self.rule(*place):
+                self._unanswered.append(line)
+            else:
+                line.close()
+
+    def close(self):
+        line = socket.create_connection(("127.0.0.1", self.port))
+        self._server.close()
+        line.close()
+        self._thread.join()
+        for line in self._unanswered:
+            line.close()
+
+
+@pytest.fixture
+def umpire():
+    made = Umpire()
+    yield made
+    made.close()
+
+
+class Postgres:
+    """A private PostgreSQL, for this user alone, on a free port of this machine."""
+
+    def __init__(self, folder):
+        self.folder, self.user = folder, []
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        found = shutil.which("pg_ctl") or (programs and programs[-1] / "pg_ctl")
+        if not found:
+            pytest.skip("PostgreSQL is not installed")
+        self.programs = Path(found).parent
+        if os.geteuid() == 0:  # its server refuses to run as root
+            self.user = ["runuser", "-u", "postgres", "--"]
+            shutil.chown(folder, "postgres")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._call("initdb", "-D", folder / "data", "-A", "trust", "-U", "mill", "--no-sync")
+        self.start()
+
+    def _call(self, program, *words):
+        command = [*self.user, self.programs / program, *words]
+        subprocess.run(
+            command, cwd="/", check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def start(self):
+        options = f"-F -p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder}"
+        self._call("pg_ctl", "start", "-w", "-D", self.folder / "data", "-o", options, "-l", self.folder / "log")
+
+    def stop(self):
+        """As if the machine went off."""
+        self._call("pg_ctl", "stop", "-m", "immediate", "-D", self.folder / "data")
+
+    def url(self, password=""):
+        return f"postgresql://mill{password and ':'}{password}@127.0.0.1:{self.port}/postgres"
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        server = Postgres(Path(folder))
+        yield server
+        server.stop()

@@ -4,25 +4,30 @@ import csv
 import math
 import re
 import shutil
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from layouts import copydays, holidays
+from layouts import copydays, draw, holidays
 from PIL import Image
 from safetensors.torch import load_file
+from torch import distributed, multiprocessing
 from torch.nn.functional import normalize
 
-from multigrain import assess, checkpoint, grid
-from multigrain.assess import Figure, evaluate
+from multigrain import assess, checkpoint, gallery, grid, predict, proxy, results, search, serving
+from multigrain.assess import evaluate
 from multigrain.augment import evaluation_view
 from multigrain.data import DataError, read_dataset
 from multigrain.evaluation import Evaluation
+from multigrain.figures import Figure, headlines
 from multigrain.fit import fit
 from multigrain.grid import Setting
 from multigrain.model import MultiGrain
 from multigrain.predict import network_of
-from multigrain.published import PUBLISHED
 from multigrain.spec import MultiGrainSpec
 from multigrain.views import decode
 from multigrain.whitening import Whitening
@@ -190,7 +195,7 @@ def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(assessed)
     assert len(assessment.figures) == 8 * (1 + 3 * 2)
     names = [one.name for one in assessment.figures]
     assert len(set(names)) == len(names)
-    assert {"holidays/map/32/p3", "copydays/crops/10/micro_ap/24/p1/whitened"} <= {*names}
+    assert {"holidays/map/32/p3", "copydays/crops/10/micro_ap/24/p1-whitened"} <= {*names}
     assert assessment.files[0] == out / "figures.csv"
     with assessment.files[0].open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -206,6 +211,12 @@ def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(assessed)
 def test_names_of_figures_have_only_characters_that_mlflow_allows(measure, p):
     name = Figure("roxford5k", "hard", measure, Setting(500, p, True), 0.5, 0.4, 0.6).name
     assert re.fullmatch(r"[\w\-. :/]+", name, re.ASCII)
+
+
+def test_no_name_of_a_figure_is_a_folder_of_another(assessed):
+    # MLflow's file store makes a file of each name.
+    names = [one.name for one in assessed[0].figures]
+    assert not [(one, other) for one in names for other in names if other.startswith(f"{one}/")]
 
 
 def test_headlines_are_the_own_setting_and_the_best(assessed):
@@ -365,50 +376,314 @@ def test_whitening_needs_images(trained, roots, tmp_path):
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"on": {"holiday": "x", "ukbench": "y"}}, "benchmarks must be among imagenet, holidays, .*, got holiday"),
-        ({"on": {}}, "at least 1 item"),
-        ({"on": {"ukbench": "y"}, "sizes": [8]}, "greater than or equal to 16"),
-        ({"on": {"ukbench": "y"}, "exponents": [math.nan]}, "greater than or equal to 1"),
-        ({"on": {"ukbench": "y"}, "exponents": []}, "at least 1 item"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Evaluation.model_validate(settings)
+def test_published_figures_of_what_was_measured_come_along(assessed, trained, imagenet_root, wnids, tmp_path):
+    found = assessed[0].published
+    assert {(row.benchmark, row.setting, row.measure) for row in found} == {
+        ("holidays", "", "map"),
+        ("copydays", "strong", "map"),
+    }
+    assert len(found) == len({*found}) == 2 * 6 * 3
+    for name in ("holidays", "copydays"):
+        assert f"the paper's figures of {name} are of other images: the set is not whole here" in assessed[0].notes
+    assert all(one.paper is None for one in assessed[0].figures)
+    folder = changed(trained, tmp_path / "trained", classes=wnids)
+    of_classes = evaluate(folder, Evaluation(on={"imagenet": str(imagenet_root)}), tmp_path / "out").published
+    assert {(row.benchmark, row.measure) for row in of_classes} == {("imagenet", "top1"), ("imagenet", "top5")}
+    assert len(of_classes) == 8 * 2 * 2
+    manifest = tmp_path / "list.csv"
+    shown = sorted((imagenet_root / "val").rglob("*.png"))[:4]
+    rows = [f"{path},a,{role},{number // 2}" for number, (path, role) in enumerate(zip(shown, "dqdq", strict=True))]
+    rows = [row.replace(",d,", ",database,").replace(",q,", ",query,") for row in rows]
+    manifest.write_text("\n".join(["image,class,role,instance_id", *rows]))
+    assert evaluate(trained, Evaluation(on={"manifest": str(manifest)}), tmp_path / "more").published == []
 
 
-class Bench:
-    """A benchmark of the paper, as far as it matters which figure is shown."""
-
-    def __init__(self, name, database=0, whole=True):
-        self.name, self.database, self.whole = name, range(database), whole
+# The proxy task, and a model that serves
 
 
-def paper(name, part, measure, size, weight=0.5, p=3.0, database=0, whole=True):
-    run = object.__new__(assess._Run)
-    run.spec = MultiGrainSpec.model_validate({"loss": {"weight": weight}, "model": {"p": p}})
-    return run._paper(Bench(name, database, whole), part, measure, Setting(size, 4.0, False))
+@pytest.fixture(scope="module")
+def served(trained, roots, shapes_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("served")
+    settings = Evaluation(
+        on={"holidays": str(roots["holidays"])},
+        exponents=[1, 2, 5],
+        whiten=str(roots["white"]),
+        dimension=100,
+        proxy=str(shapes_folder),
+        serve={"size": 24, "p": "proxy", "whitened": True},
+    )
+    return evaluate(trained, settings, out), out, settings
 
 
-def test_the_papers_figure_is_shown_for_the_same_network_size_and_set():
-    # Tables D.1 and 2 of arXiv:1902.05509.
-    assert paper("holidays", "", "map", 500) == 0.915
-    assert paper("holidays", "", "map", 500, weight=1.0) == 0.918
-    assert paper("ukbench", "", "ukb", 800) == 3.91
-    assert paper("imagenet", "", "top1", 500) == 0.786
-    assert paper("imagenet", "", "top5", 500, p=1.0) == 0.935
-    assert paper("copydays", "strong", "map", 224, database=10_157) == 0.741
-    assert paper("holidays", "", "map", 501) is None
-    assert paper("holidays", "", "map", 500, weight=0.4) is None
-    assert paper("holidays", "", "map", 500, p=1.0) is None
-    assert paper("holidays", "", "map", 500, whole=False) is None
-    assert paper("holidays-upright", "", "map", 500) is None
-    assert paper("imagenet", "", "top1", 224, whole=False) is None
-    assert paper("copydays", "strong", "map", 224, database=157) is None
-    assert paper("copydays", "strong", "map", 224, database=10_156) is None
-    assert paper("copydays", "crops/10", "map", 224, database=10_157) is None
-    assert paper("copydays", "strong", "micro_ap", 224, database=10_157) is None
-    assert {row.method for row in PUBLISHED} > {"MultiGrain"}
+@pytest.fixture(scope="module")
+def scores(trained, shapes_folder):
+    """Of the proxy task, each exponent alone, with the network's own augmentation."""
+    saved = checkpoint.latest(trained)
+    network, spec = network_of(saved)
+    assert spec.augment.crop == 0.5
+    data = read_dataset(shapes_folder)
+    return {
+        size: {p: proxy.score(network, data, spec.augment, size, [p], CPU)[p] for p in (3.0, 1.0, 2.0, 5.0)}
+        for size in SIZES
+    }
+
+
+def test_the_proxy_task_chooses_for_each_size(served, scores):
+    assessment, out, _ = served
+    chosen = {size: max(found, key=lambda p: found[p].copy_map + found[p].top1) for size, found in scores.items()}
+    with (out / "proxy.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["size"]), float(row["p"])) for row in rows] == [(s, p) for s in SIZES for p in (3, 1, 2, 5)]
+    for row in rows:
+        size, p = int(row["size"]), float(row["p"])
+        one = scores[size][p]
+        expected = [one.copy_map, one.top1, (one.copy_map + one.top1) / 2]
+        assert [float(row[name]) for name in ("copy_map", "top1", "mean")] == pytest.approx(expected, abs=1e-6)
+        assert row["chosen"] == str(p == chosen[size])
+    assert out / "proxy.csv" in assessment.files
+    for size, p in chosen.items():
+        one = scores[size][p]
+        told = f"p* = {p:g} at {size} pixels by the proxy task: mean of copy mAP {one.copy_map:.2f} and "
+        assert f"{told}top-1 {one.top1:.2f}" in assessment.notes
+    best = max(assessment.figures, key=lambda one: one.value).at
+    told = [OWN, *(Setting(size, p, False) for size, p in chosen.items()), best]
+    assert [one.at for one in assessment.headlines] == list(dict.fromkeys(told))
+
+
+def test_headlines_come_once():
+    figures = [
+        Figure("a", "", "map", Setting(size, p, False), value, 0, 1)
+        for size, p, value in [(32, 3.0, 0.1), (32, 1.0, 0.9), (24, 3.0, 0.2)]
+    ]
+    own, chosen, other = figures
+    assert headlines(figures, [own.at]) == [own, chosen]
+    assert headlines(figures, [own.at, own.at, other.at]) == [own, other, chosen]
+    assert headlines(figures, [own.at, chosen.at, other.at]) == [own, chosen, other]
+    assert headlines(figures, []) == [chosen]
+
+
+def test_a_whitening_keeps_the_dimension_that_is_asked_for(served):
+    kept = {path.name: load_file(path)["projection"].shape for path in served[1].glob("whitening-*.safetensors")}
+    assert kept == {f"whitening-{size}-p{p}.safetensors": (129, 100) for size in SIZES for p in (1, 2, 3, 5)}
+
+
+def test_the_model_that_serves_answers_as_it_was_measured(served, scores, trained, roots):
+    assessment, out, _ = served
+    p = max(scores[24], key=lambda p: scores[24][p].mean)
+    assert (assessment.model, assessment.served) == (out / "model", f"24/p{p:g}-whitened")
+    paths = sorted((roots["holidays"] / "jpg").iterdir())
+    answers = predict.load(out / "model")(pd.DataFrame({"image": [path.read_bytes() for path in paths]}))
+    embeddings, logits = slow_embeddings(trained, paths, 24, p)
+    whitening = Whitening.from_state(load_file(out / f"whitening-24-p{p:g}.safetensors"))
+    np.testing.assert_allclose(np.array([*answers["descriptor"]]), whitening.transform(embeddings), atol=1e-4)
+    np.testing.assert_array_equal(answers["class_id"], logits.argmax(dim=1))
+    np.testing.assert_allclose(answers["score"], logits.softmax(dim=1).amax(dim=1), atol=1e-5)
+    found = torch.tensor([*answers["descriptor"]])
+    groups = [path.stem[:4] for path in paths]
+    heads = [index for index, path in enumerate(paths) if path.stem.endswith("00")]
+    truths = [({i for i, group in enumerate(groups) if group == groups[q] and i != q}, {q}) for q in heads]
+    (measured,) = (one.value for one in assessment.figures if one.at.name == assessment.served)
+    assert slow_map(found[heads], found, truths) == pytest.approx(measured, abs=1e-6)
+
+
+def served_at(trained, roots, out, **serve):
+    return evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}, serve=serve), out)
+
+
+def test_the_setting_to_serve_joins_the_grid(trained, roots, tmp_path):
+    assessment = served_at(trained, roots, tmp_path, size=40, p=2.5)
+    assert [one.at for one in assessment.figures] == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
+    assert assessment.served == "40/p2.5"
+    predictor = predict.load(assessment.model)
+    assert (predictor.network.pool.p, predictor.size, predictor.transform) == (2.5, 40, "rect")
+    assert predictor.whitening is None
+
+
+def test_one_that_is_there_is_not_there_twice(trained, roots, tmp_path):
+    assessment = served_at(trained, roots, tmp_path, size=32, p=3)
+    assert [one.at for one in assessment.figures] == [OWN]
+    assert predict.load(assessment.model).transform == "crop"
+
+
+def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_path):
+    served_at(trained, roots, tmp_path, size=40, p=2)
+    (tmp_path / "model/other").touch()
+    saved = checkpoint.latest(trained)
+    newer = tmp_path / "newer"
+    checkpoint.save(newer, saved._replace(state={**saved.state, "steps": saved.state["steps"] + 1}))
+    served_at(newer, roots, tmp_path, size=24, p=2)
+    assert predict.load(tmp_path / "model").size == 24
+    step = f"step-{saved.state['steps'] + 1:08d}"
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {step, "serving.json", "serving.safetensors"}
+    # Without anything to serve, it stays.
+    assessment = evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    assert (assessment.model, assessment.served) == (None, None)
+    assert predict.load(tmp_path / "model").size == 24
+
+
+def test_only_the_newest_intact_checkpoint_is_kept_for_users(trained, roots, tmp_path):
+    saved = checkpoint.latest(trained)
+    for steps in (1, 2):
+        checkpoint.save(tmp_path / "trained", saved._replace(state={**saved.state, "steps": steps}))
+    (tmp_path / "trained/step-00000002/model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-00000002"):
+        served_at(tmp_path / "trained", roots, tmp_path / "out", size=32, p=3)
+    assert [path.name for path in (tmp_path / "out/model").glob("step-*")] == ["step-00000001"]
+    assert checkpoint.latest(tmp_path / "out/model").state == {**saved.state, "steps": 1}
+
+
+def test_what_is_no_model_is_not_replaced(trained, roots, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/thesis.txt").touch()
+    with pytest.raises(DataError, match=r"a model to serve goes to .*model, but something else is there; move it"):
+        served_at(trained, roots, tmp_path, size=32, p=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    assert (tmp_path / "model/thesis.txt").exists()
+
+
+# Results that are whole
+
+
+def everything(out):
+    return {
+        path.relative_to(out): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and "embeddings" not in path.parts
+    }
+
+
+@pytest.fixture
+def results_before(trained, roots, tmp_path):
+    """Of an evaluation that wrote one of each kind of file."""
+    out = tmp_path / "out"
+    settings = Evaluation(
+        on={name: str(roots[name]) for name in ("holidays", "copydays")},
+        exponents=[1],
+        whiten=str(roots["white"]),
+        serve={"size": 32, "p": 1},
+    )
+    evaluate(trained, settings, out)
+    return out, everything(out), settings
+
+
+@pytest.mark.parametrize("step", ["figures", "page", "whitening", "heat map", "model"])
+def test_an_evaluation_that_fails_leaves_the_results_before_it(
+    trained, results_before, roots, tmp_path, monkeypatch, step
+):
+    out, before, settings = results_before
+    noise(holidays(tmp_path / "holidays"), 9)
+    other = settings.model_copy(update={"on": {"holidays": str(tmp_path / "holidays")}})
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    module, name = {
+        "figures": (results, "write_figures"),
+        "page": (gallery, "page"),
+        "whitening": (assess, "save_file"),
+        "heat map": (gallery, "heat_map"),
+        "model": (serving, "write"),
+    }[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, full)
+        with pytest.raises(OSError, match="no space left"):
+            evaluate(trained, other, out)
+    assert everything(out) == before
+    evaluate(trained, other, out)
+    after = everything(out)
+    assert after[Path("figures.csv")] != before[Path("figures.csv")]
+    # Nothing of the set that was left out remains.
+    assert {path for path in before if "copydays" in path.name} == before.keys() - after.keys() != set()
+
+
+def test_what_is_half_in_place_has_no_table(trained, results_before, monkeypatch):
+    out, before, settings = results_before
+    rename, done = Path.rename, []
+
+    def cut(path, target):
+        if ".draft" in path.parts and path.parent.name == ".draft":
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(trained, settings, out)
+    assert not (out / "figures.csv").exists()
+    assert not (out / ".draft").exists()
+    evaluate(trained, settings, out)
+    assert everything(out).keys() == before.keys()
+
+
+def test_files_of_others_stay(trained, roots, tmp_path):
+    names = ("report.html", "holidaysnap.html", "notes.csv", "draft", "whitening.txt")
+    for name in names:
+        (tmp_path / name).touch()
+    evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "figures.csv", "holidays.html", "embeddings"}
+
+
+def test_too_few_images_for_a_whitening_are_refused_before_anything_is_embedded(trained, roots, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "pooled", None)
+    draw(tmp_path / "white", *(f"{number}.png" for number in range(129)))
+    settings = Evaluation(on={"holidays": str(roots["holidays"])}, whiten=str(tmp_path / "white"))
+    with pytest.raises(DataError, match="more images than dimensions, got 129 for 129"):
+        evaluate(trained, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Two ranks
+
+
+def of_one_rank(rank, meeting, trained, settings):
+    torch.set_num_threads(1)
+    # A rank that waits for ever fails instead.
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    asked, ranks = [], search.ranks
+    search.ranks = lambda queries, *rest: asked.append(len(queries)) or ranks(queries, *rest)
+    if rank:
+        places = [(results, "write_figures"), (results, "write_proxy"), (results, "put_in_place"), (gallery, "page")]
+        places += [(gallery, "heat_map"), (serving, "write"), (assess, "save_file"), (search, "pairs")]
+        for module, name in places:
+            setattr(module, name, None)  # calling it is an error
+    assessment = evaluate(Path(trained), Evaluation(**settings), Path(meeting) / "out")
+    torch.save([assessment, asked], Path(meeting) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_assess_what_one_process_does(trained, roots, shapes_folder, tmp_path):
+    settings = Evaluation(
+        on={name: str(roots[name]) for name in ("holidays", "copydays")},
+        sizes=[24],
+        exponents=[1],
+        whiten=str(roots["white"]),
+        dimension=20,
+        proxy=str(shapes_folder),
+        serve={"size": 24, "p": "proxy", "whitened": True},
+    )
+    multiprocessing.spawn(of_one_rank, (str(tmp_path), str(trained), settings.model_dump()), nprocs=2)
+    (one, of_first), (two, of_second) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    alone = evaluate(trained, settings, tmp_path / "alone")
+    assert one == two
+    shared, single = tmp_path / "out", tmp_path / "alone"
+    assert [shared / path.relative_to(single) for path in alone.files] == one.files
+    assert one == replace(alone, files=one.files, model=shared / "model")
+    # The proxy task of one size for each, at two exponents; then three queries of Holidays at four settings, and of
+    # Copydays four strong copies and three of each crop.
+    assert of_first[:9] == [75, 75, 2, 2, 2, 2, 2, 2, 2]
+    assert of_second[:9] == [75, 75, 1, 1, 1, 1, 2, 1, 1]
+    assert len(of_first) == len(of_second)
+    assert everything(shared).keys() == everything(single).keys()
+    for name in ("figures.csv", "proxy.csv", "holidays.html", "copydays-strong.html"):
+        assert (shared / name).read_bytes() == (single / name).read_bytes()
+    image = pd.DataFrame({"image": [(roots["holidays"] / "jpg/100000.jpg").read_bytes()]})
+    answers = [predict.load(folder / "model")(image) for folder in (shared, single)]
+    # A fit on embeddings of other batches may point eigenvectors the other way.
+    first, second = (np.abs(answer["descriptor"][0]) for answer in answers)
+    np.testing.assert_allclose(first, second, atol=1e-3)

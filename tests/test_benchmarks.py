@@ -776,3 +776,27 @@ def test_nothing_heavy_is_imported_to_name_the_benchmarks():
 
     code = "import sys, multigrain.benchmarks; print({'torch', 'pandas', 'scipy', 'pyarrow'} & set(sys.modules))"
     assert python("-c", code).strip() == "set()", sys.executable
+
+
+# --- Copydays whose further copies lack their originals
+
+
+@pytest.mark.parametrize("left", ["999901.jpg", "cover.jpg", "notes.txt"])
+def test_further_copies_without_any_original_are_no_setting(tmp_path, left):
+    layouts.copydays(tmp_path, crops=["crops/80"])
+    (tmp_path / "crops/10").mkdir()
+    layouts.draw(tmp_path / "crops/10", left) if left.endswith("jpg") else (tmp_path / "crops/10" / left).touch()
+    benchmark = read("copydays", tmp_path)
+    assert list(benchmark.truth) == ["strong", "crops/80"]
+    assert len(benchmark.queries) == 4 + 3
+    assert all(any(len(truth.positives) for truth in truths) for truths in benchmark.truth.values())
+    assert has(benchmark.problems, "crops/10/ holds no copy of an original and is left out")
+    assert not has(benchmark.problems, "crops/80/ holds no copy")
+
+
+def test_strong_copies_without_any_original_stay_an_error(tmp_path):
+    layouts.copydays(tmp_path, crops=["crops/10"])
+    for path in (tmp_path / "strong").iterdir():
+        path.rename(path.with_stem(f"9{path.stem[1:]}"))
+    (problem,) = problems_of("copydays", tmp_path)
+    assert "strong copies strong/NNNNNN.jpg of the originals" in problem

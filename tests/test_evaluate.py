@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from torch import distributed, multiprocessing, nn
 
-from multigrain import views
+from multigrain import Whitening, grid, views
+from multigrain import evaluate as module
 from multigrain.augment import evaluation_view
 from multigrain.data import Copies, Dataset, read_dataset
-from multigrain.evaluate import METRICS, embed, evaluate
+from multigrain.evaluate import METRICS, evaluate, evaluate_grid
 from multigrain.model import MultiGrain
-from multigrain.spec import MultiGrainSpec
+from multigrain.pooling import GeM
+from multigrain.spec import MultiGrainSpec, VariantSettings
 from multigrain.views import decode
 
 CPU = torch.device("cpu")
@@ -25,8 +27,13 @@ def spec(size, transform="crop"):
 
 
 def small_network():
-    torch.manual_seed(3)
-    return MultiGrain("narrow", 8)
+    """Whose classifier, untrained as it is, has several answers."""
+    torch.manual_seed(5)
+    network = MultiGrain("narrow", 8).eval()
+    with torch.no_grad():
+        nn.init.normal_(network.classifier.weight)
+        network.classifier.bias.copy_(-network.classifier.weight @ network.embed(torch.rand(1, 3, 32, 32))[0])
+    return network
 
 
 def colours():
@@ -97,14 +104,20 @@ def slow_average_precision(scores, positive):
     return total / found
 
 
-def slow_metrics(network, data, size, transform):
+def slow_metrics(network, data, size, transform, whitened_on=()):
     def outputs(paths):
         with torch.no_grad():
             return [network.eval()(evaluation_view(decode(path), transform, size)[None]) for path in paths]
 
-    def similarity(a, b):
-        return float(a.descriptor[0] @ b.descriptor[0])
+    def descriptor(output):
+        return whitening.transform(output.embedding)[0] if whitened_on else output.descriptor[0]
 
+    def similarity(a, b):
+        return float(descriptor(a) @ descriptor(b))
+
+    if whitened_on:
+        training = torch.cat([output.embedding for output in outputs(whitened_on)])
+        whitening = Whitening.fit(training, min(training.shape[1] + 1, len(training) - 1))
     val, database, queries = outputs(data.val), outputs(data.copies.database), outputs(data.copies.queries)
     right, class_aps, copy_aps = 0, [], []
     for number, output in enumerate(val):
@@ -145,40 +158,166 @@ def test_evaluation_neither_trains_nor_depends_on_training_mode(shapes_folder):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_embedding_keeps_the_order_of_the_files_over_batches(shapes_folder, monkeypatch):
-    paths, network = read_dataset(shapes_folder).val, small_network()
-    descriptors, logits = embed(network, paths, "crop", 32, CPU)
+def test_batches_and_loaders_change_nothing(shapes_folder, monkeypatch):
+    data, network = read_dataset(shapes_folder), small_network()
+    expected = evaluate(network, data, spec(32), CPU)
     monkeypatch.setattr(views, "BATCH_PIXELS", 3 * 32 * 32)
-    assert descriptors.shape == (14, 128)
-    assert logits.shape == (14, 8)
-    np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-5)
     for loaders in (0, 2):
-        in_threes = embed(network, paths, "crop", 32, CPU, loaders)
-        np.testing.assert_allclose(in_threes[0], descriptors, atol=1e-6)
-        np.testing.assert_allclose(in_threes[1], logits, atol=1e-5)
+        assert evaluate(network, data, spec(32), CPU, loaders) == pytest.approx(expected, abs=1e-6)
 
 
-def test_images_of_any_shapes_are_embedded_whole_and_in_order(tmp_path):
-    network, paths, expected = small_network().eval(), [], []
-    sizes = [(40, 30), (30, 40), (64, 64), (40, 30), (21, 90), (80, 60), (64, 48)]
-    for number, size in enumerate(sizes):
-        paths.append(tmp_path / f"{number}.png")
-        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(pixels).save(paths[-1])
-        with torch.no_grad():
-            expected.append(network(evaluation_view(decode(paths[-1]), "rect", 48)[None]))
-    descriptors, logits = embed(network, paths, "rect", 48, CPU)
-    np.testing.assert_allclose(descriptors, torch.cat([output.descriptor for output in expected]), atol=1e-6)
-    np.testing.assert_allclose(logits, torch.cat([output.logits for output in expected]), atol=1e-5)
-    assert np.linalg.norm(descriptors[:, None] - descriptors[None], axis=2)[~np.eye(7, dtype=bool)].min() > 1e-3
-
-
-def test_embedding_is_computed_in_fp32_whatever_surrounds_it(shapes_folder):
-    paths, network = read_dataset(shapes_folder).val, small_network()
-    expected = embed(network, paths, "crop", 32, CPU)
+def test_metrics_are_computed_in_fp32_whatever_surrounds_it(shapes_folder):
+    data, network = read_dataset(shapes_folder), small_network()
+    expected = evaluate(network, data, spec(32), CPU)
     with torch.autocast("cpu", torch.bfloat16):
-        found = embed(network, paths, "crop", 32, CPU)
-    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+        assert evaluate(network, data, spec(32), CPU) == expected
+
+
+# Variants
+
+
+def variants(**settings):
+    return VariantSettings.model_validate(settings)
+
+
+def with_exponent(p):
+    network = small_network()
+    network.pool = GeM(p)
+    return network
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Shapes of the batches that pass through a trunk."""
+    shapes, through = [], grid.pooled
+    monkeypatch.setattr(grid, "pooled", lambda net, images, p: shapes.append(images.shape) or through(net, images, p))
+    return shapes
+
+
+@pytest.mark.parametrize("transform", ["crop", "rect"])
+def test_each_variant_is_what_a_network_of_that_exponent_finds_at_that_size(shapes_folder, transform):
+    data = read_dataset(shapes_folder)
+    wanted = variants(sizes=[48, 32, 24], exponents=[1.0, 5.3, 3.0, np.inf])
+    own, found = evaluate_grid(small_network(), data, spec(32, transform), wanted, CPU)
+    # At another size images are whole: of square ones, a crop would show 7/8.
+    settings = {32: spec(32, transform), 48: spec(48, "rect"), 24: spec(24, "rect")}
+    expected = {
+        f"s{size}-p{p:g}": evaluate(with_exponent(p), data, settings[size], CPU)
+        for size in settings
+        for p in (1.0, 5.3, 3.0, np.inf)
+    }
+    assert own == pytest.approx(expected.pop("s32-p3"), abs=1e-6)
+    assert found.keys() == expected.keys()
+    for name, metrics in expected.items():
+        assert found[name] == pytest.approx(metrics, abs=1e-6), name
+    assert len({tuple(metrics.values()) for metrics in found.values()}) > 5
+
+
+def turn_by_turn(data, count):
+    """The first image of each class, by name, then the second of each, and so on."""
+    of_class = [
+        sorted(str(path) for path, label in zip(data.train, data.train_labels, strict=True) if label == which)
+        for which in range(len(data.classes))
+    ]
+    images = []
+    for turn in range(max(map(len, of_class))):
+        images += sorted(names[turn] for names in of_class if turn < len(names))
+    return [Path(name) for name in images[:count]]
+
+
+@pytest.mark.parametrize("most", [11, 20_000])
+def test_whitened_variants_are_those_of_slow_loops(shapes_folder, monkeypatch, most):
+    data, network = read_dataset(shapes_folder), small_network()
+    assert module.WHITENED == 20_000
+    monkeypatch.setattr(module, "WHITENED", most)
+    # In another order than by name, and not as many of each class.
+    mixed = [19, 3, 4, 0, 1, 25, 2, 24, 7, 6, 5, 8, 9, 10, 12, 11, 13, 14, 15, 18]
+    data = Dataset(
+        data.classes,
+        tuple(data.train[index] for index in mixed),
+        tuple(data.train_labels[index] for index in mixed),
+        data.val,
+        data.val_labels,
+        data.copies,
+    )
+    own, found = evaluate_grid(network, data, spec(32), variants(sizes=[48], exponents=[1], whiten=True), CPU)
+    training = turn_by_turn(data, most)
+    assert len(training) == min(most, 20)
+    assert len(found) == 7
+    for size, transform in ((32, "crop"), (48, "rect")):
+        for p in (1.0, 3.0):
+            expected = slow_metrics(with_exponent(p), data, size, transform, training)
+            assert found[f"s{size}-p{p:g}-whitened"] == pytest.approx(expected, abs=1e-6)
+            plain = own if (size, p) == (32, 3.0) else found[f"s{size}-p{p:g}"]
+            assert plain["top1"] == expected["top1"]
+            assert plain["class_map"] != expected["class_map"]
+
+
+def test_with_more_images_than_channels_a_whitening_keeps_all_directions(paint):
+    rng = np.random.default_rng(0)
+    files = paint(*(tuple(map(int, rng.integers(0, 256, 3))) for _ in range(30)))
+    labels = (0, 1) * 5
+    data = Dataset(
+        ("a", "b"), files[:10], labels, files[10:20], labels, Copies(files[20:25], files[25:], (0, 1, 2, 3, 4))
+    )
+    for count in (4, 5, 10):
+        few = Dataset(("a", "b"), files[:count], labels[:count], data.val, data.val_labels, data.copies)
+        _, found = evaluate_grid(colours(), few, spec(16), variants(whiten=True), CPU)
+        assert found == {
+            "s16-p1-whitened": pytest.approx(slow_metrics(colours(), few, 16, "crop", few.train), abs=1e-6)
+        }
+
+
+def test_no_variants_cost_nothing(shapes_folder, shown):
+    data = read_dataset(shapes_folder)
+    settings = spec(32)
+    settings = settings.model_copy(
+        update={"evaluation": settings.evaluation.model_copy(update={"variants": variants(sizes=[48], whiten=True)})}
+    )
+    held_out = len(data.val) + len(data.copies.database) + len(data.copies.queries)
+    metrics = evaluate(small_network(), data, settings, CPU)
+    assert shown == [(held_out, 3, 32, 32)]
+    assert evaluate_grid(small_network(), data, settings, variants(), CPU) == (metrics, {})
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_each_image_passes_through_the_trunk_once_for_each_size(shapes_folder, shown, whiten):
+    data = read_dataset(shapes_folder)
+    count = len(data.val) + len(data.copies.database) + len(data.copies.queries) + whiten * len(data.train)
+    wanted = variants(sizes=[48, 32, 48, 24], exponents=[1, 3, 4.7, 1], whiten=whiten)
+    _, found = evaluate_grid(small_network(), data, spec(32), wanted, CPU)
+    assert shown == [(count, 3, size, size) for size in (32, 48, 24)]
+    assert len(found) == 3 * 3 * (1 + whiten) - 1
+
+
+def test_whitening_alone_is_a_variant_of_the_networks_own_setting(shapes_folder):
+    data, network = read_dataset(shapes_folder), small_network()
+    own, found = evaluate_grid(network, data, spec(32), variants(whiten=True), CPU)
+    assert own == evaluate(network, data, spec(32), CPU)
+    assert list(found) == ["s32-p3-whitened"]
+
+
+@pytest.mark.parametrize(("p", "named"), [(2.2, "2.2"), (0.7, "1")])
+def test_an_exponent_that_was_learnt_is_the_networks_own_once(shapes_folder, p, named):
+    data = read_dataset(shapes_folder)
+    network = small_network()
+    network.pool = GeM(p, learnable=True)
+    own, found = evaluate_grid(network, data, spec(32), variants(exponents=[max(1.0, p), 4]), CPU)
+    assert float(network.pool.p.detach()) != p
+    assert own == pytest.approx(evaluate(with_exponent(float(named)), data, spec(32), CPU), abs=1e-6)
+    assert list(found) == ["s32-p4"]
+
+
+def test_a_network_that_maps_all_to_one_point_has_no_whitened_variants(shapes_folder):
+    data, network = read_dataset(shapes_folder), small_network()
+    network.trunk = nn.Conv2d(3, 128, 1)
+    nn.init.zeros_(network.trunk.weight)
+    with pytest.warns(UserWarning, match="no metrics of whitened descriptors: .* embeddings that differ"):
+        own, found = evaluate_grid(network, data, spec(32), variants(sizes=[24], whiten=True), CPU)
+    assert found == {"s24-p3": own}
+
+
+GRID = variants(sizes=[40], exponents=[1, 4], whiten=True)
 
 
 def of_one_rank(rank, meeting, folder):
@@ -188,11 +327,7 @@ def of_one_rank(rank, meeting, folder):
         "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     data, network = read_dataset(Path(folder)), small_network()
-    found = {
-        "odd": embed(network, data.val[:7], "crop", 32, CPU),
-        "fewer than ranks": embed(network, data.val[:1], "crop", 32, CPU),
-        "metrics": evaluate(network, data, spec(32), CPU),
-    }
+    found = evaluate(network, data, spec(32), CPU), evaluate_grid(network, data, spec(32), GRID, CPU)
     torch.save(found, Path(meeting) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -201,9 +336,13 @@ def of_one_rank(rank, meeting, folder):
 def test_two_ranks_find_what_one_process_finds(shapes_folder, tmp_path):
     multiprocessing.spawn(of_one_rank, (str(tmp_path), str(shapes_folder)), nprocs=2)
     data, network = read_dataset(shapes_folder), small_network()
+    expected, (own, others) = (
+        evaluate(network, data, spec(32), CPU),
+        evaluate_grid(network, data, spec(32), GRID, CPU),
+    )
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        for name, count in (("odd", 7), ("fewer than ranks", 1)):
-            for whole, alone in zip(found[name], embed(network, data.val[:count], "crop", 32, CPU), strict=True):
-                np.testing.assert_allclose(whole, alone, atol=1e-5)
-        assert found["metrics"] == pytest.approx(evaluate(network, data, spec(32), CPU), abs=1e-6)
+        metrics, (of_own, of_others) = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert metrics == pytest.approx(expected, abs=1e-6)
+        assert of_own == pytest.approx(own, abs=1e-6)
+        assert of_others.keys() == others.keys()
+        assert all(of_others[name] == pytest.approx(metrics, abs=1e-6) for name, metrics in others.items())

@@ -14,7 +14,7 @@ from multigrain import checkpoint, model
 from multigrain import fit as module
 from multigrain import training as training_module
 from multigrain.data import read_dataset
-from multigrain.evaluate import METRICS, evaluate
+from multigrain.evaluate import METRICS, evaluate, evaluate_grid
 from multigrain.fit import fit
 from multigrain.objective import Objective
 from multigrain.predict import network_of
@@ -55,6 +55,7 @@ EVERYTHING = {
     "batch": {"accumulate": 2},
     "augment": {"mixup": 0.4},
     "optimizer": {"algorithm": "adamw", "rate": 0.01, "ema": 0.9, "clip": 1.0, "schedule": "cosine", "warmup": 0.5},
+    "evaluation": {"variants": {"sizes": [24], "exponents": [1.0, math.inf], "whiten": True}},
 }
 """All that could be forgotten when a run goes on."""
 RUNS = {"plain": {}, "everything": EVERYTHING, "loaders": {**EVERYTHING, "compute": {"loaders": 2}}}
@@ -86,7 +87,7 @@ def without_clocks(metrics):
 
 
 def known(results):
-    return {result.epoch: without_clocks(result.metrics) for result in results}
+    return {result.epoch: (without_clocks(result.metrics), result.variants) for result in results}
 
 
 def flat(tree, path=""):
@@ -123,7 +124,7 @@ def cut_short(settings, data, folder, step=0, evaluation=0):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "_train_step", until("step", Training._train_step, False))
-        patch.setattr(module, "evaluate", until("evaluation", evaluate, True))
+        patch.setattr(module, "evaluate_grid", until("evaluation", evaluate_grid, True))
         with pytest.raises(Interrupted):
             results.extend(fit(settings, data, folder, CPU))  # it keeps those before the interruption
     return results
@@ -169,15 +170,28 @@ def test_what_is_evaluated_and_kept_is_the_average(uninterrupted, data):
     assert not torch.equal(last.model["ema.classifier.weight"], last.model["network.classifier.weight"])
 
 
+def test_variants_come_after_the_last_epoch_if_they_are_asked_for(uninterrupted, data):
+    assert [result.variants for result in uninterrupted["plain"][0]] == [{}, {}]
+    (first, last), saved = uninterrupted["everything"]
+    assert first.variants == {}
+    network, settings = network_of(saved)
+    own = f"{network.pool.p.item():g}"
+    grid = {f"s{size}-p{p}{white}" for size in (32, 24) for p in (own, "1", "inf") for white in ("", "-whitened")}
+    assert set(last.variants) == grid - {f"s32-p{own}"}
+    _, expected = evaluate_grid(network, data, settings, settings.evaluation.variants, CPU)
+    assert last.variants == expected
+    assert all(set(metrics) == set(METRICS) for metrics in expected.values())
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_what_is_evaluated_is_what_the_checkpoint_keeps(data, tmp_path, monkeypatch, ema):
     evaluated = []
 
     def recorded(network, *args):
         evaluated.append(copy.deepcopy(network.state_dict()))
-        return evaluate(network, *args)
+        return evaluate_grid(network, *args)
 
-    monkeypatch.setattr(module, "evaluate", recorded)
+    monkeypatch.setattr(module, "evaluate_grid", recorded)
     for result in fit(spec(optimizer={"ema": ema}), data, tmp_path, CPU):
         kept = network_of(checkpoint.latest(tmp_path))[0].state_dict()
         assert len(evaluated) == result.epoch
@@ -310,7 +324,16 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 4}, {"loss": {"beta": 1.3}}, {"optimizer": {"rate": 1.01}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"epochs": 4},
+        {"loss": {"beta": 1.3}},
+        {"optimizer": {"rate": 1.01}},
+        {"evaluation": {"variants": {"sizes": [48]}}},
+    ],
+)
 def test_other_settings_are_refused(data, tmp_path, change):
     next(fit(spec(), data, tmp_path, CPU))
     before = contents(tmp_path)
@@ -485,6 +508,10 @@ def test_metrics_of_two_ranks_are_those_of_the_saved_network(two_ranks, data):
     network, settings = network_of(checkpoint.latest(folder / "0"))
     metrics = one["runs"][0][1][-1].metrics
     assert {name: metrics[name] for name in METRICS} == pytest.approx(evaluate(network, data, settings, CPU), abs=1e-6)
+    _, variants = evaluate_grid(network, data, settings, settings.evaluation.variants, CPU)
+    found = one["runs"][0][1][-1].variants
+    assert found.keys() == variants.keys()
+    assert all(found[name] == pytest.approx(metrics, abs=1e-6) for name, metrics in variants.items())
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["a checkpoint a step", "one an epoch"])

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from multigrain import search
-from multigrain.assess import Figure
+from multigrain.figures import Figure
 from multigrain.gallery import BEST, FOUND, SIDE, WORST, heat_map, page
 from multigrain.grid import Setting
 from multigrain.pictures import Benchmark, Picture, indices

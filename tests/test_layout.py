@@ -16,6 +16,7 @@ from grainmill import catalog
 from grainmill.experiment import Experiment, json_schema, load
 from multigrain import exponent
 from multigrain.data import DataSettings
+from multigrain.evaluation import Evaluation
 from multigrain.spec import MultiGrainSpec
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,7 @@ def settings(model, prefix=""):
         (DataSettings, "data.", "### Images"),
         (MultiGrainSpec, "base.", "### `trainable: multigrain`"),
         (exponent.Spec, "base.", "### `trainable: multigrain-exponent`"),
+        (Evaluation, "", "### `grainmill evaluate --set`"),
     ],
 )
 def test_reference_tells_every_setting_with_its_default_and_its_description(model, prefix, heading):
@@ -153,4 +155,4 @@ def test_reference_tells_every_setting_with_its_default_and_its_description(mode
         elif isinstance(default, int | float):
             assert float(said) == pytest.approx(default, rel=1e-3)
         else:
-            assert said == ("" if default in (None, {}) else default)
+            assert said == ("" if default in (None, {}, ()) else default)

@@ -1,6 +1,7 @@
 """What a trained network answers to a table of encoded images."""
 
 import io
+import math
 import random
 
 import numpy as np
@@ -8,13 +9,16 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import safe_open
 
 from multigrain import checkpoint, predict
 from multigrain.augment import evaluation_view
 from multigrain.checkpoint import Checkpoint
 from multigrain.model import MultiGrain
+from multigrain.serving import Serving, read, write
 from multigrain.spec import MultiGrainSpec
 from multigrain.views import decode
+from multigrain.whitening import Whitening
 
 CLASSES = ["ant", "bee", "cat"]
 SETTINGS = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5}}
@@ -192,3 +196,115 @@ def test_a_learnt_exponent_is_loaded(tmp_path, files):
 def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=tmp_path.name):
         predict.load(tmp_path)
+
+
+# A model that serves a setting of its own
+
+
+def whitening_of(dimension=20):
+    rng = torch.Generator().manual_seed(5)
+    return Whitening.fit(torch.rand(300, 128, generator=rng), dimension)
+
+
+def model_that_serves(folder, settings=SETTINGS, **serving):
+    """Written beside a checkpoint of another folder; returns the network and its predictor."""
+    network = made(1)
+    save(folder / "trained", 3, settings, network=network)
+    write(folder / "model", checkpoint.latest(folder / "trained"), Serving(**serving))
+    return network, predict.load(folder / "model")
+
+
+def pooled_with(network, path, transform, size, p):
+    """By a network whose exponent it is."""
+    other = MultiGrain("narrow", 3, p).eval()
+    other.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        return other(evaluation_view(decode(path), transform, size)[None])
+
+
+@pytest.mark.parametrize("dimension", [None, 20, 129])
+@pytest.mark.parametrize(("size", "transform"), [(32, "crop"), (48, "rect")])
+@pytest.mark.parametrize("p", [1.0, 4.25, math.inf])
+def test_a_model_answers_at_the_setting_it_serves(tmp_path, files, size, transform, p, dimension):
+    whitening = whitening_of(dimension) if dimension else None
+    network, predictor = model_that_serves(tmp_path, size=size, p=p, whitening=whitening)
+    answers = predictor(table(files))
+    assert list(answers.columns) == ["descriptor", "class_id", "class_name", "score"]
+    for path, answer in zip(files, answers.itertuples(), strict=True):
+        output = pooled_with(network, path, transform, size, p)
+        expected = output.descriptor[0]
+        if whitening:
+            v = torch.cat([output.embedding[0].double(), torch.ones(1)])
+            z = (v / v.norm() - whitening.mean) @ whitening.projection
+            expected = z / z.norm()
+        assert answer.descriptor == pytest.approx(expected.tolist(), abs=1e-4)
+        assert len(answer.descriptor) == (dimension or 128)
+        assert np.linalg.norm(answer.descriptor) == pytest.approx(1, abs=1e-5)
+        assert answer.class_id == int(output.logits[0].argmax())
+        assert answer.score == pytest.approx(float(output.logits[0].softmax(0).max()), abs=1e-5)
+        assert [type(value) for value in answer[2:]] == [int, str, float]
+
+
+def test_at_its_own_size_a_network_sees_images_as_its_settings_say(tmp_path):
+    settings = {**SETTINGS, "evaluation": {"transform": "crop", "size": 40}}
+    for size, transform in ((40, "crop"), (32, "rect")):
+        _, predictor = model_that_serves(tmp_path / str(size), settings, size=size, p=3.0, whitening=None)
+        assert (predictor.transform, predictor.size) == (transform, size)
+
+
+def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, files):
+    network = MultiGrain("narrow", 3, 2.5, learn_p=True).eval()
+    settings = {**SETTINGS, "model": {"trunk": "narrow", "p": 2.5, "learn_p": True}}
+    save(tmp_path / "trained", 1, settings, network=network)
+    write(tmp_path / "model", checkpoint.latest(tmp_path / "trained"), Serving(32, 1.5, None))
+    predictor = predict.load(tmp_path / "model")
+    assert predictor.network.pool.p == 1.5
+    assert predictor(table(files[:1]))["descriptor"][0] != described(network, files[0])
+
+
+def test_a_whitening_is_kept_in_fp64_and_none_is_kept_as_none(tmp_path):
+    whitening = whitening_of()
+    saved = checkpoint.Checkpoint({"network.x": torch.zeros(1)}, {}, {"steps": 1})
+    write(tmp_path / "white", saved, Serving(500, 2.2, whitening))
+    found = read(tmp_path / "white")
+    assert found[:2] == (500, 2.2)
+    for name, tensor in whitening.state_dict().items():
+        assert found.whitening.state_dict()[name].dtype == torch.float64
+        assert torch.equal(found.whitening.state_dict()[name], tensor)
+    write(tmp_path / "plain", saved, Serving(224, math.inf, None))
+    assert read(tmp_path / "plain") == (224, math.inf, None)
+    with safe_open(tmp_path / "plain/serving.safetensors", "pt") as file:
+        assert [*file.keys()] == []
+        assert file.metadata() == {"size": "224", "p": "inf"}
+    assert read(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "no content", "no seal", "other seal", "seal no JSON"])
+@pytest.mark.parametrize("dimension", [None, 20])
+def test_a_damaged_setting_is_refused(tmp_path, damage, dimension):
+    whitening = whitening_of(dimension) if dimension else None
+    model_that_serves(tmp_path, size=48, p=4.0, whitening=whitening)
+    content, seal = tmp_path / "model/serving.safetensors", tmp_path / "model/serving.json"
+    whole = content.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    if damage in {"flipped", "cut", "empty"}:
+        content.write_bytes({"flipped": flipped, "cut": whole[:-1], "empty": b""}[damage])
+    elif damage == "no content":
+        content.unlink()
+    elif damage == "no seal":
+        seal.unlink()
+    else:
+        seal.write_text({"other seal": '{"sha256": "0"}', "seal no JSON": "{"}[damage])
+    told = r"serving\.safetensors must match serving\.json, but does not in .*model; evaluate again"
+    with pytest.raises(ValueError, match=told):
+        predict.load(tmp_path / "model")
+
+
+def test_a_model_that_serves_needs_an_intact_checkpoint(tmp_path):
+    model_that_serves(tmp_path, size=48, p=4.0, whitening=None)
+    (tmp_path / "model/step-00000003/model.safetensors").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="step-00000003"),
+        pytest.raises(FileNotFoundError, match="none that is intact"),
+    ):
+        predict.load(tmp_path / "model")

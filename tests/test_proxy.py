@@ -66,7 +66,6 @@ def test_scores_are_those_of_slow_loops(shapes_folder, monkeypatch, loaders):
     expected = {p: slow(data, chosen, settings, 40, p, 5, 7) for p in GRID}
     for pixels in (15 * 40 * 40, 10**9):  # three images at a time, and all
         monkeypatch.setattr(proxy, "BATCH_PIXELS", pixels)
-        monkeypatch.setattr(proxy, "QUERIES", 17)
         found = score(network_of(3.0).train(), data, settings, 40, GRID, CPU, loaders, seed=7)
         assert list(found) == list(GRID)
         for p, expected_score in expected.items():

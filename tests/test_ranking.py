@@ -14,6 +14,7 @@ from multigrain.retrieval import Truth, average_precision, micro_ap, same_label
 from multigrain.search import mean_average_precision, pairs, ranks, top
 
 NONE = np.empty(0, np.int64)
+BOTH_IN_FP64 = pytest.mark.parametrize("near", [scores.NEAR, 0.0, 1.0], ids=["as it is", "fp64 blocks", "fp64 pairs"])
 
 
 def rounded(*shape, seed=0):
@@ -99,7 +100,7 @@ def close_scores(channels):
 
 
 @pytest.mark.parametrize("channels", [33, 512])
-@pytest.mark.parametrize("near", [scores.NEAR, 0.0, 1.0], ids=["as it is", "fp64 blocks", "fp64 pairs"])
+@BOTH_IN_FP64
 def test_scores_that_fp32_cannot_tell_apart_are_ranked_exactly(way, near, channels, monkeypatch):
     monkeypatch.setattr(scores, "NEAR", near)
     queries, database, products = close_scores(channels)
@@ -124,7 +125,17 @@ def test_a_network_that_maps_all_images_to_one_point_finds_nothing():
     assert mean_average_precision(everywhere, everywhere, [only(item) for item in range(10)]) == pytest.approx(0.05)
 
 
-def test_descriptors_of_zeros_tie(way):
+@BOTH_IN_FP64
+def test_scores_that_fp64_may_have_put_apart_tie(way, near, monkeypatch):
+    # 1 + 2^-52, 1 and 1 - 2^-49. By the lengths, 1 and sqrt(2), 2 * 3 * 2^-53 * sqrt(2) = 4.2 * 2^-52 may be rounding.
+    monkeypatch.setattr(scores, "NEAR", near)
+    queries, database = np.array([[1, 2**-52, 2**-49]]), np.array([[1, 1, 0], [1, 0, 0], [1, 0, -1]])
+    assert ranks(queries, database, [only(0)])[0].tolist() == [1]
+
+
+@BOTH_IN_FP64
+def test_descriptors_of_zeros_tie(way, near, monkeypatch):
+    monkeypatch.setattr(scores, "NEAR", near)
     for queries, database in ((np.zeros((1, 3)), np.eye(3)), (np.ones((1, 3)), np.zeros((3, 3)))):
         assert ranks(queries, database, [only(1)])[0].tolist() == [2]
 

@@ -16,7 +16,6 @@ from multigrain.retrieval import (
     average_precision_at_r,
     average_precision_finite,
     interval,
-    mean_average_precision,
     micro_ap,
     precision_at,
     recall_at_p90,
@@ -218,6 +217,14 @@ def test_a_query_drawn_twice_counts_twice():
     assert recall_at_p90(pairs, np.array([[2, 1], [1, 2]])) == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_a_sample_without_a_positive_pair_has_no_value_and_is_left_out_of_the_interval():
+    # Only query 0 has a positive; what query 1 finds stands before it. Drawn: 1 twice, each once, 0 twice.
+    pairs = Pairs(ints([0]), np.array([[0], [1]], dtype=np.int32))
+    assert micro_ap(pairs, np.array([[0, 2], [1, 1], [2, 0]])) == pytest.approx([math.nan, 1 / 2, 1], nan_ok=True)
+    assert recall_at_p90(pairs, np.array([[0, 2], [1, 1], [2, 0]])) == pytest.approx([math.nan, 0, 1], nan_ok=True)
+    assert interval(pairs) == pytest.approx((1 / 2, 1))
+
+
 @pytest.mark.parametrize(("name", "k"), [("top1", 1), ("top5", 5)])
 def test_top_k_is_the_share_of_images_whose_class_is_among_the_first(name, k):
     rng = np.random.default_rng(k)
@@ -237,14 +244,6 @@ def test_items_of_one_label_are_positives_of_each_other(labels):
     for item, (positives, junk) in enumerate(same_label(np.array(labels))):
         assert positives.tolist() == [other for other in range(6) if labels[other] == labels[item]]
         assert junk.tolist() == [item]
-
-
-def test_mean_average_precision_of_matrices():
-    queries, database = np.ones((1, 1)), np.array([[9.0], [8.0], [7.0], [6.0], [5.0], [4.0], [3.0]])
-    positive, junk = np.isin(np.arange(7), [1, 3, 6])[None], np.isin(np.arange(7), [0, 2])[None]
-    # Ranks 0, 1, 4 without the junk: 1 + 1 + (2/4 + 3/5) / 2; with it 1, 3, 6.
-    assert mean_average_precision(queries, database, positive, junk) == pytest.approx(2.55 / 3)
-    assert mean_average_precision(queries, database, positive) == pytest.approx(0.349206, abs=1e-6)
 
 
 def test_the_interval_of_a_mean_is_that_of_its_normal_distribution():
@@ -284,8 +283,27 @@ def test_the_interval_of_a_micro_measure_draws_queries(measure):
     assert low < measure(pairs)[0] < high
 
 
+def test_an_interval_of_many_pairs_draws_as_often_as_asked_each_time_anew():
+    # So many pairs that the draws are made in parts.
+    queries, pairs = 8, Pairs(ints([0] * 50_000), np.zeros((8, 50_000), dtype=np.int32))
+    drawn = []
+
+    def measure(_, times):
+        drawn.append(times)
+        return np.zeros(len(times))
+
+    interval(pairs, draws=100, measure=measure)
+    times = np.concatenate(drawn)
+    assert len(drawn) > 1
+    assert times.shape == (100, queries)
+    assert (times.sum(axis=1) == queries).all()
+    assert len(np.unique(times, axis=0)) > len(drawn[0])
+    assert np.abs(times.mean(axis=0) - 1).max() < 0.4  # four times the deviation of 100 draws
+
+
 @pytest.mark.parametrize(
-    ("values", "changes"), [(np.empty(0), {}), (np.ones(3), {"draws": 0}), (np.ones(3), {"level": 1.0})]
+    ("values", "changes"),
+    [(np.empty(0), {}), (np.ones(3), {"draws": 0}), (np.ones(3), {"level": 1.0}), (np.ones(3), {"level": 0.0})],
 )
 def test_what_an_interval_cannot_be_made_of_is_an_error(values, changes):
     with pytest.raises(ValueError, match=r"needs a query, a draw and a level in \(0, 1\)"):
@@ -293,6 +311,8 @@ def test_what_an_interval_cannot_be_made_of_is_an_error(values, changes):
 
 
 def test_every_measure_is_described_and_takes_what_it_says():
+    # What the benchmarks of the literature report.
+    assert {*(f"recall@{k}" for k in (1, 2, 4, 8, 10, 100, 1000)), "mp@1", "mp@5", "mp@10"} <= MEASURES.keys()
     ranks, pairs = [ints([0, 2])], Pairs(ints([0]), np.zeros((1, 1), dtype=np.int32))
     given = {"ranks": (ranks,), "pairs": (pairs,), "logits": (np.eye(3), np.arange(3))}
     for name, measure in MEASURES.items():

@@ -53,7 +53,11 @@ PAPER = {
         "clip": 0.0,
         "ema": 0.0,
     },
-    "evaluation": {"transform": "crop", "size": None},
+    "evaluation": {
+        "transform": "crop",
+        "size": None,
+        "variants": {"sizes": (), "exponents": (), "whiten": False},
+    },
     "compute": {"precision": "auto", "compile": False, "loaders": None, "checkpoint_steps": 1000},
 }
 
@@ -65,7 +69,7 @@ def test_the_defaults_are_the_papers_setting():
 def test_a_spec_comes_back_from_its_json():
     spec = MultiGrainSpec(seed=3, loss={"weight": 1}, batch={"repeats": 1, "size": 7}, model={"trunk": "narrow"})
     assert MultiGrainSpec(**json.loads(json.dumps(spec.model_dump()))) == spec
-    assert json.loads(spec.model_dump_json()) == spec.model_dump()
+    assert json.loads(spec.model_dump_json()) == spec.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("group", [None, "model", "loss", "batch", "augment", "optimizer", "evaluation", "compute"])
@@ -248,3 +252,29 @@ def test_a_file_of_weights_is_found_from_every_folder(tmp_path, monkeypatch):
 def test_the_evaluation_size_is_that_of_training_unless_it_is_given():
     assert MultiGrainSpec(image_size=160).evaluation_size == 160
     assert MultiGrainSpec(image_size=160, evaluation={"size": 500}).evaluation_size == 500
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("sizes", [[], [16, 500], (224,)], [[15], [224.0], [True], 224, "224", None]),
+        ("exponents", [[], [1, 2.5, 100.0], [math.inf]], [[0.99], [3, 100.1], [math.nan], ["3"], 3.0, None]),
+        ("whiten", [True, False], ["yes", 1, None]),
+    ],
+)
+def test_variants_are_a_grid_of_numbers_in_range(key, good, bad):
+    for value in good:
+        found = getattr(MultiGrainSpec(evaluation={"variants": {key: value}}).evaluation.variants, key)
+        assert found == (value if key == "whiten" else tuple(value))
+    for value in bad:
+        with pytest.raises(ValidationError, match=key):
+            MultiGrainSpec(evaluation={"variants": {key: value}})
+    with pytest.raises(ValidationError, match="colour"):
+        MultiGrainSpec(evaluation={"variants": {"colour": 1}})
+
+
+def test_a_spec_with_variants_comes_back_from_its_json():
+    variants = {"sizes": [32, 48], "exponents": [1, 2.5], "whiten": True}
+    spec = MultiGrainSpec(evaluation={"variants": variants})
+    for told in (json.dumps(spec.model_dump()), spec.model_dump_json()):
+        assert MultiGrainSpec.model_validate(json.loads(told)) == spec

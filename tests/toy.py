@@ -2,10 +2,11 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +17,7 @@ class Spec(BaseModel):
     height: float = 0.5
     kind: Literal["plain", "nan", "broken"] = "plain"
     """`nan`: the score is not a number. `broken`: raises in the second epoch."""
+    seed: int = 0
 
 
 class Data(BaseModel):
@@ -24,13 +26,23 @@ class Data(BaseModel):
     """A file that gets a line for each epoch that is really computed."""
     gate: str | None = None
     """A named pipe: from the second epoch on, a new process waits until someone opens it for writing."""
+    umpire: int | None = None
+    """A port of this machine: before an epoch is kept, each process says there where it is, and waits for an answer."""
 
 
 class Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     on: dict[str, str]
-    """`scale`: a file that holds a number."""
+    """`scale`: a file that holds a number; each worker puts its number where `{rank}` stands."""
     times: int = 1
+    serve: str | None = None
+    """Makes a model, `times` as high, that serves this setting."""
+    paper: bool = False
+    """Has published figures."""
+    extra: int = 0
+    """So many more figures."""
+    odd: str | None = None
+    """Name of one more."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +54,35 @@ class Figure:
     paper: float | None = None
 
 
+class Published(NamedTuple):
+    benchmark: str
+    setting: str
+    distractors: int
+    measure: str
+    size: int
+    method: str
+    weight: float | None
+    p: float
+    value: float
+    source: str
+
+
 @dataclass(frozen=True)
 class Assessment:
     figures: list[Figure]
     headlines: list[Figure]
     notes: list[str]
     files: list[Path]
+    model: Path | None
+    served: str | None
+    published: tuple[Published, ...]
 
 
 @dataclass(frozen=True)
 class Result:
     epoch: int
     metrics: dict[str, float]
+    variants: dict[str, dict[str, float]]
 
 
 def metrics(data: Data) -> dict[str, Literal["max", "min"]]:
@@ -82,10 +111,15 @@ def fit(spec: Spec, data: Data, folder: Path) -> Iterator[Result]:
             raise RuntimeError("the toy is broken")
         if data.gate and epoch == 2:
             Path(data.gate).read_text()
-        if int(os.environ.get("RANK", "0")) == 0:
-            if data.diary:
-                with Path(data.diary).open("a") as file:
-                    file.write(f"{folder.name} {epoch}\n")
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 and data.diary:
+            with Path(data.diary).open("a") as file:
+                file.write(f"{folder.name} {epoch}\n")
+        if data.umpire:
+            with socket.create_connection(("127.0.0.1", data.umpire)) as line:
+                line.sendall(f"{folder.name} {epoch} {rank} {os.getpid()}\n".encode())
+                line.recv(1)
+        if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             state.with_suffix(".draft").write_text(json.dumps({"epoch": epoch, "height": spec.height}))
             state.with_suffix(".draft").rename(state)
@@ -95,7 +129,8 @@ def fit(spec: Spec, data: Data, folder: Path) -> Iterator[Result]:
 def _result(spec: Spec, epoch: int) -> Result:
     score = float("nan") if spec.kind == "nan" else spec.height * epoch / spec.epochs
     world_size = float(os.environ.get("WORLD_SIZE", "1"))
-    return Result(epoch, {"score": score, "cost": spec.height**2, "world_size": world_size})
+    variants = {"twice": {"score": 2 * score}} if epoch == spec.epochs else {}
+    return Result(epoch, {"score": score, "cost": spec.height**2, "world_size": world_size}, variants)
 
 
 def load(folder: Path) -> Any:
@@ -107,13 +142,45 @@ def load(folder: Path) -> Any:
     return predict
 
 
+PUBLISHED = (
+    Published("scale", "", 0, "height", 500, "Toy", 0.5, 3, 0.915, "Table 7"),
+    Published("scale", "", 0, "height", 224, "None", None, 1, 3.78, "Table 8"),
+    Published("copies", "strong", 10_000, "map", 800, "Toy", 1, 3, 0.5, "Table 9"),
+)
+
+
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
+    """On several workers, rank 0 writes, and all ranks together count themselves."""
     height = json.loads((folder / "state.json").read_text())["height"]
-    value = height * float(Path(settings.on["scale"]).read_text()) * settings.times
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "figures.csv").write_text(f"height,{value}\n")
-    figures = [Figure("scale/height", value, value - 0.1, value + 0.1, 0.5), Figure("scale/width", 2.0, 1.0, 3.0)]
-    return Assessment(figures, figures[:1], ["a toy"], [out / "figures.csv"])
+    rank, workers = int(os.environ.get("RANK", "0")), 1.0
+    value = height * float(Path(settings.on["scale"].format(rank=rank)).read_text()) * settings.times
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        count = torch.ones(1)
+        torch.distributed.all_reduce(count)
+        workers = float(count)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "figures.csv").write_text(f"height,{value}\n")
+        if settings.serve:
+            (out / "model").mkdir(exist_ok=True)
+            (out / "model" / "state.json").write_text(json.dumps({"height": height * settings.times}))
+    figures = [
+        Figure("scale/height", value, value - 0.1, value + 0.1, 0.5),
+        Figure("scale/workers", workers, 1.0, 3.0),
+        *(Figure(f"scale/extra {number}", float(number), 0.0, 0.0) for number in range(settings.extra)),
+        *([Figure(settings.odd, 0.0, 0.0, 0.0)] if settings.odd else []),
+    ]
+    return Assessment(
+        figures,
+        figures[:1],
+        [f"a toy, of rank {rank}"],
+        [out / "figures.csv"],
+        out / "model" if settings.serve else None,
+        settings.serve,
+        PUBLISHED if settings.paper else (),
+    )
 
 
 def example(data: Data) -> Any:

@@ -34,11 +34,16 @@ class EpochResult(Protocol):
     def metrics(self) -> Mapping[str, float]:
         """Among them, in every epoch, the metrics that an objective can name."""
 
+    @property
+    def variants(self) -> Mapping[str, Mapping[str, float]]:
+        """After the last epoch, metrics of the trained model at other settings of its evaluation, by name."""
+
 
 class Figure(Protocol):
     """One figure of an evaluation, and the 95 % interval around it."""
 
     name: str
+    """Letters, digits and `_-. :/` alone, as MLflow wants it."""
     value: float
     low: float
     high: float
@@ -46,8 +51,28 @@ class Figure(Protocol):
     """The published figure to compare with."""
 
 
+class Published(Protocol):
+    """A published figure to compare with, of one network."""
+
+    benchmark: str
+    setting: str
+    """A part of the benchmark's protocol; "" where there is one, or none."""
+    distractors: int
+    """Images in the database beyond those of the benchmark."""
+    measure: str
+    size: int
+    """Of the images, in pixels."""
+    method: str
+    weight: float | None
+    """lambda; None where it plays no part."""
+    p: float
+    """Pooling exponent in training."""
+    value: float
+    source: str
+
+
 class Assessment(Protocol):
-    """What came of an evaluation."""
+    """What came of an evaluation; it can be pickled."""
 
     figures: Sequence[Figure]
     headlines: Sequence[Figure]
@@ -55,6 +80,12 @@ class Assessment(Protocol):
     notes: Sequence[str]
     """What a reader must know to believe the figures."""
     files: Sequence[Path]
+    model: Path | None
+    """Folder of a model that `load` reads, to be kept for its users; None if none was asked for."""
+    served: str | None
+    """The setting that this model serves, such as `500/p4-whitened`; None if there is none."""
+    published: Sequence[Published]
+    """What to hold the figures against."""
 
 
 class Predictor(Protocol):
@@ -67,7 +98,7 @@ class Trainable(Protocol):
     """A module with these names, known by an entry point `grainmill.trainables` or by its dotted path."""
 
     Spec: type[BaseModel]
-    """Settings of one run, frozen, each with the published default; one is `epochs`."""
+    """Settings of one run, frozen, each with the published default; among them `epochs` and `seed`."""
     Data: type[BaseModel]
     """Where the data are."""
     Evaluation: type[BaseModel]
@@ -99,7 +130,10 @@ class Trainable(Protocol):
 
     @staticmethod
     def evaluate(folder: Path, settings: Any, out: Path) -> Assessment:
-        """Evaluate the model that `fit` left in `folder`, writing files to `out`. Raises ValueError if it cannot."""
+        """Evaluate the model that `fit` left in `folder`, writing files to `out`. Raises ValueError if it cannot.
+
+        Called on every worker alike, with a process group if there are several; that of rank 0 is kept.
+        """
 
     @staticmethod
     def example(data: Any) -> Any:

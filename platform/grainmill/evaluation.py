@@ -1,44 +1,86 @@
 """evaluate(): a trained model on benchmarks, recorded in the run that trained it."""
 
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
-from grainmill import catalog, registry
+from grainmill import catalog, group, registry, runs
 from grainmill.document import Document
-from grainmill.errors import EvaluationError
-from grainmill.findings import describe
+from grainmill.errors import EvaluationError, TrackingError
+from grainmill.findings import describe, errors
 
 
-def evaluate(model: str, overrides: Sequence[str], trainable: str, out: Path, tracking_uri: str) -> catalog.Assessment:
-    """Evaluate a model; a registered one's run gets the figures and the files.
+class Evaluated(NamedTuple):
+    """What came of an evaluation, and what became of it."""
+
+    assessment: catalog.Assessment
+    version: registry.Version | None
+    """Of the assessment's model; None if there is no such model, or if the model evaluated is not registered."""
+
+
+def evaluate(
+    model: str,
+    overrides: Sequence[str],
+    trainable: str,
+    out: Path,
+    tracking_uri: str,
+    workers: int = 1,
+    address: str | None = None,
+) -> Evaluated:
+    """Evaluate a model; a registered one's run gets the figures and the files, its name the model that comes of it.
 
     Args:
         model: `models:/name@alias`, `models:/name/version`, or a folder: of a run, or with checkpoints.
         overrides: the trainable's `Evaluation`, as `a.b=value`; the value is read as YAML.
         trainable: of a folder; a registered model knows its own.
-        out: folder for files.
+        out: folder for files. With several workers, their nodes must see it and the model's folder.
         tracking_uri: MLflow's.
+        workers: 1 is this process; more are a Ray Train group.
+        address: of a Ray cluster; None starts a local one for the time of the call.
     Raises:
         ExperimentError: the settings are wrong.
         EvaluationError: there is no model, or a benchmark cannot be evaluated.
+        ResourceError: the cluster is too small.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
-    stored = registry.fetch(tracking_uri, model) if model.startswith("models:/") else None
-    folder, name = (stored.folder, stored.trainable) if stored else (_checkpoints(Path(model)), trainable)
-    found = catalog.find(name)
-    settings = _settings(found, overrides)
+    with _seen_by_all(out) if workers > 1 else nullcontext() as shared:
+        stored = None
+        if model.startswith("models:/"):
+            stored = registry.fetch(tracking_uri, model, shared and shared / "model")
+        folder, name = (stored.folder, stored.trainable) if stored else (_checkpoints(Path(model)), trainable)
+        try:
+            found = catalog.find(name)
+        except LookupError as error:
+            raise EvaluationError(str(error)) from error
+        settings = _settings(found, overrides)
+        if shared:
+            from grainmill import trials  # one process does without Ray
+
+            with trials.cluster(address):
+                assessment = group.assess_on(workers, found, folder, settings, out, shared)
+        else:
+            assessment = group.assess(found, folder, settings, out)
+        return Evaluated(assessment, _record(tracking_uri, stored, assessment) if stored else None)
+
+
+@contextmanager
+def _seen_by_all(out: Path) -> Iterator[Path]:
+    """A folder for the time of an evaluation on several nodes."""
     try:
-        assessment = found.evaluate(folder, settings, out)
-    except (OSError, ValueError) as error:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out.absolute(), prefix=".")
+    except OSError as error:
         raise EvaluationError(str(error)) from error
-    if stored:
-        _record(tracking_uri, stored.run_id, assessment)
-    return assessment
+    with folder as name:
+        yield Path(name)
 
 
 def _settings(trainable: catalog.Trainable, overrides: Sequence[str]) -> Any:
@@ -49,27 +91,34 @@ def _settings(trainable: catalog.Trainable, overrides: Sequence[str]) -> Any:
     try:
         return trainable.Evaluation.model_validate(document.tree)
     except ValidationError as error:
-        for details in error.errors():
+        for details in errors(error):
             document.add(details["loc"], describe(trainable.Evaluation, details))
     document.stop_if_wrong()
     raise AssertionError("a validation error is a problem")
 
 
 def _checkpoints(folder: Path) -> Path:
-    """The checkpoints in a folder: of a run, those of its final training."""
-    final = folder / "trials" / "final-0000"
-    if final.is_dir():
-        return final
+    """The checkpoints in a folder: of a finished run, those of its model."""
     if folder.is_dir():
-        return folder
+        return runs.checkpoints(folder) or folder
     raise EvaluationError(
         f"a model must be a folder or models:/name@alias, but there is no folder {folder.absolute()}; "
         "name a run, such as grainmill-runs/demo/run-1"
     )
 
 
-def _record(tracking_uri: str, run_id: str, assessment: catalog.Assessment) -> None:
-    client = MlflowClient(tracking_uri)
-    client.log_batch(run_id, [Metric(one.name, one.value, 0, 0) for one in assessment.figures])
-    for file in assessment.files:
-        client.log_artifact(run_id, str(file), "evaluation")
+def _record(tracking_uri: str, source: registry.Stored, assessment: catalog.Assessment) -> registry.Version | None:
+    client, now = MlflowClient(tracking_uri), int(time.time() * 1000)  # of equal times MLflow shows the larger value
+    try:
+        client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.figures])
+        for file in assessment.files:
+            client.log_artifact(source.run_id, str(file), "evaluation")
+        if assessment.model is None:
+            return None
+        assert assessment.served is not None, "a model serves a setting"
+        return registry.register_evaluated(tracking_uri, source, assessment.model, assessment.served)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow at {tracking_uri} must take the figures of run {source.run_id}, but said: {error.message}; "
+            "the files are written, and the same command tries again"
+        ) from error

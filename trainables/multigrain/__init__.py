@@ -17,7 +17,7 @@ _HOME = {
     "fit": "fit",
     "gem": "pooling",
     "margin_loss": "losses",
-    "mean_average_precision": "retrieval",
+    "mean_average_precision": "search",
     "negative_weights": "sampling",
     "sample_triplets": "sampling",
 }

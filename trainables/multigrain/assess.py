@@ -1,55 +1,34 @@
 """A trained network on benchmarks: one figure for each measure, size, exponent, whitened or not."""
 
-import csv
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from multigrain import checkpoint, gallery, grid, search
+from multigrain import checkpoint, gallery, grid, group, proxy, published, results, search, serving
 from multigrain.augment import EvaluationTransform
 from multigrain.data import DataError
-from multigrain.evaluation import Evaluation, sets, whitening_images
+from multigrain.evaluation import PROXY, Evaluation, Inputs, inputs
+from multigrain.figures import Figure, headlines
 from multigrain.grid import Setting
 from multigrain.model import MultiGrain
 from multigrain.pictures import Benchmark
 from multigrain.predict import network_of
-from multigrain.published import PUBLISHED
-from multigrain.retrieval import MEASURES, interval
+from multigrain.published import Published
+from multigrain.retrieval import MEASURES, Truth, interval
 from multigrain.spec import MultiGrainSpec
 from multigrain.views import Source
 from multigrain.whitening import Whitening
 
 Embeddings = NDArray[np.float32]
-COPYDAYS_ORIGINALS = 157
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measure of one benchmark at one setting."""
-
-    benchmark: str
-    part: str
-    """A setting of the benchmark's protocol, such as `hard`; empty where there is one."""
-    measure: str
-    at: Setting
-    value: float
-    low: float
-    high: float
-    """Ends of the 95 % bootstrap interval over queries."""
-    paper: float | None = None
-    """What the paper has for its network of the same lambda and p, at this size."""
-
-    @property
-    def name(self) -> str:
-        """Such as `roxford5k/hard/map/500/p4/whitened`."""
-        size, p, whitened = self.at
-        parts = (self.benchmark, self.part, self.measure, str(size), f"p{p:g}", "whitened" if whitened else "")
-        return "/".join(part for part in parts if part).replace("@", "-at-").replace("+", "")  # MLflow's rules
+Result = tuple[float, tuple[float, float]]
+"""A measure's value, and the ends of its interval."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +38,17 @@ class Assessment:
     figures: Sequence[Figure]
     """All of the grid."""
     headlines: Sequence[Figure]
-    """For each measure the figure at the network's own setting and, where it is another, at the best one."""
+    """For each measure the figures at the network's own setting and, at each size, at the exponent that the proxy task
+    chose, not whitened; and the best. Each once."""
     notes: Sequence[str]
     """What a reader must know to believe the figures."""
     files: Sequence[Path]
+    model: Path | None
+    """Folder of the model that serves `Evaluation.serve`, which `predict.load` reads."""
+    served: str | None
+    """The name of its setting."""
+    published: Sequence[Published]
+    """All the paper's figures of what was measured, to compare with."""
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
@@ -70,122 +56,148 @@ def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
 
     Images pass through the trunk once for each size; retrieval sees them whole (`rect`), classification as the
     network's settings say at its own size, whole at others. What was embedded is kept below `out`: an evaluation
-    that was cut short goes on there.
+    that was cut short goes on there. Results come into `out` when all are there, in place of those of the evaluation
+    before; `figures.csv` goes first and comes last.
+
+    With a process group, every rank must call it. They share embeddings, queries and the sizes of the proxy task; rank
+    0 alone fits whitenings, computes measures of the one ranking of all pairs, and writes results. All get its
+    assessment.
 
     Args:
         folder: where `fit` left its checkpoints.
         settings: benchmarks and grid.
-        out: folder for `figures.csv`, `grid.png`, galleries and whitenings.
+        out: folder for `figures.csv`, `proxy.csv`, `grid.png`, galleries, whitenings and `model`.
     Raises:
         FileNotFoundError: there is no intact checkpoint.
-        DataError: a benchmark cannot be evaluated, or the network knows other classes than it.
+        DataError: a benchmark, a whitening or the proxy task cannot be evaluated, or the network knows other classes.
     """
-    benchmarks = sets(settings)
     saved = checkpoint.latest(folder)
     if saved is None:
         raise FileNotFoundError(f"an evaluation needs a trained network, but {folder} holds no intact checkpoint")
     network, spec = network_of(saved)
-    _check_classes(benchmarks, saved.state["classes"])
+    found = inputs(settings, saved.state["classes"], network.classifier.in_features)
+    model = out / "model"
+    if settings.serve and model.exists() and not serving.is_served(model):
+        raise DataError([f"a model to serve goes to {model}, but something else is there; move it or name another out"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = _Run(network.to(device).requires_grad_(False), spec, settings, out, device)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = [figure for size in run.sizes for figure in run.at_size(size, benchmarks)]
-    files = [_write_csv(out / "figures.csv", figures)]
-    if len(run.sizes) * len(run.exponents) > 1:
-        files.append(gallery.heat_map(out / "grid.png", figures))
-    files += [run.page(benchmark, part) for benchmark in benchmarks for part in benchmark.truth]
-    notes = [f"{benchmark.name} is not whole: {problem}" for benchmark in benchmarks for problem in benchmark.problems]
-    if spec.model.trunk != "resnet50" and any(figure.paper is not None for figure in figures):
-        notes.append(f"the paper's figures are those of a ResNet-50, and this network is {spec.model.trunk}")
-    return Assessment(figures, _headlines(figures, run.own), notes, files)
-
-
-def _check_classes(benchmarks: Sequence[Benchmark], classes: Sequence[str]) -> None:
-    others = [one.name for one in benchmarks if one.labels is not None and list(one.classes) != list(classes)]
-    if others:
-        raise DataError(
-            [
-                f"{name} needs a network of its classes, but this one knows {len(classes)} others; leave it out"
-                for name in others
-            ]
-        )
+    run = _Run(network.to(device).requires_grad_(False), spec, settings, found, out, device)
+    try:
+        run.begin()
+        figures = [figure for size in run.sizes for figure in run.at_size(size)]
+        return group.first(partial(run.finish, figures, saved))
+    finally:
+        if run.writes:
+            shutil.rmtree(run.draft, ignore_errors=True)
 
 
 class _Run:
     """One evaluation: what its steps share."""
 
     def __init__(
-        self, network: MultiGrain, spec: MultiGrainSpec, settings: Evaluation, out: Path, device: torch.device
+        self,
+        network: MultiGrain,
+        spec: MultiGrainSpec,
+        settings: Evaluation,
+        found: Inputs,
+        out: Path,
+        device: torch.device,
     ) -> None:
-        self.network, self.spec, self.settings, self.out, self.device = network, spec, settings, out, device
+        self.network, self.spec, self.settings, self.found = network, spec, settings, found
+        self.out, self.draft, self.device = out, out / ".draft", device
+        self.writes = group.place()[0] == 0
         own = max(1.0, float(network.pool.p))  # one that learns counts as 1 below 1
         self.own = Setting(spec.evaluation_size, own, False)
-        self.sizes = tuple(dict.fromkeys((spec.evaluation_size, *(settings.sizes or ()))))
+        serve = settings.serve
+        joined = (serve.size,) if serve else ()
+        self.sizes = tuple(dict.fromkeys((spec.evaluation_size, *(settings.sizes or ()), *joined)))
+        wanted = [serve.p] if serve and isinstance(serve.p, float) else []
         named: dict[str, float] = {}
-        for p in (own, *(settings.exponents or ())):
+        for p in (own, *(settings.exponents or ()), *wanted):
             named.setdefault(f"{p:g}", p)  # figures could not be told apart where 2.2 was learnt as fp32 has it
         self.exponents = tuple(named.values())
+        self.scores: dict[int, dict[float, proxy.Score]] = {}
+        self.chosen: dict[int, float] = {}
+        """p* of each size by the proxy task."""
+        self.served: Setting | None = None
 
-    def page(self, benchmark: Benchmark, part: str) -> Path:
-        """Of a benchmark's gallery."""
-        return self.out / f"{benchmark.name} {part}.html".replace(" .", ".").replace(" ", "-").replace("/", "-")
+    def begin(self) -> None:
+        """Make room for results, and choose p*."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            shutil.rmtree(self.draft, ignore_errors=True)
+            self.draft.mkdir()
+        if self.found.proxy is not None:
+            self.scores = dict(zip(self.sizes, group.dealt(self._proxy_scores), strict=True))
+            self.chosen = {size: proxy.best(scores) for size, scores in self.scores.items()}
+        if serve := self.settings.serve:
+            p = self.chosen[serve.size] if serve.p == PROXY else self._of_grid(float(serve.p))
+            self.served = Setting(serve.size, p, serve.whitened)
 
-    def at_size(self, size: int, benchmarks: Sequence[Benchmark]) -> Iterator[Figure]:
+    def _of_grid(self, p: float) -> float:
+        return next(one for one in self.exponents if f"{one:g}" == f"{p:g}")
+
+    def _proxy_scores(self, share: slice) -> list[dict[float, proxy.Score]]:
+        dataset = self.found.proxy
+        assert dataset is not None
+        rest = (self.exponents, self.device, self.settings.loaders)
+        return [proxy.score(self.network, dataset, self.spec.augment, size, *rest) for size in self.sizes[share]]
+
+    def at_size(self, size: int) -> Iterator[Figure]:
         """The figures of one size: every image passes through the trunk once."""
         whitenings = self._whitenings(size)
-        for benchmark in benchmarks:
+        for benchmark in self.found.benchmarks:
             pictures = (*benchmark.database, *benchmark.queries)
             own = benchmark.labels is not None and size == self.own.size
             transform = self.spec.evaluation.transform if own else "rect"
             for p, embeddings in self._embed(pictures, size, transform).items():
-                for whitening in (None, whitenings[p]) if whitenings and benchmark.truth else (None,):
-                    at = Setting(size, p, whitening is not None)
-                    yield from self._figures(benchmark, embeddings, whitening, at)
+                if benchmark.labels is not None:
+                    yield from self._of_classes(benchmark, embeddings, Setting(size, p, False))
+                    continue
+                for whitening in (None, whitenings[p]) if whitenings else (None,):
+                    descriptors = grid.descriptors(embeddings, whitening)
+                    yield from self._of_parts(benchmark, descriptors, Setting(size, p, whitening is not None))
 
     def _embed(self, pictures: Sequence[Source], size: int, transform: EvaluationTransform) -> dict[float, Embeddings]:
         folder, loaders = self.out / "embeddings", self.settings.loaders
         return grid.embed(self.network, pictures, size, transform, self.exponents, self.device, loaders, folder)
 
+    def _whitening_file(self, size: int, p: float) -> Path:
+        return self.draft / f"whitening-{size}-p{p:g}.safetensors"
+
     def _whitenings(self, size: int) -> dict[float, Whitening]:
-        if self.settings.whiten is None:
+        if not self.found.whitening:
             return {}
-        images = whitening_images(Path(self.settings.whiten))
         found = {}
-        for p, embeddings in self._embed(images, size, "rect").items():
-            found[p] = Whitening.fit(torch.from_numpy(embeddings))
-            save_file(found[p].state_dict(), self.out / f"whitening-{size}-p{p:g}.safetensors")
+        for p, embeddings in self._embed(self.found.whitening, size, "rect").items():
+            fit = partial(Whitening.fit, torch.from_numpy(embeddings), self.settings.dimension)
+            found[p] = group.first(fit)
+            if self.writes:
+                save_file(found[p].state_dict(), self._whitening_file(size, p))
         return found
 
-    def _figures(
-        self, benchmark: Benchmark, embeddings: Embeddings, whitening: Whitening | None, at: Setting
-    ) -> Iterator[Figure]:
-        if benchmark.labels is not None:
-            yield from self._of_classes(benchmark, embeddings, at)
-            return
-        descriptors = grid.descriptors(embeddings, whitening)
+    def _of_parts(self, benchmark: Benchmark, descriptors: Embeddings, at: Setting) -> Iterator[Figure]:
         count = len(benchmark.database)
         database, queries = descriptors[:count], descriptors[count:]
         for part, truths in benchmark.truth.items():
             # A query from whose list everything is taken out belongs to other parts of the protocol.
             asked = [query for query, one in enumerate(truths) if len(one.junk) < count]
             truth, rows = [truths[query] for query in asked], queries[asked]
-            ranks = search.ranks(rows, database, truth, self.device)
-            pairs = None
-            for name in benchmark.measures:
-                measure = MEASURES[name]
-                if measure.source == "ranks":
-                    values = measure.values(ranks)
-                    ends = interval(values)
-                else:
-                    pairs = pairs or search.pairs(rows, database, truth, self.device)
-                    values = measure.values(pairs)
-                    ends = interval(pairs, measure=measure.values)
-                yield self._figure(benchmark, part, name, at, float(values.mean()), ends)
-            if at == self.own:
+            ranks = group.dealt(partial(self._ranks, rows, database, truth))
+            measured = _of_ranks(benchmark, ranks)
+            if len(measured) < len(benchmark.measures):
+                measured |= group.first(partial(_of_pairs, benchmark, rows, database, truth, self.device))
+            for measure in benchmark.measures:
+                yield self._figure(benchmark, part, measure, at, *measured[measure])
+            if at == self.own and self.writes:
                 shown = replace(
                     benchmark, queries=tuple(benchmark.queries[query] for query in asked), truth={part: tuple(truth)}
                 )
-                gallery.page(self.page(benchmark, part), shown, part, rows, database, ranks)
+                gallery.page(self.draft / results.page_name(benchmark, part), shown, part, rows, database, ranks)
+
+    def _ranks(
+        self, rows: Embeddings, database: Embeddings, truth: Sequence[Truth], share: slice
+    ) -> list[NDArray[np.int64]]:
+        return search.ranks(rows[share], database, truth[share], self.device)
 
     def _of_classes(self, benchmark: Benchmark, embeddings: Embeddings, at: Setting) -> Iterator[Figure]:
         logits = self.network.head(torch.from_numpy(embeddings).to(self.device)).logits.cpu().numpy()
@@ -196,33 +208,64 @@ class _Run:
     def _figure(
         self, benchmark: Benchmark, part: str, measure: str, at: Setting, value: float, ends: tuple[float, float]
     ) -> Figure:
-        return Figure(benchmark.name, part, measure, at, value, *ends, self._paper(benchmark, part, measure, at))
+        paper = published.paper(benchmark, part, measure, at.size, self.spec)
+        return Figure(benchmark.name, part, measure, at, value, *ends, paper)
 
-    def _paper(self, benchmark: Benchmark, part: str, measure: str, at: Setting) -> float | None:
-        """The paper's figure for its network of this lambda and p; none where images or database are others."""
-        wanted = (benchmark.name, part, measure, at.size, self.spec.loss.weight, self.spec.model.p)
-        for row in PUBLISHED:
-            here = (row.benchmark, row.setting, row.measure, row.size, row.weight, row.p)
-            distractors = len(benchmark.database) - COPYDAYS_ORIGINALS if row.distractors else 0
-            if here == wanted and row.method == "MultiGrain" and row.distractors == distractors and benchmark.whole:
-                return row.value
-        return None
+    def finish(self, figures: Sequence[Figure], saved: checkpoint.Checkpoint) -> Assessment:
+        """Write what is left to write, and put all results in place."""
+        results.write_figures(self.draft / "figures.csv", figures)
+        files = ["figures.csv"]
+        if len(self.sizes) * len(self.exponents) > 1:
+            files.append(gallery.heat_map(self.draft / "grid.png", figures).name)
+        if self.scores:
+            results.write_proxy(self.draft / "proxy.csv", self.scores, self.chosen)
+            files.append("proxy.csv")
+        files += [results.page_name(benchmark, part) for benchmark in self.found.benchmarks for part in benchmark.truth]
+        if at := self.served:
+            state = load_file(self._whitening_file(at.size, at.p)) if at.whitened else None
+            whitening = Whitening.from_state(state) if state else None
+            serving.write(self.draft / "model", saved, serving.Serving(at.size, at.p, whitening))
+        results.put_in_place(self.draft, self.out)
+        chosen = [Setting(size, p, False) for size, p in self.chosen.items()]
+        return Assessment(
+            figures,
+            headlines(figures, [self.own, *chosen]),
+            self._notes(),
+            [self.out / name for name in files],
+            self.out / "model" if self.served else None,
+            self.served.name if self.served else None,
+            [row for row, _ in self._published()],
+        )
+
+    def _published(self) -> list[tuple[Published, Benchmark]]:
+        return [
+            (row, benchmark)
+            for benchmark in self.found.benchmarks
+            for part in (benchmark.truth or ("",))
+            for measure in benchmark.measures
+            for row in published.rows(benchmark, part, measure)
+        ]
+
+    def _notes(self) -> list[str]:
+        notes = [
+            f"p* = {p:g} at {size} pixels by the proxy task: mean of copy mAP {self.scores[size][p].copy_map:.2f} and "
+            f"top-1 {self.scores[size][p].top1:.2f}"
+            for size, p in self.chosen.items()
+        ]
+        notes += [f"{one.name} is not whole: {problem}" for one in self.found.benchmarks for problem in one.problems]
+        pairs = ((benchmark, published.difference(benchmark, row)) for row, benchmark in self._published())
+        others = {f"the paper's figures of {one.name} are of other images: {why}": None for one, why in pairs if why}
+        return [*notes, *others]
 
 
-def _headlines(figures: Sequence[Figure], own: Setting) -> list[Figure]:
-    chosen: list[Figure] = []
-    for key in dict.fromkeys((figure.benchmark, figure.part, figure.measure) for figure in figures):
-        group = [figure for figure in figures if (figure.benchmark, figure.part, figure.measure) == key]
-        best = max(group, key=lambda figure: figure.value)
-        chosen += dict.fromkeys([*(figure for figure in group if figure.at == own), best])
-    return chosen
+def _of_ranks(benchmark: Benchmark, ranks: Sequence[NDArray[np.int64]]) -> dict[str, Result]:
+    values = {name: MEASURES[name].values(ranks) for name in benchmark.measures if MEASURES[name].source == "ranks"}
+    return {name: (float(found.mean()), interval(found)) for name, found in values.items()}
 
 
-def _write_csv(path: Path, figures: Sequence[Figure]) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["benchmark", "setting", "measure", "size", "p", "whitened", "value", "low", "high", "paper"])
-        for one in figures:
-            at = (one.at.size, one.at.p, one.at.whitened)
-            writer.writerow([one.benchmark, one.part, one.measure, *at, one.value, one.low, one.high, one.paper])
-    return path
+def _of_pairs(
+    benchmark: Benchmark, rows: Embeddings, database: Embeddings, truth: Sequence[Truth], device: torch.device
+) -> dict[str, Result]:
+    pairs = search.pairs(rows, database, truth, device)
+    measures = {name: MEASURES[name].values for name in benchmark.measures if MEASURES[name].source == "pairs"}
+    return {name: (float(of(pairs).mean()), interval(pairs, measure=of)) for name, of in measures.items()}

@@ -4,17 +4,17 @@ Plain torch. Where a process group exists, every rank runs fit(): the ranks shar
 comes out is what one process would get of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from multigrain import checkpoint
 from multigrain.data import Dataset
-from multigrain.evaluate import evaluate
-from multigrain.spec import MultiGrainSpec
+from multigrain.evaluate import evaluate_grid
+from multigrain.spec import MultiGrainSpec, VariantSettings
 from multigrain.training import Training
 
 
@@ -26,6 +26,8 @@ class EpochResult:
     """Epochs finished, from 1."""
     metrics: dict[str, float]
     """`evaluate.METRICS`, and the course of the training, over all ranks."""
+    variants: Mapping[str, dict[str, float]] = field(default_factory=dict)
+    """After the last epoch, `evaluate.METRICS` at each of `evaluation.variants`, by its name."""
 
 
 def fit(
@@ -44,7 +46,7 @@ def fit(
         folder: for checkpoints; the same for all ranks, which must all see it.
         device: the current GPU, if there is one, by default.
     Yields:
-        One result an epoch, the same on every rank but for the speed.
+        One result an epoch, the same on every rank but for the speed; the last has the variants.
     Raises:
         TrainingError: loss or weights are not finite.
         ValueError: the checkpoints are of other settings.
@@ -53,7 +55,8 @@ def fit(
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     training = Training(spec, dataset, device)
     if saved := checkpoint.latest(folder):
-        if saved.state["spec"] != spec.model_dump() or saved.state["classes"] != list(dataset.classes):
+        begun = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
+        if begun != (spec, list(dataset.classes)):
             raise ValueError(
                 f"a run goes on with the settings and classes it began with, but {folder} holds others; use another"
             )
@@ -64,9 +67,10 @@ def fit(
             if epoch > training.epoch:
                 training.begin_epoch(epoch)
             metrics = training.train_epoch(save)
-            metrics |= evaluate(training.result_network, dataset, spec, device, training.loaders)
+            wanted = spec.evaluation.variants if epoch + 1 == spec.epochs else VariantSettings()
+            own, variants = evaluate_grid(training.result_network, dataset, spec, wanted, device, training.loaders)
             writer.wait()
-            yield EpochResult(epoch + 1, metrics)
+            yield EpochResult(epoch + 1, metrics | own, variants)
 
 
 def _leave(_: checkpoint.Checkpoint) -> None:

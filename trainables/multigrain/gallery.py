@@ -7,19 +7,16 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from multigrain import search
+from multigrain.figures import Figure
 from multigrain.pictures import Benchmark, Picture
 from multigrain.retrieval import average_precision
 from multigrain.views import read
-
-if TYPE_CHECKING:
-    from multigrain.assess import Figure
 
 BEST, WORST, FOUND = 5, 10, 8
 """Queries of each kind on a page, and results of each."""
@@ -96,11 +93,11 @@ def _thumbnail(picture: Picture, kind: str, note: str) -> str:
     return f"<figure class={kind}>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
-def heat_map(path: Path, figures: Sequence["Figure"]) -> Path:
+def heat_map(path: Path, figures: Sequence[Figure]) -> Path:
     """Write a picture of the grid: for each benchmark its first measure, sizes down, exponents across."""
     from matplotlib.figure import Figure as Canvas
 
-    def panel(figure: "Figure") -> tuple[str, str, bool]:
+    def panel(figure: Figure) -> tuple[str, str, bool]:
         return figure.benchmark, figure.part, figure.at.whitened
 
     first = {figure.benchmark: figure.measure for figure in reversed(figures)}

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
+from multigrain import group
 from multigrain.augment import EvaluationTransform, scale
 from multigrain.model import MultiGrain, l2_normalise
 from multigrain.pooling import gem_all
@@ -31,6 +32,11 @@ class Setting(NamedTuple):
     p: float
     """p*, the exponent."""
     whitened: bool
+
+    @property
+    def name(self) -> str:
+        """Such as `500/p4-whitened`."""
+        return f"{self.size}/p{self.p:g}{'-whitened' if self.whitened else ''}"
 
 
 @torch.no_grad()
@@ -64,7 +70,7 @@ def embed(
     Raises:
         DataError: a picture cannot be read.
     """
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    rank, world = group.place()
     exponents = tuple(map(float, exponents))
     mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder)
     if not distributed.is_initialized():

@@ -27,7 +27,7 @@ def _kit(folder: Path) -> tuple[list[str], list[str]]:
     Raises:
         DataError: what is wrong with its two files.
     """
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     file = folder / "meta.mat"
     try:

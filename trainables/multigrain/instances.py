@@ -152,7 +152,7 @@ def copydays(root: Path) -> Benchmark:
     """INRIA Copydays: 157 originals `NNNN00.jpg`, in `original/` or in the root, and 229 copies in `strong/`.
 
     The setting `strong` is the protocol of the paper. The copies in `crops/<10 to 80>/` and `jpegqual/<3 to 75>/` make
-    further settings, those that are there; to a setting's list, the queries of the others do not belong. The database
+    further settings, those that hold one; to a setting's list, the queries of the others do not belong. The database
     is the originals and all images below `distractors/`, for example 10,000 (CD10k).
 
     Raises:
@@ -164,8 +164,12 @@ def copydays(root: Path) -> Benchmark:
     copies = {}
     for setting in _COPIES:
         if setting == "strong" or listing(root / setting):
-            copies[setting], wrong = _copies(root, setting, place)
+            found, wrong = _copies(root, setting, place)
             problems += wrong
+            if found or setting == "strong":
+                copies[setting] = found
+            else:
+                problems.append(f"{setting}/ holds no copy of an original and is left out")
     wanted = {
         "originals NNNN00.jpg or original/NNNN00.jpg": originals,
         "strong copies strong/NNNNNN.jpg of the originals": copies["strong"] if originals else images(root / "strong"),

@@ -9,19 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from multigrain.augment import colour
 from multigrain.data import Dataset
 from multigrain.finetune import first_of_each_class
 from multigrain.grid import descriptors, pooled
 from multigrain.model import MultiGrain
-from multigrain.retrieval import mean_average_precision
+from multigrain.retrieval import same_label
+from multigrain.search import mean_average_precision
 from multigrain.spec import AugmentSettings
 from multigrain.views import BATCH_PIXELS, TrainViews, training_batches
-
-QUERIES = 1024
-"""Copies that are compared with all others at a time."""
 
 
 class Score(NamedTuple):
@@ -87,17 +84,8 @@ def score(
         right += (network.head(found).logits.argmax(dim=-1) == batch.labels.to(device)).sum(dim=-1).cpu().numpy()
         embeddings[:, done : done + len(batch.labels)] = found.cpu().numpy()
         done += len(batch.labels)
-    return {
-        p: Score(_copy_map(descriptors(found, None), np.array(numbers)), correct / len(numbers))
-        for p, found, correct in zip(exponents, embeddings, right.tolist(), strict=True)
-    }
-
-
-def _copy_map(copies: NDArray[np.float32], images: NDArray[np.int64]) -> float:
-    """mAP of finding copies (N, C) of the same image, given the image of each (N,)."""
-    total = 0.0
-    for start in range(0, len(copies), QUERIES):
-        queries = np.arange(start, min(start + QUERIES, len(copies)))
-        same, itself = images[queries, None] == images, queries[:, None] == np.arange(len(copies))
-        total += len(queries) * mean_average_precision(copies[queries], copies, same, itself)
-    return total / len(copies)
+    truth, scores = same_label(np.array(numbers)), {}
+    for p, pooled_by_p, correct in zip(exponents, embeddings, right.tolist(), strict=True):
+        vectors = descriptors(pooled_by_p, None)
+        scores[p] = Score(mean_average_precision(vectors, vectors, truth), correct / len(numbers))
+    return scores

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from multigrain.pictures import Benchmark
+from multigrain.spec import MultiGrainSpec
+
 
 class Published(NamedTuple):
     """One figure of one network."""
@@ -27,6 +30,7 @@ class Published(NamedTuple):
 
 
 SIZES = (224, 500, 800)
+COPYDAYS_ORIGINALS = 157
 
 # method, lambda, p; then for each size Holidays mAP in percent, UKBench, Copydays+10k mAP in percent
 _RETRIEVAL = (
@@ -66,3 +70,29 @@ def _rows() -> Iterator[Published]:
 
 
 PUBLISHED = tuple(_rows())
+
+
+def rows(benchmark: Benchmark, part: str, measure: str) -> list[Published]:
+    """All the paper's figures of one measure, whatever the network and the size."""
+    wanted = (benchmark.name, part, measure)
+    return [row for row in PUBLISHED if (row.benchmark, row.setting, row.measure) == wanted]
+
+
+def difference(benchmark: Benchmark, row: Published) -> str:
+    """In which way a figure is of other images than those here; empty if it is of the same."""
+    if not benchmark.whole:
+        return "the set is not whole here"
+    distractors = len(benchmark.database) - COPYDAYS_ORIGINALS if row.distractors else 0
+    if row.distractors == distractors:
+        return ""
+    return f"they are with {row.distractors:,} distractors, and here are {distractors:,}"
+
+
+def paper(benchmark: Benchmark, part: str, measure: str, size: int, spec: MultiGrainSpec) -> float | None:
+    """The paper's figure for its network of this lambda and p; none where trunk, images or database are others."""
+    wanted = ("MultiGrain", "resnet50", size, spec.loss.weight, spec.model.p)
+    for row in rows(benchmark, part, measure):
+        here = (row.method, spec.model.trunk, row.size, row.weight, row.p)
+        if here == wanted and not difference(benchmark, row):
+            return row.value
+    return None

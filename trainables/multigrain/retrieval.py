@@ -196,27 +196,6 @@ def same_label(labels: NDArray[Any]) -> list[Truth]:
     return [Truth(members[label], np.array([item])) for item, label in enumerate(which)]
 
 
-def mean_average_precision(
-    queries: NDArray[np.floating],
-    database: NDArray[np.floating],
-    positive: NDArray[np.bool_],
-    junk: NDArray[np.bool_] | None = None,
-) -> float:
-    """`multigrain.search.mean_average_precision` of truth as matrices.
-
-    Args:
-        queries: (Q, C) descriptors.
-        database: (D, C) descriptors.
-        positive: (Q, D), whether an item shows what the query shows.
-        junk: (Q, D), items to be taken out of a query's list, such as the query itself.
-    """
-    from multigrain import search
-
-    junk = np.zeros_like(positive) if junk is None else junk
-    truth = [Truth(np.flatnonzero(one), np.flatnonzero(other)) for one, other in zip(positive, junk, strict=True)]
-    return search.mean_average_precision(queries, database, truth)
-
-
 def interval(
     sample: Floats | Pairs,
     draws: int = 1000,

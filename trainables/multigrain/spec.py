@@ -61,6 +61,9 @@ def _exponent(p: float) -> float:
     return p
 
 
+Exponent = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_exponent)]
+
+
 def _weights(source: str) -> str:
     return source if source in {"random", "zoo"} else str(Path(source).absolute())
 
@@ -74,7 +77,7 @@ class ModelSettings(Settings):
     weights: Annotated[str, AfterValidator(_weights)] = "random"
     """The trunk's first weights: `random` [R], `zoo` for the published ImageNet weights, or a file (safetensors, or a
     state dict that torch loads without running code)."""
-    p: Annotated[float, Field(allow_inf_nan=True), AfterValidator(_exponent)] = 3.0
+    p: Exponent = 3.0
     """GeM exponent while training, up to 100, or .inf for the maximum [P eq. 1, Table 2: 1 or 3]."""
     learn_p: bool = False
     """Whether p learns with the network [P: fixed]."""
@@ -206,6 +209,17 @@ class OptimizerSettings(Settings):
         return self
 
 
+class VariantSettings(Settings):
+    """A grid of other settings at which a trained network is evaluated, at the end: they cost no training."""
+
+    sizes: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(strict=False)] = ()
+    """s*, in pixels, beside the network's own; at these, images are shown whole [P Table 2: 224, 500, 800]."""
+    exponents: Annotated[tuple[Exponent, ...], Field(strict=False)] = ()
+    """p*, beside the network's own [P section 3.5: 3 to 5]."""
+    whiten: bool = False
+    """Whether each is measured with whitened descriptors, too; fitted on 20,000 training images or fewer [R]."""
+
+
 class EvaluationSettings(Settings):
     """How held-out images are shown to the network, after each epoch and by the trained model."""
 
@@ -214,6 +228,7 @@ class EvaluationSettings(Settings):
     side scaled to the size [R]."""
     size: int | None = Field(None, ge=16)
     """s*, in pixels; `image_size` by default [P Table 2: 224, 500, 800]."""
+    variants: VariantSettings = VariantSettings()
 
 
 class ComputeSettings(Settings):

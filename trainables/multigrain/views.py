@@ -26,7 +26,7 @@ from multigrain.spec import AugmentSettings
 _decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
 _RGB = 3  # in torchvision.io.ImageReadMode
 
-BATCH_PIXELS = 256 * 224 * 224
+BATCH_PIXELS = 64 * 224 * 224
 """Most pixels in one evaluation batch of several images."""
 
 

@@ -1,0 +1,97 @@
+"""An evaluation: alone in this process, or alike on every worker of a Ray Train group.
+
+Kept light, for it is imported in every worker: no MLflow, and Ray only where there is a group.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from grainmill import catalog
+from grainmill.errors import EvaluationError, ResourceError
+
+
+def assess(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path) -> catalog.Assessment:
+    """Evaluate the model in `folder` in this process.
+
+    Raises:
+        EvaluationError: it cannot be evaluated.
+    """
+    try:
+        return trainable.evaluate(folder, settings, out)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(str(error)) from error
+
+
+def assess_on(
+    workers: int, trainable: catalog.Trainable, folder: Path, settings: Any, out: Path, storage: Path
+) -> catalog.Assessment:
+    """`assess` on each worker of a group, on the Ray that is there; rank 0's assessment.
+
+    A worker takes one CPU and, if the cluster has one for each, a GPU.
+
+    Args:
+        workers: 1 or more.
+        trainable, folder, settings, out: see `assess`; all nodes must see the folders.
+        storage: folder for Ray's own files, which all nodes must see.
+    Raises:
+        EvaluationError: a worker cannot evaluate it.
+        ResourceError: the cluster has too few CPUs.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    total = ray.cluster_resources()
+    if total.get("CPU", 0) < workers:
+        raise ResourceError(
+            f"an evaluation on {workers} workers needs {workers} CPU (one each), but the cluster has "
+            f"{total.get('CPU', 0):g}; lower --workers"
+        )
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "trainable": trainable.__name__,  # type: ignore[attr-defined]  # a trainable is a module
+            "folder": str(folder.absolute()),
+            "settings": settings.model_dump(by_alias=True),
+            "out": str(out.absolute()),
+            "here": str(Path.cwd()),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, resources_per_worker={"CPU": 1}, use_gpu=total.get("GPU", 0) >= workers
+        ),
+        run_config=ray.train.RunConfig(name="group", storage_path=str(storage.absolute())),
+    )
+    try:
+        assessment: catalog.Assessment = _aside(trainer.fit).return_value
+    except ray.train.WorkerGroupError as error:
+        failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
+        # Where one worker gives up, the others lose their connection to it.
+        told = next((failure for failure in failures if isinstance(failure, EvaluationError)), error)
+        raise told from None
+    return assessment
+
+
+def _work(config: Mapping[str, Any]) -> catalog.Assessment:
+    """`assess`, on one worker."""
+    if Path(config["here"]).is_dir():
+        os.chdir(config["here"])  # paths in the settings may be relative, and Ray Train works elsewhere
+    trainable = catalog.find(config["trainable"])
+    settings = trainable.Evaluation.model_validate(config["settings"])
+    return assess(trainable, Path(config["folder"]), settings, Path(config["out"]))
+
+
+def _aside(call: Callable[[], Any]) -> Any:
+    """The result of a call in another thread: in the main one, Ray Train would make Ctrl-C an end with exit code 0."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()

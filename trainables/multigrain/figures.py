@@ -1,0 +1,39 @@
+"""Figures of an evaluation: what they are called, and which of them count most."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from multigrain.grid import Setting
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measure of one benchmark at one setting."""
+
+    benchmark: str
+    part: str
+    """A setting of the benchmark's protocol, such as `hard`; empty where there is one."""
+    measure: str
+    at: Setting
+    value: float
+    low: float
+    high: float
+    """Ends of the 95 % bootstrap interval over queries."""
+    paper: float | None = None
+    """What the paper has for its network of the same trunk, lambda and p, at this size."""
+
+    @property
+    def name(self) -> str:
+        """Such as `roxford5k/hard/map/500/p4-whitened`; none begins with another and a slash."""
+        parts = (self.benchmark, self.part, self.measure, self.at.name)
+        return "/".join(part for part in parts if part).replace("@", "-at-").replace("+", "")  # MLflow's rules
+
+
+def headlines(figures: Sequence[Figure], settings: Sequence[Setting]) -> list[Figure]:
+    """For each measure the figures at some settings, in that order, and the best of all; each once."""
+    chosen: list[Figure] = []
+    for key in dict.fromkeys((figure.benchmark, figure.part, figure.measure) for figure in figures):
+        group = [figure for figure in figures if (figure.benchmark, figure.part, figure.measure) == key]
+        told = [figure for at in settings for figure in group if figure.at == at]
+        chosen += dict.fromkeys([*told, max(group, key=lambda figure: figure.value)])
+    return chosen
