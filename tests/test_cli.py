@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import toy
 import yaml
 from conftest import TESTS
 from PIL import Image
@@ -92,7 +93,7 @@ def test_search_cut_short_leaves_no_process_and_the_same_command_carries_it_on(f
     assert "models:/cut-short/1, alias champion" in output
     assert left_behind(mark) == []
     diary = (tmp_path / "diary").read_text().splitlines()
-    names = [*(f"trial-{number:04d}" for number in range(3)), "final-0000"]
+    names = [*(f"trial-{number:04d}" for number in range(3)), *(f"final-{number:04d}" for number in range(4))]
     assert sorted(diary) == sorted(f"{name} {epoch}" for name in names for epoch in (1, 2, 3, 4))
     client = mlflow.MlflowClient(local_uri(tmp_path / "runs"))
     runs = client.search_runs([client.get_experiment_by_name("cut-short").experiment_id])
@@ -102,6 +103,22 @@ def test_search_cut_short_leaves_no_process_and_the_same_command_carries_it_on(f
         history = client.get_metric_history(run.info.run_id, "score")
         of_all = run.info.run_name == "cut-short run-1"  # holds the metrics of the model alone
         assert [metric.step for metric in history] == ([4] if of_all else [1, 2, 3, 4])
+
+
+@pytest.mark.slow
+def test_evaluation_on_two_workers_cut_short_ends_with_code_130_and_leaves_no_process(tmp_path):
+    mark = str(uuid.uuid4())
+    list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
+    os.mkfifo(tmp_path / "scale")
+    words = ["evaluate", "model", "--trainable", "toy", "--on", "scale=scale", "--workers", 2]
+    process = start(words, tmp_path, mark)
+    with (tmp_path / "scale").open("w"):  # opens once a worker reads
+        process.send_signal(signal.SIGINT)
+        output = process.communicate()[0]
+    assert process.returncode == 130, output
+    assert output.splitlines() == ["interrupted; the same command carries on from here"]
+    assert left_behind(mark) == []
+    assert os.listdir(tmp_path / "evaluation") == []
 
 
 def test_wrong_file_ends_with_code_2_before_anything_starts(file, tmp_path):

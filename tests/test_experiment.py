@@ -131,7 +131,10 @@ BAD = {
     "share of all": Bad(head(data="{builtin: digits, val_share: 1}"), 2, "data.val_share", ["less than 1", "got 1"]),
     "near an allowed word": Bad(more("search: {sampler: tpee}"), 4, "search.sampler", ["'tpee'", "did you mean 'tpe'"]),
     "no allowed word": Bad(
-        more("search: {sampler: annealing}"), 4, "search.sampler", ["'tpe', 'random' or 'grid'", "'annealing'"]
+        more("search: {sampler: annealing}"),
+        4,
+        "search.sampler",
+        ["'tpe', 'gp', 'nsga2', 'qmc', 'random' or 'grid'", "'annealing'"],
     ),
     "not a number": Bad(more("base: {loss: {beta: .nan}}"), 4, "base.loss.beta", ["finite number", "nan", "1.2"]),
     "infinity": Bad(more("base: {loss: {beta: 1e400}}"), 4, "base.loss.beta", ["finite number", "inf", "1.2"]),
@@ -195,6 +198,7 @@ BAD = {
     ),
     "nothing to choose": Bad(space("model.p: {choice: []}"), 5, "space.model.p.choice", ["at least 1", "[]"]),
     "choice twice": Bad(space("model.p: {choice: [1, 3, 1]}"), 5, "space.model.p", ["differ", "[1, 3, 1]", "remove"]),
+    "only a list to choose": Bad(space("model.p: {choice: [[1]]}"), 5, "space.model.p.choice.0", ["number", "[1]"]),
     "list to choose": Bad(space("model.p: {choice: [[1], 3]}"), 5, "space.model.p.choice.0", ["number", "[1]"]),
     "no kind": Bad(space("model.p: {}"), 5, "space.model.p", ["exactly one of uniform, loguniform, int", "none"]),
     "two kinds": Bad(
@@ -278,11 +282,75 @@ BAD = {
     "wrong way": Bad(head(objective="{top1: min}"), 3, "objective.top1", ["larger", "set max"]),
     "no way": Bad(head(objective="{top1: maxi}"), 3, "objective.top1", ["'max' or 'min'", "'maxi'", "mean 'max'"]),
     "no metric": Bad(head(objective="{}"), 3, "objective", ["at least 1", "{}"]),
-    "asha by two": Bad(
-        head(objective="{top1: max, copy_map: max}") + "search: {scheduler: asha}\n",
+    "constraint on no metric": Bad(
+        more("constraints: {tpo1: {min: 0.5}}"), 4, "constraints.tpo1", ["a metric", "did you mean 'top1'"]
+    ),
+    "constraint without a bound": Bad(
+        more("constraints: {top1: {}}"), 4, "constraints.top1", ["`min`, `max` or both", "got neither", "set one"]
+    ),
+    "constraint that nothing meets": Bad(
+        more("constraints: {top1: {min: 0.5, max: 0.25}}"), 4, "constraints.top1", ["got 0.5 and 0.25", "swap"]
+    ),
+    "weight of no objective": Bad(
+        more("winner: {weights: {copy_map: 1}}"), 4, "winner.weights.copy_map", ["an objective", "known: top1"]
+    ),
+    "no weight": Bad(
+        more("winner: {weights: {top1: 0}}"), 4, "winner.weights", ["weigh more than 0", "got none", "raise one"]
+    ),
+    "no budget": Bad(more("budget: {gpu_hours: 0}"), 4, "budget.gpu_hours", ["greater than 0", "got 0"]),
+    "stratum that is not searched": Bad(
+        more("search: {stratify: batch.repeats}\nspace: {model.p: {choice: [1.0, 3.0]}}"),
         4,
-        "search.scheduler",
-        ["one objective", "got 2", "set search.scheduler to none"],
+        "search.stratify",
+        ["searched parameter", "got batch.repeats", "known: model.p"],
+    ),
+    "stratum of fractions": Bad(
+        more("search: {stratify: model.p}\nspace: {model.p: {uniform: [1.0, 3.0]}}"),
+        4,
+        "search.stratify",
+        ["`choice` or `int`", "got model.p", "leave it out"],
+    ),
+    "losers without rungs": Bad(
+        more("search: {losers: pause, scheduler: none}\nspace: {model.p: {uniform: [1.0, 3.0]}}"),
+        4,
+        "search.losers",
+        ["only asha", "set search.scheduler to asha"],
+    ),
+    "first setting of no parameter": Bad(
+        more("space: {model.p: {uniform: [1.0, 3.0]}}\nsearch: {first: [{model.q: 2.0}]}"),
+        5,
+        "search.first.0.model.q",
+        ["searched parameter", "did you mean 'model.p'"],
+    ),
+    "first setting that cannot be": Bad(
+        more("space: {model.p: {uniform: [1.0, 3.0]}}\nsearch: {first: [{model.p: 0.5}]}"),
+        4,
+        "space.model.p",
+        ["must lie in [1, 100]", "got 0.5", "at model.p = 0.5"],
+    ),
+    "first settings of a grid": Bad(
+        more("space: {model.p: {choice: [1.0, 3.0]}}\nsearch: {sampler: grid, trials: 2, first: [{model.p: 1.0}]}"),
+        5,
+        "search.first",
+        ["every setting anyway", "leave it out"],
+    ),
+    "more first settings than trials": Bad(
+        more("space: {model.p: {choice: [1.0, 3.0]}}\nsearch: {trials: 1, first: [{model.p: 1.0}]}"),
+        5,
+        "search.trials",
+        ["more than the 1 first", "got 1", "raise it"],
+    ),
+    "warm start from nothing": Bad(
+        more("search: {warm_start: nowhere/run-1}"), 4, "search.warm_start", ["there is no", "study.db", "demo/run-1"]
+    ),
+    "password in the study's address": Bad(
+        more("tracking: {study: 'postgresql://me:secret@host/name'}"),
+        4,
+        "tracking.study",
+        ["must not hold a password", "PGPASSWORD"],
+    ),
+    "study in a strange database": Bad(
+        more("tracking: {study: 'mysql://host/name'}"), 4, "tracking.study", ["postgresql://", "got mysql"]
     ),
     "grace beyond the end": Bad(
         more("search: {grace_epochs: 4}\nbase: {epochs: 3}"), 4, "search.grace_epochs", ["base.epochs", "4 of 3"]
@@ -515,7 +583,7 @@ def test_all_problems_are_told_at_once_by_line(validate):
 
 def test_what_is_wrong_between_sections_is_told_at_once_too(validate):
     code, _, stderr = validate(
-        "search: {scheduler: asha, grace_epochs: 3}\n"
+        "search: {losers: pause, scheduler: none, grace_epochs: 3}\n"
         "space:\n"
         "  loss.wight: {uniform: [0.2, 0.8]}\n"
         "  model.p: {uniform: [1, 3], when: {augment.flip: [1.0], loss.mragin: [1.0]}, otherwise: 3.0}\n"
@@ -530,7 +598,6 @@ def test_what_is_wrong_between_sections_is_told_at_once_too(validate):
     assert sorted(places(stderr)) == sorted(
         [
             ("1", "search.grace_epochs"),
-            ("1", "search.scheduler"),
             ("3", "space.loss.wight"),
             ("4", "space.model.p"),  # a value that augment.flip cannot have
             ("4", "space.model.p"),  # a parameter that is not searched

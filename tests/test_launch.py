@@ -58,8 +58,11 @@ def test_winner_is_the_best_trial_and_is_trained_again(twice):
     _, (first, _) = twice
     heights = [record.setting["height"] for record in first.records]
     assert heights[0] == toy.Spec().height
-    assert first.winner.setting["height"] == max(heights)
-    assert first.final.setting == first.winner.setting
+    assert first.winner.trial.setting["height"] == max(heights)
+    assert [one.trial.setting["height"] for one in first.candidates] == sorted(heights)[:1:-1]
+    settings = [final.setting for one in first.candidates for final in one.trainings]
+    assert settings == [{**one.trial.setting, "seed": seed} for one in first.candidates for seed in (1, 2)]
+    assert first.final.setting == {"height": max(heights), "seed": 1}
     assert first.final.metrics["score"] == max(heights)
 
 
@@ -87,10 +90,10 @@ def test_one_finished_parent_a_run_with_its_children_file_and_report(twice, clie
     for number, outcome in enumerate(outcomes, start=1):
         parent = (storage / "chain" / f"run-{number}" / "parent-run").read_text()
         children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
-        names = [f"trial-{trial:04d}" for trial in range(4)] + ["final-0000"]
+        names = [f"{study}-{number:04d}" for study in ("trial", "final") for number in range(4)]
         assert sorted(run.info.run_name for run in children) == sorted(names)
         assert client.get_run(parent).data.metrics["score"] == outcome.final.metrics["score"]
-        assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report.html"}
+        assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report", "report.html"}
         assert outcome.report.read_text().startswith("<!doctype html>")
 
 
@@ -116,7 +119,8 @@ def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
     with runs.claim(checked, "run"):
         pass
     outcome = call(launch.train, checked, tmp_path, watch)
-    assert outcome.winner is None
+    assert outcome.winner.trial is None
+    assert len(outcome.candidates) == 1
     assert outcome.final.metrics["score"] == 0.7
     assert outcome.version.uri == "models:/chain/1"
     assert outcome.report.parent.name == "train-1"
@@ -177,6 +181,7 @@ def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_pat
         objective={"mean_top1_copy_map": "max"},
         search={"trials": 2},
         resources={"retrain_workers": 2},
+        winner={"candidates": 1},
     )
     outcome = call(launch.tune, checked, tmp_path, watch)
     images = sorted((tmp_path / "data" / "shapes-96x40" / "val").rglob("*.png"))
@@ -188,7 +193,7 @@ def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_pat
         numpy.save("descriptors.npy", numpy.stack(model.predict(table)["descriptor"]))
     """)
     subprocess.run([sys.executable, "-c", code, *map(str, images)], cwd=tmp_path, check=True)
-    checkpoints = outcome.report.parent / "trials" / "final-0000"
+    checkpoints = outcome.report.parent / "trials" / f"final-{outcome.final.number:04d}"
     expected = catalog.find("multigrain").load(checkpoints)(pd.DataFrame({"image": [p.read_bytes() for p in images]}))
     loaded = np.load(tmp_path / "descriptors.npy")
     assert loaded.shape == (len(images), 128)

@@ -10,7 +10,7 @@ import pytest
 
 from grainmill import runs
 from grainmill.document import to_yaml
-from grainmill.errors import BusyError, NameTakenError
+from grainmill.errors import BusyError, NameTakenError, StorageError
 from grainmill.experiment import load
 
 TEXT = "name: small\ndata: {builtin: shapes}\nobjective: {top1: max}\nbase: {epochs: 3}\n"
@@ -73,10 +73,27 @@ def test_folders_that_people_put_beside_the_runs_are_left_alone(read):
     assert begin(read()) == "run-2"
 
 
-def test_the_record_holds_the_settings(read):
+def test_the_record_is_the_experiment_file(read, tmp_path):
+    before = read("tracking.uri=http://127.0.0.1:5000")
+    begin(before)
+    record = tmp_path / "storage" / "small" / "experiment.yaml"
+    assert record.read_text().startswith(to_yaml(before.identity()))
+    assert runs.recorded("small", tmp_path / "storage") == record
+    assert load(record).model_dump() == before.model_dump()
+
+
+def test_a_name_that_was_not_used_cannot_be_carried_on(read, tmp_path):
     begin(read())
-    record = (Path(read().storage) / "small" / "experiment.yaml").read_text()
-    assert record == to_yaml(read().identity())
+    with pytest.raises(StorageError, match="'smal' has not; known: small; name one of them"):
+        runs.recorded("smal", tmp_path / "storage")
+    with pytest.raises(StorageError, match="known: none"):
+        runs.recorded("small", tmp_path / "elsewhere")
+
+
+def test_checkpoints_of_a_finished_run_are_those_of_its_model(tmp_path):
+    assert runs.checkpoints(tmp_path) is None
+    runs.finish(tmp_path, {"checkpoints": "trials/final-0001"})
+    assert runs.checkpoints(tmp_path) == tmp_path / "trials" / "final-0001"
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,31 @@ def test_server_that_does_not_answer_is_named_with_the_remedy(tmp_path, monkeypa
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9.*MLFLOW_TRACKING_URI"):
         Tracker("http://127.0.0.1:9", "apples", tmp_path)
+
+
+def test_database_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "storage" / "mlflow.db"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient.search_experiments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Tracker(local_uri(tmp_path / "storage"), "toy", tmp_path)
+    assert list(file.parent.iterdir()) == []
+    made = Tracker(local_uri(tmp_path / "storage"), "toy", tmp_path)
+    again = Tracker(local_uri(tmp_path / "storage"), "toy", tmp_path)
+    assert made.experiment_id == again.experiment_id
+    assert [path.name for path in file.parent.iterdir()] == ["mlflow.db"]
+
+
+def test_runs_are_found_by_a_tag_with_their_name_and_status(tmp_path):
+    tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
+    parent = tracker.start("parent", {}, {"place": "file:///a%27b"})
+    child = tracker.start("child", {}, {}, parent)
+    tracker.log(child, 3, {"epoch": 3.0})
+    tracker.set_status(child, "SCHEDULED")
+    assert tracker.tagged("mlflow.parentRunId", parent) == {child: ("child", "SCHEDULED")}
+    assert tracker.tagged("place", "file:///a%27b") == {parent: ("parent", "RUNNING")}
+    assert [tracker.last_epoch(child), tracker.last_epoch(parent)] == [3, 0]

@@ -11,7 +11,7 @@ import toy
 from grainmill import trials
 from grainmill.errors import ResourceError
 from grainmill.experiment import Resources, experiment_model
-from grainmill.search import Study, build_scheduler
+from grainmill.study import Study
 from grainmill.tracking import Tracker, local_uri
 from grainmill.worker import Plan
 
@@ -39,11 +39,10 @@ class Bench:
     def study(self, count, **changes):
         content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}
         checked = experiment_model(toy).model_validate({**content, **changes})
-        return Study(self.folder / "study.db", "trial", checked, checked.reference, count)
+        return Study(f"sqlite:///{self.folder / 'study.db'}", "trial", checked, checked.first, count)
 
     def run(self, study, workers=1, **resources):
-        scheduler = build_scheduler(study.experiment)
-        trials.run(self.plan(workers, **resources), study, scheduler, self.tracker, self.parent, self.watch)
+        trials.run(self.plan(workers, **resources), study, self.tracker, self.parent, self.watch)
         return study.records
 
     def computed(self):
@@ -181,3 +180,98 @@ def test_local_ray_heeds_our_sigterm_and_leaves_no_process():
     assert process.communicate()[0] == "interrupted\n"
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert session not in commands
+
+
+def test_losers_that_pause_go_on_from_their_checkpoint_or_are_stopped_in_the_end(bench):
+    heights = [{"height": height} for height in (0.9, 0.8, 0.1, 0.05, 0.01)]
+    search = {"losers": "pause", "grace_epochs": 1, "reduction": 2, "first": heights}
+    records = bench.run(bench.study(6, search=search), concurrent=1)
+    states = {record.setting["height"]: record.state for record in records}
+    # In turn, at epoch 1: 0.5, the published one, and 0.9 go on; 0.8 is the second of three, within 3/2; 0.1 pauses,
+    # and so does what is worse. At epoch 2 meet 0.5, 0.9 and 0.8 likewise. Of six, three are good: 0.9, 0.8, 0.5.
+    assert states == {
+        0.5: "complete",
+        0.9: "complete",
+        0.8: "complete",
+        0.1: "stopped",
+        0.05: "stopped",
+        0.01: "stopped",
+    }
+    assert len(bench.computed()) == len(set(bench.computed())) == 3 * 4 + 3
+    paused = {name for name, state, _ in bench.watch.trials if state == "paused"}
+    assert paused == {"trial-0003", "trial-0004", "trial-0005"}
+    runs = bench.child_runs()
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["trial-0004"].data.tags["state"] == "stopped at epoch 1"
+
+
+def test_paused_trial_that_turns_out_to_be_good_goes_on_from_its_checkpoint_in_its_run(bench):
+    heights = [{"height": height} for height in (0.9, 0.6, 0.1, 0.05)]
+    search = {"losers": "pause", "grace_epochs": 2, "reduction": 3, "first": heights}
+    records = bench.run(bench.study(5, search=search), concurrent=1)
+    # At epoch 2: 0.9 goes on; 0.6, the second of three, pauses; with four it is within 4/3 and goes on.
+    by_height = {record.setting["height"]: record for record in records}
+    assert by_height[0.6].state == "complete"
+    heard = [(state, epoch) for name, state, epoch in bench.watch.trials if name == "trial-0002"]
+    assert heard.index(("paused", 2)) < heard.index(("running", 3)) < heard.index(("complete", 4))
+    computed = [line for line in bench.computed() if line.startswith("trial-0002")]
+    assert computed == [f"trial-0002 {epoch}" for epoch in (1, 2, 3, 4)]
+    history = bench.tracker.client.get_metric_history(by_height[0.6].run_id, "score")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
+
+
+def test_budget_that_is_spent_ends_the_search_and_what_runs(bench):
+    records = bench.run(bench.study(50, budget={"cpu_hours": 1e-9}, search={"scheduler": "none"}), concurrent=1)
+    assert [(record.state, record.metrics["epoch"]) for record in records] == [("stopped", 1)]
+    assert records[0].cost["cpu_seconds"] > 0
+    assert records[0].cost["gpu_seconds"] == 0
+
+
+def test_every_epoch_has_its_cost_and_it_can_be_an_objective(bench):
+    objective = {"score": "max", "cpu_seconds": "min"}
+    first, second = bench.run(bench.study(2, objective=objective, search={"scheduler": "none"}), concurrent=1)
+    for record in (first, second):
+        costs = [row["cpu_seconds"] for row in record.history]
+        assert costs == sorted(costs)
+        assert costs[0] > 0
+        assert record.cost["cpu_seconds"] >= costs[-1]
+        assert record.variants == {"twice": {"score": 2 * record.setting["height"]}}
+
+
+def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
+    study = bench.study(1, search={"scheduler": "none"})
+    plan = bench.plan(cpus_per_worker=3, concurrent=2)
+    assert trials._at_once(plan, bench.watch) == 2
+    (note,) = bench.watch.notes
+    assert note.startswith("waiting for the cluster to grow: a trial needs 3 CPU")
+    assert trials._at_once(bench.plan(), bench.watch) == 2
+    assert study.remaining == 1
+
+
+def test_run_that_a_killed_process_opened_but_did_not_note_is_the_trials_own(bench):
+    study = bench.study(1)
+    study.ask()
+    left = bench.tracker.start("trial-0000", {}, {}, bench.parent)
+    (record,) = bench.run(bench.study(1))
+    assert record.run_id == left
+    assert list(bench.child_runs()) == ["trial-0000"]
+
+
+def test_mlflow_is_told_in_the_end_what_a_killed_process_could_not_tell(bench):
+    study = bench.study(2, search={"scheduler": "none"})
+    for number in (0, 1):
+        study.ask()
+        run_id = bench.tracker.start(f"trial-{number:04d}", {}, {"state": "running"}, bench.parent)
+        study.note(number, "run_id", run_id)
+        for epoch in (1, 2, 3, 4):
+            row = {"epoch": epoch, "score": float(epoch), "cost": 1.0}
+            study.report(number, row)
+            if epoch < 3:
+                bench.tracker.log(run_id, epoch, row)
+        study.close(number, failed=False)
+    bench.tracker.set_status(study.record(1).run_id, "KILLED")  # was closed, and is left alone
+    bench.run(bench.study(2, search={"scheduler": "none"}))
+    run = bench.child_runs()["trial-0000"]
+    assert (run.info.status, run.data.tags["state"]) == ("FINISHED", "complete at epoch 4")
+    history = bench.tracker.client.get_metric_history(run.info.run_id, "score")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]

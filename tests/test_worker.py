@@ -1,19 +1,26 @@
-from grainmill.worker import Job, work
+import json
+
+import pytest
+
+from grainmill.worker import Job, cause, epochs
 
 
-def test_every_epoch_is_reported_with_the_names_of_its_metrics(tmp_path):
-    reports = []
-    work(Job("toy", {"epochs": 2, "height": 1.0}, {}, str(tmp_path)), reports.append)
-    names = ["epoch", "score", "cost", "world_size"]
-    assert reports == [
-        {"epoch": 1, "score": 0.5, "cost": 1.0, "world_size": 1.0, "reported": names},
-        {"epoch": 2, "score": 1.0, "cost": 1.0, "world_size": 1.0, "reported": names},
-    ]
+def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_path):
+    job = Job("toy", {"epochs": 2, "height": 0.5}, {}, str(tmp_path / "checkpoints"))
+    first, last = epochs(job)
+    assert first["reported"] == ["epoch", "score", "cost", "world_size"]
+    assert [(row["epoch"], row["score"]) for row in (first, last)] == [(1, 0.25), (2, 0.5)]
+    assert [json.loads(row["variants"]) for row in (first, last)] == [{}, {"twice": {"score": 1.0}}]
+    assert (tmp_path / "checkpoints" / "state.json").exists()
 
 
-def test_finished_job_reports_its_last_epoch_again(tmp_path):
-    job = Job("toy", {"epochs": 2}, {}, str(tmp_path))
-    work(job, [].append)
-    reports = []
-    work(job, reports.append)
-    assert [report["epoch"] for report in reports] == [2]
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("rate is nan"), "ValueError: rate is nan"),
+        (RuntimeError("Traceback:\n  somewhere\nOSError: disk full\n\n"), "RuntimeError: OSError: disk full"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_cause_is_the_type_and_the_last_line(error, told):
+    assert cause(error) == told

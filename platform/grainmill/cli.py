@@ -24,7 +24,7 @@ from grainmill.space import shown
 
 if TYPE_CHECKING:
     from grainmill.launch import Outcome
-    from grainmill.search import Record
+    from grainmill.study import Record
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -61,11 +61,25 @@ def validate(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def tune(file: File, overrides: Overrides = None, address: Address = None) -> None:
-    """Search, train the winner again, register it in MLflow as champion.
+def tune(
+    file: Annotated[Path | None, typer.Argument(help="Experiment file, YAML.", metavar="FILE")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Carry on the run of this name, without its file.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Search, train the best again, register the winner in MLflow as champion.
 
     Started again, it carries on where it was cut short; a finished run is followed by another.
     """
+    with _clear_errors():
+        if (file is None) == (resume is None):
+            raise typer.BadParameter("one of FILE and --resume NAME is required")
+        if resume is not None:
+            places = [value for key, _, value in (one.partition("=") for one in overrides or ()) if key == "storage"]
+            file = runs.recorded(resume, Path(places[-1] if places else Experiment.model_fields["storage"].default))
+        assert file, "one of them is given"
     _mill(file, overrides, address, "tune")
 
 
@@ -85,8 +99,20 @@ def evaluate(
     ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for figures, pictures and pages.")] = Path("evaluation"),
     trainable: Annotated[str, typer.Option(help="What made the model in a folder.")] = "multigrain",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="With more than one, a Ray Train group evaluates: one CPU each, and a GPU if there are as many. "
+            "All nodes must see the benchmarks, the model's folder and --out.",
+        ),
+    ] = 1,
+    address: Address = None,
 ) -> None:
-    """Evaluate a trained model on benchmarks; a registered model's MLflow run gets the figures."""
+    """Evaluate a trained model on benchmarks; a registered model's MLflow run gets the figures.
+
+    A model that comes of it becomes a further version of the registered one; the alias champion stays where it is.
+    """
     with _clear_errors():
         _prepare_process()
         from grainmill import evaluation, tracking
@@ -95,16 +121,39 @@ def evaluate(
             Path(Experiment.model_fields["storage"].default)
         )
         settings = [*(f"on.{one}" for one in on), *(overrides or ())]
-        assessment = evaluation.evaluate(model, settings, trainable, folder, uri)
-        table = Table(Column("", overflow="fold"), "value", "95 % interval", "paper")
-        for one in assessment.headlines:
-            paper = "" if one.paper is None else f"{one.paper:.4f}"
-            table.add_row(one.name, f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}", paper)
+        done = evaluation.evaluate(model, settings, trainable, folder, uri, workers, address)
+        _show(done.assessment)
+        if done.version:
+            load = f'mlflow.set_tracking_uri("{uri}"); mlflow.pyfunc.load_model("{done.version.uri}")'
+            told = {"model": f"{done.version.uri}, serves {done.assessment.served}", "load": load}
+        else:
+            told = {"model": str(done.assessment.model.absolute())} if done.assessment.model else {}
+        for key, value in told.items():
+            out.print(f"{key:9} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(assessment: catalog.Assessment) -> None:
+    """The headlines, published figures by benchmark, notes and files."""
+    table = Table(Column("", overflow="fold"), "value", "95 % interval", "paper")
+    for one in assessment.headlines:
+        paper = "" if one.paper is None else f"{one.paper:.4f}"
+        table.add_row(one.name, f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}", paper)
+    out.print(table)
+    tables: dict[str, Table] = {}
+    for row in assessment.published:
+        distractors = f"with {row.distractors:,} distractors" if row.distractors else ""
+        title = " ".join(part for part in ("published:", row.benchmark, row.setting, distractors) if part)
+        if title not in tables:
+            tables[title] = Table("method", "lambda", "p", "size", "measure", "value", "source", title=title)
+        weight = "" if row.weight is None else f"{row.weight:g}"
+        cells = (row.method, weight, f"{row.p:g}", str(row.size), row.measure, f"{row.value:.4f}", row.source)
+        tables[title].add_row(*cells)
+    for table in tables.values():
         out.print(table)
-        for note in assessment.notes:
-            out.print(note, style="yellow", highlight=False, soft_wrap=True)
-        for file in assessment.files:
-            out.print(str(file.absolute()), highlight=False, soft_wrap=True)
+    for note in assessment.notes:
+        out.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for file in assessment.files:
+        out.print(str(file.absolute()), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -163,6 +212,7 @@ def _prepare_process() -> None:
     """What this process needs before Ray and MLflow are imported."""
     # Ctrl-C and `ray job stop` reach us as KeyboardInterrupt; Tune's own handler would return as if all were done.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the study is the record
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -224,20 +274,19 @@ def _settings(setting: Any) -> str:
 
 def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
     """The closing table, the report, and how to look at the rest."""
-    from grainmill.report import counted, metric_names
+    from grainmill.report import comparison, contest, counted
 
-    columns = {"trained again" if outcome.winner else "trained": outcome.final}
-    if outcome.winner:
-        columns = {"published setting": outcome.records[0], "winner": outcome.winner, **columns}
-    table = Table("", *columns, title=counted(outcome.records) if outcome.winner else None)
-    for name in checked.space if outcome.winner else ():
-        table.add_row(name, *(shown(record.setting[name]) for record in columns.values()))
-    table.add_section()
-    for name in metric_names(checked, outcome.final):
-        table.add_row(
-            name, *(f"{record.metrics[name]:.4f}" if name in record.metrics else "" for record in columns.values())
-        )
+    header, rows = comparison(checked, outcome.records, outcome.winner)
+    table = Table(*header, title=counted(outcome.records) if outcome.records else None)
+    for row in rows:
+        table.add_row(*row, end_section=row is rows[len(checked.space) - 1] and bool(outcome.records))
     out.print(table)
+    if len(outcome.candidates) > 1:
+        header, rows = contest(checked, outcome.candidates, outcome.winner)
+        table = Table(*header, title="the best, trained again from fresh seeds")
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
     out.print(f"model     {outcome.version.uri}, alias champion", highlight=False, soft_wrap=True)
     out.print(f"report    {outcome.report}", highlight=False, soft_wrap=True)
     where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

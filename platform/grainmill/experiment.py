@@ -1,17 +1,18 @@
 """Experiment file -> one frozen, checked object; or everything that is wrong with the file, with line numbers."""
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from grainmill import catalog
-from grainmill.document import Document, Location, dotted
-from grainmill.findings import describe
-from grainmill.space import Parameter, extremes, grid_problems, lookup, nested, resolve, space_problems
+from grainmill import catalog, checks
+from grainmill.document import Document
+from grainmill.findings import describe, errors
+from grainmill.space import Parameter, ScalarField, lookup, nested
 
+NotNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -26,10 +27,10 @@ class Section(BaseModel):
 class Search(Section):
     """How the space is searched."""
 
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    sampler: Literal["tpe", "gp", "nsga2", "qmc", "random", "grid"] = "tpe"
     """Optuna's sampler; or `grid`: every setting of a space of `choice` and `int`, once."""
     scheduler: Literal["asha", "none"] = "asha"
-    """`asha` stops the weaker trials early, judged by the objective; the first trial always runs to its end."""
+    """`asha` stops the weaker trials early, judged by all objectives; the first trial always runs to its end."""
     trials: int = Field(20, ge=1)
     """Number of trials; the first has the published defaults."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -38,6 +39,44 @@ class Search(Section):
     """Epochs before a trial can be stopped; a third of all by default."""
     reduction: int = Field(3, ge=2)
     """One trial in so many goes on at each rung of `asha`."""
+    stratify: str | None = None
+    """A searched parameter, such as `batch.repeats`: only trials with its same value are compared at a rung."""
+    losers: Literal["stop", "pause"] = "stop"
+    """What becomes of the weaker trials: with `pause`, one that comes out among the best of its rung after all goes on
+    from its checkpoint."""
+    first: Annotated[tuple[dict[str, ScalarField], ...], Field(strict=False)] = ()
+    """Settings to try after the published one; what one leaves out has its published default."""
+    warm_start: str | None = None
+    """Folder of an earlier run with the same objective, from whose complete trials the sampler learns, too."""
+
+
+class Bound(Section):
+    """Where a metric must lie."""
+
+    min: float | None = None
+    """Smallest value."""
+    max: float | None = None
+    """Largest value."""
+
+
+class Budget(Section):
+    """When a search ends before all its trials are run; those that run then are stopped at their epoch."""
+
+    gpu_hours: float | None = Field(None, gt=0)
+    """Hours of one GPU, over all trials."""
+    cpu_hours: float | None = Field(None, gt=0)
+    """Hours of one CPU, over all trials."""
+
+
+class Winner(Section):
+    """How the winner is chosen among the best trials: each is trained again, from fresh seeds."""
+
+    candidates: int = Field(2, ge=1)
+    """Trials that are trained again: the best by the objective; with several, of the Pareto front first."""
+    seeds: int = Field(2, ge=1)
+    """Trainings of each."""
+    weights: dict[str, NotNegative] = {}
+    """Of each objective in the choice, 1 by default."""
 
 
 class Resources(Section):
@@ -62,6 +101,9 @@ class Tracking(Section):
     """MLflow tracking server; MLFLOW_TRACKING_URI by default, else SQLite in the storage folder."""
     model: Name | None = None
     """Name of the registered model; that of the experiment by default."""
+    study: str | None = None
+    """Database of the search, such as postgresql://host/name, without a password: that goes into PGPASSWORD or
+    ~/.pgpass. A SQLite file in the run's folder by default."""
 
 
 class Experiment(Section):
@@ -78,8 +120,12 @@ class Experiment(Section):
     space: dict[str, Parameter] = {}
     """Searched parameters by dotted path, such as `loss.weight`."""
     objective: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)]
-    """Metrics to make large or small, the most important first: ties by one are settled by the next."""
+    """Metrics to make large or small; `cpu_seconds` and `gpu_seconds`, what a trial took, can be among them."""
+    constraints: dict[str, Bound] = {}
+    """Bounds of metrics, such as `{copy_map: {min: 0.5}}`; a trial outside them wins only where none is inside."""
     search: Search = Search()
+    budget: Budget = Budget()
+    winner: Winner = Winner()
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     storage: str = "grainmill-runs"
@@ -88,15 +134,38 @@ class Experiment(Section):
     @property
     def reference(self) -> dict[str, Any]:
         """The first trial's setting: the published default of each searched parameter."""
-        return _reference(type(self.base)(), self.space)
+        return checks.reference(type(self.base)(), self.space)
+
+    @property
+    def first(self) -> list[dict[str, Any]]:
+        """Settings of the first trials: the reference, then those that the file asks for."""
+        defaults = {name: lookup(type(self.base)().model_dump(), name) for name in self.space}
+        listed = [checks.completed(given, self.space, defaults) for given in self.search.first]
+        return [self.reference, *listed]
+
+    def point(self, metrics: Mapping[str, float]) -> list[float]:
+        """The objectives, signed so that larger is better."""
+        return [metrics[name] if way == "max" else -metrics[name] for name, way in self.objective.items()]
+
+    def missed(self, metrics: Mapping[str, float]) -> list[float]:
+        """By how much each constraint is missed; none is above 0 where all hold."""
+        found = []
+        for name, bound in self.constraints.items():
+            value = metrics.get(name, math.nan)
+            low, high = (-math.inf if bound.min is None else bound.min), (math.inf if bound.max is None else bound.max)
+            found.append(max(low - value, value - high, 0.0) if math.isfinite(value) else math.inf)
+        return found
 
     def spec(self, setting: Mapping[str, Any]) -> Any:
         """The settings of one trial: the base with a point of the space put in."""
         return type(self.base).model_validate(nested(setting, self.base.model_dump()))
 
+    PLACES: ClassVar = ("tracking", "storage")
+    """Sections that say where things are kept."""
+
     def identity(self) -> dict[str, Any]:
         """What must be the same under one name: all but where things are kept."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"tracking", "storage"})
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=set(self.PLACES))
 
 
 def experiment_model(trainable: catalog.Trainable) -> type[Experiment]:
@@ -136,7 +205,7 @@ def load(file: Path, overrides: Sequence[str] = (), track: catalog.Track = catal
         document.stop_if_wrong()
     model = experiment_model(trainable)
     parts = _validated_parts(model, document)
-    for location, message in _cross_problems(trainable, parts, track):
+    for location, message in checks.between_sections(trainable, parts, track):
         document.add(location, message)
     document.stop_if_wrong()
     return model.model_validate(document.tree)
@@ -148,7 +217,7 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
     try:
         model.model_validate(document.tree)
     except ValidationError as error:
-        for details in error.errors():
+        for details in errors(error):
             document.add(details["loc"], describe(model, details))
             wrong.update(details["loc"][:1])
     parts = {}
@@ -161,101 +230,3 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
         else:
             parts[name] = field.get_default(call_default_factory=True)
     return parts
-
-
-def _cross_problems(
-    trainable: catalog.Trainable, parts: Mapping[str, Any], track: catalog.Track
-) -> Iterator[tuple[Location, str]]:
-    """What is wrong between sections, as far as the sections themselves are right."""
-    if "data" in parts:
-        messages = trainable.data_problems(parts["data"], track)
-        yield from ((("data",), message) for message in messages)
-        if "objective" in parts and not messages:
-            yield from _objective_problems(trainable.metrics(parts["data"]), parts["objective"])
-    if {"objective", "search"} <= parts.keys() and parts["search"].scheduler == "asha" and len(parts["objective"]) > 1:
-        message = f"asha judges by one objective, got {len(parts['objective'])}; set search.scheduler to none"
-        yield ("search", "scheduler"), message
-    if {"search", "base"} <= parts.keys() and (parts["search"].grace_epochs or 1) > parts["base"].epochs:
-        message = f"must be at most base.epochs, got {parts['search'].grace_epochs} of {parts['base'].epochs}"
-        yield ("search", "grace_epochs"), message
-    if "space" in parts:
-        problems = list(_path_problems(trainable.Spec().model_dump(), parts["space"]))
-        for name, messages in space_problems(parts["space"]).items():
-            problems += [(("space", name), message) for message in messages]
-        yield from problems
-        if "search" in parts and parts["search"].sampler == "grid" and not problems:
-            reference = _reference(trainable.Spec(), parts["space"])
-            yield from grid_problems(parts["space"], reference, parts["search"].trials)
-        if "base" in parts and not problems:
-            yield from _setting_problems(trainable, parts)
-
-
-def _objective_problems(metrics: Mapping[str, str], objective: Mapping[str, str]) -> Iterator[tuple[Location, str]]:
-    for name, direction in objective.items():
-        if name not in metrics:
-            near = difflib.get_close_matches(name, metrics, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            yield ("objective", name), f"must be a metric that these data allow; {hint}known: {', '.join(metrics)}"
-        elif direction != metrics[name]:
-            yield (
-                ("objective", name),
-                f"{name} is better the {'larger' if metrics[name] == 'max' else 'smaller'}; set {metrics[name]}",
-            )
-
-
-def _path_problems(defaults: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[tuple[Location, str]]:
-    """Searched parameters that are no setting of the trainable."""
-    known = list(_leaves(defaults))
-    for name in space:
-        if name in known and lookup(defaults, name) is None:
-            yield ("space", name), "must have a published value for the first trial, but has none; set it in base"
-        elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            yield ("space", name), f"must be a setting of the trainable; {hint}"
-    if "epochs" in space:
-        yield (
-            ("space", "epochs"),
-            "trials are compared at equal epochs, so `epochs` cannot be searched; set base.epochs",
-        )
-
-
-def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
-    """What is wrong with settings at the ends of the space; each message once."""
-    space, base = parts["space"], parts["base"].model_dump()
-    defaults = trainable.Spec().model_dump()
-    workers: dict[int, str] = {}
-    if "resources" in parts:
-        workers = {parts["resources"].retrain_workers: "retrain_workers", parts["resources"].workers: "workers"}
-    seen: set[tuple[Location, str]] = set()
-    reference = _reference(trainable.Spec(), space)
-    for setting in extremes(space, {name: lookup(defaults, name) for name in space}):
-        found: list[tuple[Location, str]] = []
-        moved = [name for name, value in setting.items() if value != reference[name]]
-        try:
-            spec = trainable.Spec.model_validate(nested(setting, base))
-            for count, key in workers.items():
-                found += [(("resources", key), message) for message in trainable.worker_problems(spec, count)]
-        except ValidationError as error:
-            for details in error.errors():
-                culprits = [name for name in [dotted(details["loc"]), *moved] if name in space]
-                found.append((("space", culprits[0]) if culprits else ("base",), describe(trainable.Spec, details)))
-        for place, message in found:
-            rule = message.partition(", got")[0]
-            if (place, rule) not in seen:
-                seen.add((place, rule))
-                at = " (at " + ", ".join(f"{name} = {setting[name]}" for name in moved) + ")" if moved else ""
-                yield place, message + at
-
-
-def _reference(published: BaseModel, space: Mapping[str, Parameter]) -> dict[str, Any]:
-    defaults = published.model_dump()
-    return resolve(space, lambda name, _: lookup(defaults, name))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key

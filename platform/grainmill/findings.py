@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 _RULES = {
@@ -16,6 +16,15 @@ _RULES = {
     "tuple_type": "must be a list in [brackets]",
 }
 """By pydantic's type of error, where its own message is not for people."""
+
+
+def errors(error: ValidationError) -> list[ErrorDetails]:
+    """What pydantic finds, without tuples that are too short only because it does not count their wrong items."""
+    return [
+        details
+        for details in error.errors()
+        if details["type"] != "too_short" or len(details["input"]) < details["ctx"]["min_length"]
+    ]
 
 
 def describe(model: type[BaseModel], details: ErrorDetails) -> str:

@@ -1,20 +1,25 @@
 """tune() and train(): from an experiment to a registered model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-
-from grainmill import catalog, registry, report, runs, search, trials
+from grainmill import catalog, registry, report, runs, trials, winner
+from grainmill.clerk import Watch
 from grainmill.document import to_yaml
 from grainmill.errors import SearchError
-from grainmill.experiment import Experiment
-from grainmill.search import Record, Study
+from grainmill.experiment import Budget, Experiment, Search
+from grainmill.halving import expected_epochs
+from grainmill.space import Setting
+from grainmill.study import Record, Study
 from grainmill.tracking import Status, Tracker
+from grainmill.winner import Candidate
 from grainmill.worker import Plan
+
+FOLDER = "grainmill.folder"
+"""The tag of a parent run."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,17 @@ class Outcome:
 
     records: Sequence[Record]
     """The trials of the search; empty after `train`."""
-    winner: Record | None
-    """The best of them."""
+    candidates: Sequence[Candidate]
+    """The best of them, trained again; after `train`, the one setting."""
+    winner: Candidate
+    """The one that was chosen."""
     final: Record
-    """The winner trained again, or the one training."""
+    """The training whose model is registered."""
     version: registry.Version
     report: Path
 
 
-def tune(
-    experiment: Experiment, tracking_uri: str, address: str | None, watch: trials.Watch, track: catalog.Track
-) -> Outcome:
+def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track) -> Outcome:
     """Search, train the winner again, register it as the champion, report.
 
     Cut short at any point, the same call carries on where it was.
@@ -51,39 +56,47 @@ def tune(
         SearchError: no trial came through.
     """
     with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, trials.cluster(address):
-        settings = experiment.search
-        watch.note(f"searching: {settings.trials} trials of up to {experiment.base.epochs} epochs")
-        scheduler = search.build_scheduler(experiment)
-        study = run.mill("trial", experiment.reference, settings.trials, experiment.resources.workers, scheduler)
-        winner = _winner(study)
-        watch.note(f"training the winner again, {_workers(experiment)}")
-        return run.finish(winner, study.records)
+        watch.note(_forecast(experiment))
+        study = run.mill("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
+        best = winner.best(experiment, study.records)[: experiment.winner.candidates]
+        if not best:
+            raise SearchError(_no_winner(study))
+        again = f"the best of them, each from {_count(experiment.winner.seeds, 'fresh seed')}"
+        watch.note(f"training {_count(len(best), 'trial')} again, {again}" if len(best) > 1 else f"training {again}")
+        return run.finish(best, study)
 
 
 def train(
-    experiment: Experiment, tracking_uri: str, address: str | None, watch: trials.Watch, track: catalog.Track
+    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
     with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, trials.cluster(address):
-        watch.note(f"training {_workers(experiment)}")
-        single = experiment.model_copy(update={"space": {}})
-        return replace(run, experiment=single).finish(None, ())
+        watch.note(f"training on {_count(experiment.resources.retrain_workers, 'worker')}")
+        return run.finish([None], None)
 
 
-def _workers(experiment: Experiment) -> str:
-    count = experiment.resources.retrain_workers
-    return f"on {count} workers" if count > 1 else "on one worker"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _winner(study: Study) -> Record:
-    best = study.best()
-    if best is None:
-        causes = {record.cause for record in study.records if record.cause}
-        raise SearchError(
-            f"a winner needs a trial that runs to its end, but none of {len(study.records)} did: "
-            f"{'; '.join(sorted(causes)) or 'none reported a finite objective'}"
-        )
-    return best
+def _forecast(experiment: Experiment) -> str:
+    """What a search may cost, as far as it is known before the first epoch."""
+    count, epochs = experiment.search.trials, experiment.base.epochs
+    expected = expected_epochs(experiment)
+    early = f", about {expected:.0f} with early stopping" if expected < count * epochs else ""
+    again = experiment.winner.candidates * experiment.winner.seeds * epochs
+    return (
+        f"searching: {_count(count, 'trial')} of up to {epochs} epochs, {count * epochs} in all{early}; "
+        f"then {again} to train the best again"
+    )
+
+
+def _no_winner(study: Study) -> str:
+    causes = {record.cause for record in study.records if record.cause}
+    return (
+        f"a winner needs a trial that runs to its end, but none of {len(study.records)} did: "
+        f"{'; '.join(sorted(causes)) or 'the budget was spent before'}"
+    )
 
 
 @dataclass
@@ -95,13 +108,13 @@ class _Run:
     data: Any
     folder: Path
     tracker: Tracker
-    watch: trials.Watch
+    watch: Watch
     parent: str
 
     @classmethod
     @contextmanager
     def begin(
-        cls, experiment: Experiment, tracking_uri: str, track: catalog.Track, watch: trials.Watch, kind: str
+        cls, experiment: Experiment, tracking_uri: str, track: catalog.Track, watch: Watch, kind: str
     ) -> Iterator["_Run"]:
         """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
         storage = Path(experiment.storage).absolute()
@@ -120,22 +133,36 @@ class _Run:
             finally:
                 tracker.set_status(parent, status)
 
-    def mill(self, name: str, first: Mapping[str, Any], count: int, workers: int, scheduler: TrialScheduler) -> Study:
-        """Run the study `name`: `count` trials, the first with the setting `first`."""
-        study = Study(self.folder / "study.db", name, self.experiment, first, count)
-        plan = self._plan(name, workers)
-        trials.run(plan, study, scheduler, self.tracker, self.parent, self.watch)
+    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: int) -> Study:
+        """Run the study `name`: `count` trials, the first with the settings `first`."""
+        url, prefix = _database(experiment, self.folder)
+        study = Study(url, prefix + name, experiment, first, count)
+        if experiment.search.warm_start is not None:
+            earlier, prefix = _database(experiment, Path(experiment.search.warm_start))
+            study.adopt(earlier, prefix + name)
+        trials.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
         return study
 
     def _plan(self, study: str, workers: int) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
         return Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
 
-    def finish(self, winner: Record | None, records: Sequence[Record]) -> Outcome:
-        """Train the winner, or the base settings, on `retrain_workers`; register and report."""
+    def finish(self, best: Sequence[Record | None], search: Study | None) -> Outcome:
+        """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
         experiment, workers = self.experiment, self.experiment.resources.retrain_workers
-        setting = winner.setting if winner else {}
-        final = _winner(self.mill("final", setting, 1, workers, FIFOScheduler()))
+        settings: list[Setting] = [{}]
+        if search:
+            seeds = range(experiment.base.seed + 1, experiment.base.seed + 1 + experiment.winner.seeds)
+            settings = [{**trial.setting, "seed": seed} for trial in best if trial for seed in seeds]
+        single = experiment.model_copy(
+            update={"space": {}, "search": Search(scheduler="none", trials=len(settings)), "budget": Budget()}
+        )
+        study = self.mill("final", single, settings, len(settings), workers)
+        found = winner.candidates(best, study.records)
+        if not found:
+            raise SearchError(_no_winner(study))
+        chosen = winner.choose(experiment, found)
+        final = winner.shipped(experiment, chosen)
         assert final.run_id, "a finished trial has a run"
         self.watch.note("registering the model")
         plan = self._plan("final", workers)
@@ -149,12 +176,22 @@ class _Run:
             {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
         )
         self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics)
-        outcome = Outcome(records, winner, final, version, self.folder / "report.html")
-        page = report.html(experiment, records or (final,), winner, final, version)
-        outcome.report.write_text(page)
-        self.tracker.attach(self.parent, "report.html", page)
-        runs.finish(self.folder, {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)})
+        page, pictures = report.write(self.folder, experiment, search, study.records, found, chosen, version)
+        self.tracker.attach(self.parent, "report.html", page.read_text())
+        for picture in pictures:
+            self.tracker.attach_file(self.parent, picture, "report")
+        outcome = Outcome(search.records if search else (), found, chosen, final, version, page)
+        of_model = {"checkpoints": str(plan.checkpoints(final.number).relative_to(self.folder))}
+        told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
+        runs.finish(self.folder, told | of_model)
         return outcome
+
+
+def _database(experiment: Experiment, folder: Path) -> tuple[str, str]:
+    """Where the studies of a run are, and how their names begin."""
+    if experiment.tracking.study is None:
+        return f"sqlite:///{folder.absolute() / 'study.db'}", ""
+    return experiment.tracking.study, f"{folder.absolute().parent.name}/{folder.name}/"
 
 
 def _parent(tracker: Tracker, experiment: Experiment, folder: Path) -> str:
@@ -165,7 +202,9 @@ def _parent(tracker: Tracker, experiment: Experiment, folder: Path) -> str:
         tracker.set_status(run_id, "RUNNING")
         return run_id
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
-    run_id = tracker.start(f"{experiment.name} {folder.name}", parameters, {})
+    # A process that was killed before it could write the note has left its run.
+    left = next(iter(tracker.tagged(FOLDER, folder.as_uri())), None)
+    run_id = left or tracker.start(f"{experiment.name} {folder.name}", parameters, {FOLDER: folder.as_uri()})
     note.write_text(run_id)
     resolved = experiment.model_dump(mode="json", by_alias=True, exclude_none=True)
     tracker.attach(run_id, "experiment.yaml", to_yaml(resolved))

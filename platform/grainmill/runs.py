@@ -16,6 +16,24 @@ from grainmill.document import to_yaml
 from grainmill.errors import BusyError, NameTakenError, StorageError
 from grainmill.experiment import Experiment
 
+WHERE = "# where things are kept, which may change:\n"
+
+
+def recorded(name: str, storage: Path) -> Path:
+    """The experiment file of a name that was used.
+
+    Raises:
+        StorageError: it was not.
+    """
+    file = storage / name / "experiment.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.parent.name for path in storage.glob("*/experiment.yaml"))) or "none"
+        raise StorageError(
+            f"a run that is carried on must have begun in {storage.absolute()}, but {name!r} has not; known: {known}; "
+            "name one of them, or another --set storage=FOLDER"
+        )
+    return file
+
 
 def check_name(experiment: Experiment) -> None:
     """Refuse a name that stands for other settings; writes nothing.
@@ -26,7 +44,8 @@ def check_name(experiment: Experiment) -> None:
     record = _home(experiment) / "experiment.yaml"
     if not record.exists():
         return
-    before, now = record.read_text().splitlines(), to_yaml(experiment.identity()).splitlines()
+    before = record.read_text().partition(WHERE)[0].splitlines()
+    now = to_yaml(experiment.identity()).splitlines()
     if before != now:
         changes = [
             line for line in difflib.unified_diff(before, now, lineterm="", n=2) if line[:3] not in ("---", "+++")
@@ -66,7 +85,8 @@ def claim(experiment: Experiment, kind: str) -> Iterator[Path]:
                 "wait for it, or choose another name"
             ) from None
         check_name(experiment)  # again, now that nobody else writes
-        _write(home / "experiment.yaml", to_yaml(experiment.identity()))
+        where = experiment.model_dump(mode="json", exclude_none=True, include=set(experiment.PLACES))
+        _write(home / "experiment.yaml", to_yaml(experiment.identity()) + WHERE + to_yaml(where))
         numbers = [path.name.removeprefix(f"{kind}-") for path in home.glob(f"{kind}-[0-9]*")]
         last = max((int(number) for number in numbers if number.isdecimal()), default=0)
         begin = last == 0 or (home / f"{kind}-{last}" / "done.json").exists()
@@ -78,6 +98,14 @@ def claim(experiment: Experiment, kind: str) -> Iterator[Path]:
 def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Mark a run as finished, with what came of it."""
     _write(folder / "done.json", json.dumps(outcome, indent=1))
+
+
+def checkpoints(folder: Path) -> Path | None:
+    """Where the checkpoints of the model are that came of a finished run; None of another folder."""
+    try:
+        return folder / str(json.loads((folder / "done.json").read_text())["checkpoints"])
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 def _write(file: Path, text: str) -> None:

@@ -1,13 +1,15 @@
 """MLflow runs: one parent for a search, one child for each trial, all written by one process."""
 
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -16,12 +18,29 @@ from mlflow.exceptions import MlflowException
 from grainmill.errors import TrackingError
 
 PACKAGES = ("grainmill", "mlflow", "optuna", "ray", "torch")
-Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
+SQLITE = "sqlite:///"
+PARENT = "mlflow.parentRunId"
+"""The tag that makes a run a child."""
+Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED"]
 
 
 def local_uri(storage: Path) -> str:
     """The SQLite database of a storage folder."""
-    return f"sqlite:///{storage.absolute() / 'mlflow.db'}"
+    return f"{SQLITE}{storage.absolute() / 'mlflow.db'}"
+
+
+def _make_database(file: Path) -> None:
+    """MLflow's tables in a SQLite file: all of them, or none. A process killed in between would leave it unusable."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{uuid4()}")
+    try:
+        MlflowClient(SQLITE + str(draft)).search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class Tracker:
@@ -37,9 +56,11 @@ class Tracker:
             TrackingError: no answer.
         """
         self.uri = uri
-        self.client = MlflowClient(uri)
         local = not uri.startswith("http")
         with _clear(uri):
+            if uri.startswith(SQLITE):
+                _make_database(Path(uri.removeprefix(SQLITE)))
+            self.client = MlflowClient(uri)
             if found := self.client.get_experiment_by_name(experiment):
                 self.experiment_id: str = found.experiment_id
             else:
@@ -50,12 +71,29 @@ class Tracker:
         self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
     ) -> str:
         """Begin a run, a child of `parent` if one is given; returns its id."""
-        family = {"mlflow.parentRunId": parent} if parent else {}
+        family = {PARENT: parent} if parent else {}
         with _clear(self.uri):
             run = self.client.create_run(self.experiment_id, run_name=name, tags={**environment(), **tags, **family})
             run_id: str = run.info.run_id
             self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
         return run_id
+
+    def tagged(self, tag: str, value: str) -> dict[str, tuple[str, str]]:
+        """Name and status of the runs with a tag, by id."""
+        with _clear(self.uri):
+            token: str | None = None
+            found: dict[str, tuple[str, str]] = {}
+            while token != "":
+                query = f"tags.`{tag}` = '{value}'"
+                page = self.client.search_runs([self.experiment_id], query, max_results=1000, page_token=token)
+                found |= {run.info.run_id: (run.info.run_name, run.info.status) for run in page}
+                token = page.token or ""
+        return found
+
+    def last_epoch(self, run_id: str) -> float:
+        """Of which a run has metrics; 0 before the first."""
+        with _clear(self.uri):
+            return float(self.client.get_run(run_id).data.metrics.get("epoch", 0))
 
     def log(self, run_id: str, epoch: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an epoch, with the epoch as the step."""
@@ -73,10 +111,15 @@ class Tracker:
         with _clear(self.uri):
             self.client.log_text(run_id, text, name)
 
-    def set_status(self, run_id: str, status: Status) -> None:
-        """End a run, or open it again."""
+    def attach_file(self, run_id: str, file: Path, folder: str) -> None:
+        """Keep a file as an artifact, in a folder among those of the run."""
         with _clear(self.uri):
-            if status == "RUNNING":
+            self.client.log_artifact(run_id, str(file), folder)
+
+    def set_status(self, run_id: str, status: Status) -> None:
+        """End a run, put it off, or open it again."""
+        with _clear(self.uri):
+            if status in ("RUNNING", "SCHEDULED"):
                 self.client.update_run(run_id, status)
             else:
                 self.client.set_terminated(run_id, status)

@@ -1,21 +1,16 @@
-"""What runs on the workers: a Tune trial, alone or at the head of a Ray Train group, and the training itself.
+"""What runs on the workers: a training, epoch after epoch, and what all trainings of a study share.
 
 Kept light, for it is imported in every worker: no MLflow, no Optuna, and torch only where it is used.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.tune
-
 from grainmill import catalog
 from grainmill.experiment import Resources
-
-WORKER_RESTARTS = 1
-"""Failures of a group's workers before its trial fails; they go on from the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -58,41 +53,17 @@ class Job:
     """For checkpoints; all workers must see it."""
 
 
-def work(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
-    """Train, calling `report` with every epoch's metrics, `epoch` itself, and the list of their names, `reported`."""
+def epochs(job: Job) -> Generator[dict[str, Any], None, None]:
+    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`."""
     trainable = catalog.find(job.trainable)
     spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
     for result in trainable.fit(spec, data, Path(job.folder)):
         metrics = {"epoch": result.epoch, **result.metrics}
-        # Tune adds keys of its own to a result; `reported` tells ours from them.
-        report({**metrics, "reported": list(metrics)})
+        # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
+        yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
 
 
-def work_in_group(config: Mapping[str, Any]) -> None:
-    """`work`, on one worker of a Ray Train group."""
-    work(config["job"], ray.train.report)
-
-
-def trial(plan: Plan, config: Mapping[str, Any]) -> None:
-    """One Tune trial, of `number` and `spec`: alone in this process, or at the head of a Ray Train group."""
-    checkpoints = plan.checkpoints(config["number"])
-    job = Job(plan.trainable, config["spec"], plan.data, str(checkpoints))
-    if plan.workers == 1:
-        work(job, ray.tune.report)
-        return
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    TorchTrainer(
-        work_in_group,
-        train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.workers, use_gpu="GPU" in plan.bundle, resources_per_worker=plan.bundle
-        ),
-        run_config=ray.train.RunConfig(
-            name="group",
-            storage_path=str(checkpoints),
-            callbacks=[TuneReportCallback()],
-            failure_config=ray.train.FailureConfig(max_failures=WORKER_RESTARTS),
-        ),
-    ).fit()
+def cause(error: BaseException) -> str:
+    """An error in one line: its type and message, the last line of what a remote traceback says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

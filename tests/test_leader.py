@@ -1,0 +1,182 @@
+"""The desk where a leader meets its workers, and a group that does one job after another."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from grainmill import leader
+from grainmill.experiment import Resources
+from grainmill.worker import Job, Plan
+
+JOB = Job("toy", {"epochs": 2}, {}, "/nowhere")
+
+
+def played(scene):
+    """Run an asyncio scene on a desk; 30 seconds at most."""
+
+    async def play():
+        async with asyncio.timeout(30):
+            await scene(leader._Desk())
+
+    asyncio.run(play())
+
+
+async def waits(task):
+    """Whether a task still waits when nothing else is left to do."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return not task.done()
+
+
+def test_worker_waits_until_a_job_is_laid():
+    async def scene(desk):
+        taken = asyncio.create_task(desk.take(0, "one"))
+        assert await waits(taken)
+        await desk.lay(JOB)
+        assert await taken == (1, JOB)
+
+    played(scene)
+
+
+def test_both_workers_get_the_job_and_no_one_gets_it_again():
+    async def scene(desk):
+        await desk.lay(JOB)
+        assert [await desk.take(0, "one"), await desk.take(0, "one")] == [(1, JOB)] * 2
+        again = asyncio.create_task(desk.take(1, "one"))
+        assert await waits(again)
+        await desk.done(1)
+        assert await desk.read() is None
+        assert await waits(again)
+        other = Job("toy", {}, {}, "/elsewhere")
+        await desk.lay(other)
+        assert await again == (2, other)
+
+    played(scene)
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_epoch_waits_for_the_leaders_word(go_on):
+    async def scene(desk):
+        await desk.lay(JOB)
+        await desk.take(0, "one")
+        word = asyncio.create_task(desk.hand_in(1, {"epoch": 1}))
+        assert await desk.read() == {"epoch": 1}
+        assert await waits(word)
+        await desk.answer(go_on)
+        assert await word is go_on
+
+    played(scene)
+
+
+def test_job_that_was_stopped_is_over_and_its_end_is_not_reported():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await desk.take(0, "one")
+        word = asyncio.create_task(desk.hand_in(1, {"epoch": 1}))
+        await desk.read()
+        await desk.answer(False)
+        assert not await word
+        assert not await desk.hand_in(1, {"epoch": 2})
+        await desk.done(1)
+        assert desk.reports.empty()
+        assert await waits(late := asyncio.create_task(desk.take(0, "two")))  # a group that begins anew waits, too
+        await desk.lay(JOB)
+        assert await late == (2, JOB)
+
+    played(scene)
+
+
+def test_what_is_said_of_an_earlier_job_is_refused():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await desk.take(0, "one")
+        await desk.lay(JOB)
+        await desk.take(1, "one")
+        assert not await desk.hand_in(1, {"epoch": 2})
+        await desk.done(1)
+        await desk.failing(1, "one", "an old grief")
+        assert desk.reports.empty()
+        assert not desk.over
+        await desk.take(1, "two")
+        stuck = asyncio.create_task(desk.take(1, "three"))
+        assert await desk.read() == {"cause": "a worker died"}
+        assert await waits(stuck)
+
+    played(scene)
+
+
+def test_job_is_begun_once_more_and_then_failed_with_the_first_cause_of_the_last_group():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await desk.take(0, "one"), await desk.take(0, "one")  # two workers are one group
+        await desk.failing(1, "one", "a worker raised")
+        await desk.take(0, "two")
+        await desk.failing(1, "two", "another raised")
+        await desk.failing(1, "two", "connection lost")
+        late = [asyncio.create_task(desk.take(0, "three")) for _ in range(2)]
+        assert await desk.read() == {"cause": "another raised"}
+        assert [await waits(task) for task in late] == [True, True]
+        assert desk.reports.empty()
+        await desk.lay(JOB)  # counts anew
+        assert [await task for task in late] == [(2, JOB)] * 2
+        await desk.take(0, "four")
+
+    played(scene)
+
+
+def test_groups_that_fail_without_a_job_use_up_none():
+    async def scene(desk):
+        idle = [asyncio.create_task(desk.take(0, f"idle {number}")) for number in range(5)]
+        for task in idle:
+            assert await waits(task)
+            task.cancel()
+        await desk.lay(JOB)
+        assert await desk.take(0, "one") == (1, JOB)
+        assert await desk.take(0, "two") == (1, JOB)
+
+    played(scene)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray Data, which Train imports
+def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path, ray_cluster, umpire, monkeypatch):
+    """One group for all of it: a whole job, one that is stopped, a whole one, a broken one, a whole one."""
+
+    def keep(group, fit):
+        with suppress(SystemExit):  # a leader ends with its process, but here it is Ray that ends it
+            fit()
+
+    monkeypatch.setattr(leader.Group, "_keep", keep)
+    plan = Plan("trial", "toy", {}, tmp_path, Resources(), 2)
+    group = leader.Group(plan)
+
+    def job(name, **spec):
+        return Job("toy", {"epochs": 3, **spec}, {"umpire": umpire.port}, str(tmp_path / name))
+
+    def pids(name):
+        return {(rank, pid) for heard, _, rank, pid in umpire.heard if heard == name}
+
+    def train(name, report=None, **spec):
+        said = []
+        group.train(job(name, **spec), lambda message: said.append(message) or (report and report(message)))
+        return [message.get("epoch", message.get("cause")) for message in said]
+
+    assert train("whole") == [1, 2, 3]
+    first = pids("whole")
+    assert sorted(rank for rank, _ in first) == [0, 1]
+
+    def stop(message):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        train("stopped", stop)
+    assert train("next") == [1, 2, 3]
+    assert pids("stopped") == pids("next") == first
+    assert {epoch for name, epoch, _, _ in umpire.heard if name == "stopped"} == {1}
+
+    *epochs, why = train("broken", kind="broken")  # begun twice, and both times from its start or its first epoch
+    assert set(epochs) == {1}  # the second time, it goes on from there
+    assert "the toy is broken" in why
+    assert train("after") == [1, 2, 3]
+    assert not pids("after") & first
