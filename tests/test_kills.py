@@ -12,6 +12,7 @@ from collections import Counter
 import mlflow
 import optuna
 import pytest
+import ray
 import yaml
 from conftest import TESTS
 from test_cli import left_behind
@@ -103,16 +104,17 @@ def test_group_that_loses_a_worker_goes_on_from_its_checkpoint(arena):
 
 
 @pytest.mark.slow
-def test_group_that_loses_its_leader_goes_on_from_its_checkpoint(arena):
+@pytest.mark.parametrize("who", ["ImplicitFunc", "TrainController"], ids=["leader", "controller"])
+def test_group_that_loses_its_head_goes_on_from_its_checkpoint(arena, who):
     from ray.util.state import list_actors
 
-    def kill_leader(pid):
-        alive = list_actors(filters=[("state", "=", "ALIVE")])
-        (leader,) = [actor.pid for actor in alive if actor.class_name == "ImplicitFunc"]
-        kill(leader)
+    def behead(pid):
+        alive = list_actors(address=ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
+        (found,) = [actor.pid for actor in alive if actor.class_name == who]
+        kill(found)
         return True
 
-    arena.umpire.rule = once(("trial-0001", 3, 0), kill_leader)
+    arena.umpire.rule = once(("trial-0001", 3, 0), behead)
     records = arena.run(arena.grid([0.25]), workers=2)
     arena.check(records, [0.25], ["trial-0001 3"])
 
@@ -185,11 +187,38 @@ NODE_DIES = """
 """
 
 
+NO_DASHBOARD = """
+    import sys
+    from pathlib import Path
+    import ray
+    from conftest import Memory
+    from test_trials import Bench
+    from grainmill import trials
+    from grainmill.study import Study
+    from grainmill.tracking import Tracker, local_uri
+    from grainmill.worker import Plan
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    folder = Path(sys.argv[1])
+    bench = Bench(folder, Tracker(local_uri(folder), "toy", folder), Memory())
+    for name in ("trial", "final"):
+        plan = bench.plan(workers=2)
+        study = Study(f"sqlite:///{folder / name}.db", name, bench.study(1).experiment, [{"height": 0.5}], 1)
+        plan = Plan(name, plan.trainable, plan.data, folder, plan.resources, 2)
+        trials.run(plan, study, bench.tracker, bench.parent, bench.watch)
+        assert [record.state for record in study.records] == ["complete"]
+    ray.shutdown()
+    print("nothing lost")
+"""
+"""Two searches, one after the other, each with a group that needs all CPUs: the first one's must be free again."""
+
+
 @pytest.mark.slow
-def test_training_whose_node_dies_goes_on_elsewhere(tmp_path):
+@pytest.mark.parametrize("script", [NODE_DIES, NO_DASHBOARD], ids=["node dies", "no dashboard"])
+def test_cluster_of_its_own_loses_nothing(tmp_path, script, ray_cluster):  # beside another Ray on this machine
     mark = str(uuid.uuid4())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "GRAINMILL_TEST": mark}
-    command = [sys.executable, "-c", textwrap.dedent(NODE_DIES), str(tmp_path)]
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert found.stdout.endswith("nothing lost\n"), found.stdout + found.stderr
     assert left_behind(mark) == []

@@ -11,13 +11,17 @@ from typing import Any, Protocol, TypeVar
 
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving
 from grainmill.study import Record, Study
 from grainmill.tracking import PARENT, Tracker
 from grainmill.worker import Plan
 
+WAIT_SECONDS = 60
+"""Without a trial that runs, before the user hears what is missing."""
 FAILURES = 5
 """Trials that fail before a search is given up, if more fail than not."""
 
@@ -70,6 +74,10 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.costs = {record.number: dict(record.cost) for record in records}
         self.causes: Counter[str] = Counter()
         self.ended_well = 0
+        self.places: dict[int, PlacementGroup] = {}
+        """What the workers of a trial's group occupy."""
+        self.busy_at = time.monotonic()
+        """When last a trial ran."""
         self.strays = {
             name: run_id
             for run_id, (name, status) in tracker.tagged(PARENT, parent).items()
@@ -96,6 +104,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """Open its run."""
         number = trial.config["number"]
         if number in self.open_runs:  # its process died, and Tune began it again
+            self._vacate(number)
             return
         name, record = self.plan.name(number), self.study.record(number)
         self.began[number] = time.monotonic(), record.cost
@@ -114,9 +123,14 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def goes_on(self, trial: Trial, result: Mapping[str, Any]) -> bool:
         """Take down an epoch, or the cause of a failure; whether the trial goes on after it."""
         number = trial.config["number"]
+        if "waiting" in result:
+            self.watch.note(result["waiting"])
+            return True
         if "cause" in result:
             self.study.note(number, "cause", result["cause"])
             return False
+        if place := result.get("place"):
+            self.places[number] = place
         self.costs[number] = self._cost(number)
         metrics = {name: float(result[name]) for name in result["reported"]} | self.costs[number]
         if variants := json.loads(result["variants"]):
@@ -150,9 +164,15 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self._end(number)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """End the search here, where Tune passes errors on."""
+        """End the search here, where Tune passes errors on; say so if it waits for others to leave the cluster."""
         if self.fatal:
             raise self.fatal
+        now = time.monotonic()
+        if any(trial.status == Trial.RUNNING for trial in trials):
+            self.busy_at = now
+        elif now - self.busy_at > WAIT_SECONDS:
+            self.busy_at = now
+            self.watch.note(group.scarcity(self.plan.bundle, self.plan.workers))
 
     def _end(self, number: int) -> None:
         self.costs[number] = self._cost(number)
@@ -204,8 +224,15 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         amounts = {"cpu_seconds": self.plan.bundle.get("CPU", 0), "gpu_seconds": self.plan.bundle.get("GPU", 0)}
         return {name: before.get(name, 0) + seconds * amount for name, amount in amounts.items()}
 
+    def _vacate(self, number: int) -> None:
+        """Free what workers without a leader occupy: Ray Train does only where it can ask a dashboard for the dead."""
+        if place := self.places.pop(number, None):
+            remove_placement_group(place)
+
     def end_unfinished(self) -> None:
         """Close the MLflow runs of trials that were interrupted; the trials themselves stay to be carried on."""
+        for number in list(self.places):
+            self._vacate(number)
         for number in list(self.open_runs):
             self.tracker.set_status(self.open_runs.pop(number), "KILLED")
 

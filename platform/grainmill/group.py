@@ -4,9 +4,7 @@ Kept light, for it is imported in every worker: no MLflow, and Ray only where th
 """
 
 import os
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ def assess_on(
         EvaluationError: a worker cannot evaluate it.
         ResourceError: the cluster has too few CPUs.
     """
+    import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -65,7 +64,7 @@ def assess_on(
         run_config=ray.train.RunConfig(name="group", storage_path=str(storage.absolute())),
     )
     try:
-        assessment: catalog.Assessment = _aside(trainer.fit).return_value
+        assessment: catalog.Assessment = ray.get(fitted(trainer)).return_value
     except ray.train.WorkerGroupError as error:
         failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
         # Where one worker gives up, the others lose their connection to it.
@@ -83,15 +82,29 @@ def _work(config: Mapping[str, Any]) -> catalog.Assessment:
     return assess(trainable, Path(config["folder"]), settings, Path(config["out"]))
 
 
-def _aside(call: Callable[[], Any]) -> Any:
-    """The result of a call in another thread: in the main one, Ray Train would make Ctrl-C an end with exit code 0."""
-    future: Future[Any] = Future()
+def fitted(trainer: Any) -> Any:
+    """Fit a Ray Train trainer in a process of its own; a reference to what it returns.
 
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
+    There, Ray's own address is set, so that Ray Train asks this cluster which of its groups are alive. Where several
+    run on one machine it asks any of them otherwise, ends groups that train, and leaves the CPUs of dead ones reserved.
+    And in the main thread of a driver it would make Ctrl-C an end with exit code 0.
+    """
+    import ray
 
-    threading.Thread(target=run, daemon=True).start()
-    return future.result()
+    def fit() -> Any:
+        return trainer.fit()
+
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": address})(fit).remote()
+
+
+def scarcity(bundle: Mapping[str, float], workers: int) -> str:
+    """What workers that wait for room in the cluster lack, in words."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    parts = [
+        f"{amount * workers:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
+        for name, amount in bundle.items()
+    ]
+    return f"waiting for the cluster: a trial needs {', '.join(parts)}"

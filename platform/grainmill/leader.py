@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -18,15 +17,17 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.tune
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
+from grainmill import group
 from grainmill.worker import Job, Plan, cause, epochs
 
 RESTARTS = 1
-"""Failures of its workers before a job is given up."""
+"""Failures of its workers, or of its whole group, before a job is given up."""
 GROUP_RESTARTS = 20
 """Failures before a group is given up, over all its jobs."""
-LOOK_SECONDS = 5
-"""Between looks at whether the group is still there."""
+START_SECONDS = 60
+"""For a group to start, before the user hears what it waits for."""
 
 
 class _Desk:
@@ -49,6 +50,11 @@ class _Desk:
             self.causes, self.reports, self.word = {}, asyncio.Queue(), None
             self.changed.notify_all()
 
+    async def begun(self) -> None:
+        """Waits until a worker has taken the job."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: bool(self.causes))
+
     async def take(self, done: int, group: str) -> tuple[int, Job]:
         """The next job for a worker that has done those up to `done`; one that was begun too often is not given."""
         async with self.changed:
@@ -57,6 +63,7 @@ class _Desk:
                 assert self.job, "was waited for"
                 if group in self.causes or len(self.causes) <= RESTARTS:
                     self.causes.setdefault(group, "a worker died")
+                    self.changed.notify_all()
                     return self.number, self.job
                 self.over = True
                 await self.reports.put({"cause": [*self.causes.values()][-1]})
@@ -91,12 +98,15 @@ class _Desk:
             self.word.set_result(go_on)
 
 
+class GroupGoneError(Exception):
+    """A group ended; says why."""
+
+
 class Group:
     """The workers, as their leader sees them. They end with the leader's process."""
 
     def __init__(self, plan: Plan) -> None:
-        self.desk = ray.remote(_Desk).options(num_cpus=0).remote()
-        self.error: BaseException | None = None
+        self.plan, self.desk = plan, ray.remote(_Desk).options(num_cpus=0).remote()
         trainer = ray.train.torch.TorchTrainer(
             _serve,
             train_loop_config={"desk": self.desk},
@@ -109,25 +119,35 @@ class Group:
                 failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
             ),
         )
-        self.thread = Thread(target=self._keep, args=(trainer.fit,), daemon=True)
-        self.thread.start()
+        self.end = group.fitted(trainer)
+        self.place: PlacementGroup | None = None
+        """What the workers occupy, as far as they have told."""
 
-    def _keep(self, fit: Callable[[], object]) -> None:
-        try:
-            fit()
-        except Exception as error:
-            self.error = error
+    def close(self) -> None:
+        """End the workers, and free what they occupy."""
+        ray.cancel(self.end, force=True)
+        if self.place:
+            remove_placement_group(self.place)
+
+    @property
+    def gone(self) -> bool:
+        """Whether it ended."""
+        return bool(ray.wait([self.end], timeout=0)[0])
 
     def train(self, job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         """Train, calling `report` with every epoch's metrics; if that raises, the workers leave the job.
 
-        If the job fails, the last report is its `cause`.
+        Each has the workers' `place`, too. What they wait for is reported as `waiting`, why the job failed, in the
+        end, as its `cause`.
 
         Raises:
-            RuntimeError: the group is gone; says why.
+            GroupGoneError: the group has ended.
         """
         ray.get(self.desk.lay.remote(job))
+        while not ray.wait([self.desk.begun.remote(), self.end], timeout=START_SECONDS)[0]:
+            report({"waiting": group.scarcity(self.plan.bundle, self.plan.workers)})
         while (message := self._read()) is not None:
+            self.place = message.get("place", self.place)
             go_on = False
             try:
                 report(dict(message))
@@ -139,9 +159,13 @@ class Group:
 
     def _read(self) -> Mapping[str, Any] | None:
         message = self.desk.read.remote()
-        while not ray.wait([message], timeout=LOOK_SECONDS)[0]:
-            if not self.thread.is_alive():
-                raise RuntimeError(f"the group of workers ended: {cause(self.error) if self.error else 'no reason'}")
+        (first,), _ = ray.wait([message, self.end])
+        if first != message:
+            try:
+                ray.get(self.end)
+            except Exception as error:
+                raise GroupGoneError(f"the group of workers ended: {cause(error)}") from error
+            raise GroupGoneError("the group of workers ended")
         found: Mapping[str, Any] | None = ray.get(message)
         return found
 
@@ -160,16 +184,17 @@ def _serve(config: Mapping[str, Any]) -> None:
         distributed.broadcast_object_list(box)
         return box[0]
 
-    group, number = agreed(str(uuid4())), 0
+    place = {"place": get_current_placement_group()}
+    name, number = agreed(str(uuid4())), 0
     while True:
-        number, job = ray.get(desk.take.remote(number, group))
+        number, job = ray.get(desk.take.remote(number, name))
         try:
             with closing(epochs(job)) as results:
                 for metrics in results:
-                    if not agreed(ray.get(desk.hand_in.remote(number, metrics)) if first else None):
+                    if not agreed(ray.get(desk.hand_in.remote(number, metrics | place)) if first else None):
                         break
         except Exception as error:
-            ray.get(desk.failing.remote(number, group, cause(error)))
+            ray.get(desk.failing.remote(number, name, cause(error)))
             raise
         if first:
             ray.get(desk.done.remote(number))
@@ -178,12 +203,19 @@ def _serve(config: Mapping[str, Any]) -> None:
 _groups: dict[str, Group] = {}
 
 
-def _group(plan: Plan) -> Group:
-    """The group of this process for a plan, started if need be."""
-    found = _groups.get(plan.study)
-    if found is None or not found.thread.is_alive():
-        found = _groups[plan.study] = Group(plan)
-    return found
+def _lead(plan: Plan, job: Job) -> None:
+    """Train a job with the group of this process for a plan, started if need be."""
+    for left in reversed(range(1 + RESTARTS)):
+        found = _groups.get(plan.study)
+        if found is None or found.gone:
+            found = _groups[plan.study] = Group(plan)
+        try:
+            return found.train(job, ray.tune.report)
+        except GroupGoneError:
+            found.close()
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def trial(plan: Plan, config: Mapping[str, Any]) -> None:
@@ -198,6 +230,6 @@ def trial(plan: Plan, config: Mapping[str, Any]) -> None:
                 for metrics in results:
                     ray.tune.report(metrics)
         else:
-            _group(plan).train(job, ray.tune.report)
+            _lead(plan, job)
     except Exception as error:
         ray.tune.report({"cause": cause(error)})
