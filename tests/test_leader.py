@@ -54,6 +54,19 @@ def test_both_workers_get_the_job_and_no_one_gets_it_again():
     played(scene)
 
 
+def test_job_is_begun_when_a_worker_has_taken_it():
+    async def scene(desk):
+        await desk.lay(JOB)
+        begun = asyncio.create_task(desk.begun())
+        assert await waits(begun)
+        await desk.take(0, "one")
+        await begun
+        await desk.lay(JOB)
+        assert await waits(asyncio.create_task(desk.begun()))
+
+    played(scene)
+
+
 @pytest.mark.parametrize("go_on", [True, False])
 def test_epoch_waits_for_the_leaders_word(go_on):
     async def scene(desk):
