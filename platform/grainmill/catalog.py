@@ -126,7 +126,17 @@ class Trainable(Protocol):
 
     @staticmethod
     def load(folder: Path) -> Predictor:
-        """The model that `fit` left in `folder`."""
+        """The model that `fit` left in `folder`, or that is the `checkpoint` of an export."""
+
+    @staticmethod
+    def export(folder: Path, out: Path) -> Mapping[str, Any]:
+        """Write the model that `fit` left in `folder` to a new folder `out` that needs none of our packages to load.
+
+        There, `model.py` holds `load(folder)`, which returns a `Predictor` and refuses, with ValueError, files that
+        are not in `MANIFEST.json` as {name: {"bytes": size, "sha256": digest}}; `requirements.txt` names what that
+        needs; `signature.json` has the columns `inputs` and `outputs`, as MLflow notes them; `checkpoint/` is a folder
+        for `load` and `evaluate`. No file is a pickle. Returns facts about the model, by name, for its users.
+        """
 
     @staticmethod
     def evaluate(folder: Path, settings: Any, out: Path) -> Assessment:
@@ -142,7 +152,7 @@ class Trainable(Protocol):
 
 _MEMBERS = (
     *("Spec", "Data", "Evaluation"),
-    *("metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "evaluate", "example"),
+    *("metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "export", "evaluate", "example"),
 )
 
 

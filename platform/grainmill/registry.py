@@ -1,24 +1,28 @@
 """Trained models -> versions in MLflow's registry."""
 
 import hashlib
-import importlib
-import re
-import sys
+import json
+import tempfile
 from collections.abc import Mapping
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
+from mlflow.models import ModelSignature
+from mlflow.types import Schema
 
-from grainmill import catalog
+from grainmill import catalog, seal
 from grainmill.errors import TrackingError
 from grainmill.tracking import Tracker
 
 CHAMPION = "champion"
+CHECKPOINT = "checkpoint"
+"""The part of a portable model that its trainable evaluates."""
+SEAL = "sha256"
+"""Tag of a version: of its portable model's manifest, which has the digests of all files."""
 SETTING, SOURCE, DIGEST = "evaluated.setting", "evaluated.source", "evaluated.digest"
 """Tags of a version that an evaluation made."""
 
@@ -71,19 +75,21 @@ def _log(
     example: Any,
     tags: Mapping[str, str],
 ) -> Version:
-    prediction = catalog.find(trainable).load(folder)(example)
     mlflow.set_tracking_uri(client.tracking_uri)
-    with mlflow.start_run(run_id):
+    with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id):
+        portable = Path(scratch) / "model"
+        catalog.find(trainable).export(folder, portable)
+        _stop_at(seal.faults(portable), f"the export of {trainable}")
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("serving.py")),
-            artifacts={"checkpoints": str(folder)},
-            code_paths=sorted({_package_path("grainmill"), _package_path(trainable.partition(".")[0])}),
+            artifacts={"model": str(portable)},
             model_config={"trainable": trainable},
-            signature=infer_signature(example, prediction),
+            signature=_signature(portable),
             input_example=example,
-            pip_requirements=_pinned_requirements(),
+            pip_requirements=[f"mlflow=={version('mlflow')}", *_lines(portable / "requirements.txt")],
         )
+        tags = {**tags, SEAL: seal.identity(portable)}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     model = mlflow.get_logged_model(info.model_id)
@@ -96,7 +102,9 @@ class Stored(NamedTuple):
 
     version: Version
     folder: Path
-    """With its checkpoints."""
+    """With its checkpoint."""
+    portable: Path
+    """What anyone can load; not changed since it was registered."""
     trainable: str
     run_id: str
     """Of the run that trained it."""
@@ -113,7 +121,8 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
         model: such as `models:/name@champion` or `models:/name/3`.
         into: a new folder; by default, the files stay where they are if this machine sees them.
     Raises:
-        TrackingError: there is no such model, `register` did not make it, or MLflow does not answer.
+        TrackingError: there is no such model, `register` did not make it, its files are not those that were
+            registered, or MLflow does not answer.
     """
     mlflow.set_tracking_uri(tracking_uri)
     try:
@@ -130,9 +139,18 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
     trainable = settings.get("config", {}).get("trainable")
     if trainable is None:
         raise TrackingError(f"{model} must be a model that grainmill registered, got one of another kind; name another")
-    checkpoints = folder / settings["artifacts"]["checkpoints"]["path"]
+    portable = folder / settings["artifacts"]["model"]["path"]
+    _stop_at(seal.faults(portable, known.tags.get(SEAL, "")), model)
     example = info.load_input_example(str(folder))
-    return Stored(version, checkpoints, trainable, known.run_id, example, known.tags)
+    return Stored(version, portable / CHECKPOINT, portable, trainable, known.run_id, example, known.tags)
+
+
+def _stop_at(faults: list[str], what: str) -> None:
+    if faults:
+        raise TrackingError(
+            f"a model must be the one that was registered, and hold no pickle, but in {what} {', '.join(faults)}; "
+            "put the files back, or register it again"
+        )
 
 
 def _look_up(client: MlflowClient, model: str) -> Any:
@@ -175,14 +193,10 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _package_path(package: str) -> str:
-    module = importlib.import_module(package)
-    file = Path(str(module.__file__))
-    return str(file.parent if file.name == "__init__.py" else file)
+def _signature(portable: Path) -> ModelSignature:
+    told = json.loads((portable / "signature.json").read_text())
+    return ModelSignature(*(Schema.from_json(json.dumps(told[side])) for side in ("inputs", "outputs")))
 
 
-def _pinned_requirements() -> list[str]:
-    """Our dependencies in the versions installed here; of the optional ones those that the model has imported."""
-    lines = {re.split(r"[\[<>=;~! ]", line)[0]: line for line in requires("grainmill") or () if '"dev"' not in line}
-    names = [name for name, line in lines.items() if "extra ==" not in line or name in sys.modules]
-    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+def _lines(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if line.strip()]

@@ -24,6 +24,7 @@ metrics = trainable.metrics
 data_problems = trainable.data_problems
 prepare = trainable.prepare
 load = trainable.load
+export = trainable.export
 evaluate = trainable.evaluate
 example = trainable.example
 

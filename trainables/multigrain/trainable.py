@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from multigrain import spec as settings
 from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from multigrain.assess import Assessment
     from multigrain.fit import EpochResult
-    from multigrain.predict import Predictor
+    from multigrain.portable import Model
 
 # torch is imported when something is to be computed, not when an experiment file is checked.
 
@@ -33,6 +33,7 @@ __all__ = [
     "data_problems",
     "evaluate",
     "example",
+    "export",
     "fit",
     "load",
     "metrics",
@@ -122,11 +123,18 @@ def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["Epo
     return multigrain.fit.fit(spec, images_of(data), folder)
 
 
-def load(folder: Path) -> "Predictor":
-    """The model that `fit` left in `folder`; see `multigrain.predict.Predictor`."""
+def load(folder: Path) -> "Model":
+    """The model that `fit` left in `folder`; see `multigrain.portable.Model`."""
     from multigrain import predict
 
     return predict.load(folder)
+
+
+def export(folder: Path, out: Path) -> Mapping[str, Any]:
+    """Write the model that `fit` left in `folder` for everybody; see `multigrain.export`."""
+    from multigrain import export
+
+    return export.export(folder, out)
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":
