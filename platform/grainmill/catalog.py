@@ -88,6 +88,18 @@ class Assessment(Protocol):
     """What to hold the figures against."""
 
 
+class Source(Protocol):
+    """Data that models are trained or judged on."""
+
+    name: str
+    """Of its part in the whole, such as `val`."""
+    role: Literal["training", "evaluation"]
+    digest: str
+    """At most 36 characters, the same for the same data wherever they are."""
+    rows: int
+    where: str
+
+
 class Predictor(Protocol):
     """A trained model, from table to table."""
 
@@ -121,6 +133,10 @@ class Trainable(Protocol):
         """Write built-in data below `root`; returns the settings to train with. Called once, before all trials."""
 
     @staticmethod
+    def sources(data: Any) -> Sequence[Source]:
+        """The parts of prepared data."""
+
+    @staticmethod
     def fit(spec: Any, data: Any, folder: Path) -> Iterator[EpochResult]:
         """Train, on every worker alike; goes on from the checkpoints in `folder`, their last result first."""
 
@@ -152,7 +168,8 @@ class Trainable(Protocol):
 
 _MEMBERS = (
     *("Spec", "Data", "Evaluation"),
-    *("metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "export", "evaluate", "example"),
+    *("metrics", "data_problems", "worker_problems", "prepare", "sources", "fit"),
+    *("load", "export", "evaluate", "example"),
 )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 COLUMNS = ("embedding", "class_id", "class_name", "score", "error")
 BATCH = 32
@@ -75,8 +75,7 @@ class Model:
             try:
                 shown = prepare(decode(image), self.facts["transform"], self.facts["size"], self.scale)
             except Exception as error:  # Pillow raises many types, SyntaxError among them
-                told = str(error) or type(error).__name__
-                answers[place]["error"] = f"must be an image, but cannot be read as one ({told})"
+                answers[place]["error"] = f"must be an image, but {str(error) or type(error).__name__}"
             else:
                 shapes[shown.shape].append((place, shown))
         for group in shapes.values():
@@ -195,18 +194,18 @@ def decode(image: Any) -> Pixels:
     Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
     """
     if isinstance(image, np.ndarray):
-        if (
-            image.dtype != np.uint8
-            or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
-            or not image.size
-        ):
-            raise ValueError(f"an array must be uint8, (H, W, 3) or (H, W), got {image.dtype}, {image.shape}")
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+            raise ValueError(f"an array has to be uint8, (H, W, 3) or (H, W), got {image.dtype}, {image.shape}")
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
     if isinstance(image, os.PathLike):
         image = Path(image).read_bytes()
     if not isinstance(image, bytes | bytearray | memoryview):
-        raise TypeError(f"an image must be bytes, a pathlib.Path or an array of uint8, got {type(image).__name__}")
-    with Image.open(io.BytesIO(image)) as opened:
+        raise TypeError(f"only bytes, a pathlib.Path or an array of uint8 can be one, got {type(image).__name__}")
+    try:
+        opened = Image.open(io.BytesIO(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"Pillow knows no format of these {len(image)} bytes") from None
+    with opened:
         if opened.mode.startswith("I"):
             return np.repeat((np.asarray(opened) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
         if "transparency" in opened.info:
@@ -236,7 +235,7 @@ def scale_by_torch(image: Pixels, height: int, width: int) -> Pixels:
     """(H, W, 3) -> (height, width, 3), bilinear with antialiasing."""
     import torch
 
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
 

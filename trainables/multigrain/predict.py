@@ -79,8 +79,10 @@ def read(folder: Path) -> Served:
         raise FileNotFoundError(f"a model needs a checkpoint, but {folder} holds none that is intact")
     network, spec = network_of(saved)
     own, transform = spec.evaluation_size, spec.evaluation.transform
-    if setting is None:  # a learnt exponent counts as 1 below 1
-        setting = serving.Serving(own, max(1.0, float(network.pool.p)), None)
+    if setting is None:
+        p = network.pool.p
+        learnt = max(1.0, p.item()) if isinstance(p, Tensor) else p  # as it counts
+        setting = serving.Serving(own, learnt, None)
     network.pool = GeM(setting.p)
     return Served(
         Answers(network, setting.whitening).eval(),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from multigrain import spec as settings
 from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
+from multigrain.digests import Part, parts
 from multigrain.evaluation import Evaluation
 from multigrain.images import image_faults, image_problems
 from multigrain.intact import leave_out, write_intact
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "metrics",
     "prepare",
+    "sources",
     "worker_problems",
 ]
 
@@ -109,6 +111,11 @@ def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
         listed = manifest.with_name("skipped.txt")
         warnings.warn(f"{len(left_out)} of {len(dataset.paths)} images left out, listed in {listed}", stacklevel=2)
     return DataSettings(manifest=str(manifest))
+
+
+def sources(data: DataSettings) -> list[Part]:
+    """The parts of prepared data, each with its digest; see `multigrain.digests`."""
+    return parts(images_of(data))
 
 
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
