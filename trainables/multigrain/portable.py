@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -170,22 +171,21 @@ def digest(file: Path) -> dict[str, Any]:
 def _pickled(program: Path) -> str | None:
     """What in an archive of `torch.export` would be unpickled, or run as machine code; None if nothing would."""
     with zipfile.ZipFile(program) as archive:
-        for entry in archive.infolist():
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if len(entries) < len(archive.infolist()):
+            return "two entries of one name"
+        for entry in filter(lambda entry: entry.file_size, entries.values()):
             name = entry.filename.partition("/")[2]  # the archive's own name comes first
-            kind = name.rpartition("/")[2]
-            if name.endswith("_config.json") and "data/" in name:
-                payloads = json.loads(archive.read(entry))["config"]
-                if any(payload["use_pickle"] for payload in payloads.values()):
-                    return f"{name} names pickled tensors"
-            elif name.endswith(".json") or name in _PLAIN or (name.startswith("data/") and kind.startswith(_RAW)):
-                continue
-            elif entry.file_size:
-                return name
+            if name.startswith("data/") and name.endswith("_config.json"):
+                if any(payload["use_pickle"] for payload in json.loads(archive.read(entry))["config"].values()):
+                    return f"{entry.filename} names pickled tensors"
+            elif not (name in _PLAIN or name.endswith(".json") or re.fullmatch(_RAW, name)):
+                return entry.filename
     return None
 
 
 _PLAIN = {"archive_format", "archive_version", "byteorder", ".data/serialization_id", ".data/version"}
-_RAW = ("weight_", "tensor_")
+_RAW = r"data/(weights/weight|constants/tensor)_\d+"
 
 
 def decode(image: Any) -> Pixels:
