@@ -1,3 +1,10 @@
+import json
+import pickle
+import socket
+import sys
+from hashlib import sha256
+
+import mlflow
 import pandas as pd
 import pytest
 import toy
@@ -90,3 +97,110 @@ def test_the_digest_tells_names_and_contents_apart(tmp_path):
     digests = [registry._digest(folder) for folder in folders]
     assert len(set(digests)) == len(folders)
     assert registry._digest(tmp_path / "again") == digests[0]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The tracker, the run, and the folder of models:/apples/1."""
+    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
+    run_id = tracker.start("first", {}, {})
+    register(tracker, tmp_path / "model", run_id)
+    return tracker, run_id, registry.fetch(tracker.uri, "models:/apples/1").portable
+
+
+def test_a_version_tells_where_it_comes_from(stored):
+    tracker, run_id, portable = stored
+    version = tracker.client.get_model_version("apples", "1")
+    assert STORY.tags().items() <= version.tags.items()
+    assert version.tags["sha256"] == sha256((portable / "MANIFEST.json").read_bytes()).hexdigest()
+    assert version.description.startswith("# apples\n")
+    assert "| height | 0.7 |" in version.description.splitlines()
+    about = registry.fetch(tracker.uri, "models:/apples/1").about
+    assert set(about) == {"card.md", "experiment.yaml", "lineage.json"}
+    assert about["lineage.json"] == STORY.json()
+    assert version.description.partition("\n\nThe whole card")[0] in about["card.md"]
+    inputs = tracker.client.get_run(run_id).inputs.dataset_inputs
+    found = {(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in inputs}
+    assert found == {("heights", "a1b2", "training"), ("scale", "c3d4", "evaluation")}
+
+
+def test_a_model_is_loaded_by_mlflow_alone(stored):
+    _, _, portable = stored
+    code = (portable.parent.parent / "serving.py").read_text()
+    imports = {line.split()[1].partition(".")[0] for line in code.splitlines() if line.startswith(("import", "from"))}
+    assert imports - set(sys.stdlib_module_names) == {"mlflow", "pandas"}
+    lines = (portable.parent.parent / "requirements.txt").read_text().splitlines()
+    assert sorted(line.partition("==")[0] for line in lines) == ["mlflow", "pandas"]
+    assert not list(portable.parent.parent.rglob("*.pkl"))
+
+
+def resealed(portable):
+    """Somebody who changes a file and puts its digest into the manifest, too."""
+    (portable / "model.py").write_text("load = print\n")
+    manifest = json.loads((portable / "MANIFEST.json").read_text())
+    manifest["model.py"] = {"bytes": 13, "sha256": sha256(b"load = print\n").hexdigest()}
+    (portable / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda p: (p / "model.py").write_text("load = print\n"), "model.py was changed"),
+        (lambda p: (p / "checkpoint/state.json").write_text("{"), "checkpoint/state.json was changed"),
+        (lambda p: (p / "signature.json").unlink(), "signature.json is missing"),
+        (lambda p: (p / "more.py").touch(), "more.py is not listed"),
+        (resealed, "MANIFEST.json was changed"),
+        (lambda p: (p.parent.parent / "python_model").write_bytes(pickle.dumps(1)), "python_model holds a pickle"),
+        (lambda p: (p.parent.parent / "python_model.pkl").touch(), "python_model.pkl holds a pickle"),
+    ],
+)
+def test_a_version_whose_files_were_tampered_with_is_refused(stored, damage, told):
+    tracker, _, portable = stored
+    damage(portable)
+    with pytest.raises(TrackingError, match=f"models:/apples/1 {told}"):
+        registry.fetch(tracker.uri, "models:/apples/1")
+
+
+def test_mlflow_refuses_to_load_what_was_tampered_with(stored):
+    tracker, _, portable = stored
+    (portable / "checkpoint/state.json").write_text('{"height": 9}')
+    mlflow.set_tracking_uri(tracker.uri)
+    with pytest.raises(ValueError, match="the toy was changed"):
+        mlflow.pyfunc.load_model("models:/apples/1")
+
+
+def test_an_export_with_a_pickle_is_not_registered(tmp_path, monkeypatch):
+    def export(folder, out):
+        facts = toy_export(folder, out)
+        (out / "weights").write_bytes(pickle.dumps(facts))
+        manifest = json.loads((out / "MANIFEST.json").read_text())
+        content = (out / "weights").read_bytes()
+        manifest["weights"] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        (out / "MANIFEST.json").write_text(json.dumps(manifest))
+        return facts
+
+    toy_export = toy.export
+    monkeypatch.setattr(toy, "export", export)
+    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
+    with pytest.raises(TrackingError, match="weights holds a pickle"):
+        register(tracker, tmp_path / "model", tracker.start("first", {}, {}))
+    assert not tracker.client.search_registered_models()
+
+
+def test_an_alias_of_a_version_that_is_gone_points_nowhere(stored):
+    tracker, _, _ = stored
+    tracker.client.delete_model_version("apples", "1")
+    for name in ("models:/apples@champion", "models:/apples/1"):
+        with pytest.raises(TrackingError, match=f"{name} must be in the registry"):
+            registry.fetch(tracker.uri, name)
+
+
+def test_a_registry_that_does_not_answer_is_named_without_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(TrackingError, match=f"registry at http://127.0.0.1:{port}") as caught:
+        registry.fetch(f"http://me:hunter2@127.0.0.1:{port}", "models:/apples/1")
+    assert "hunter2" not in str(caught.value)
