@@ -100,7 +100,7 @@ def _parity(served: predict.Served, out: Path) -> dict[str, float]:
         ValueError: one is too large.
     """
     side, rng = _side(served.size), np.random.default_rng(0)
-    runs = {"torch": portable._torch(out / portable.PROGRAM, "cpu"), "onnx": portable._onnx(out / portable.NETWORK)}
+    runs = {"torch": portable._torch(out / portable.PROGRAM), "onnx": portable._onnx(out / portable.NETWORK)}
     parity = dict.fromkeys(runs, 0.0)
     for shape in ((1, side, side), (2, side, side + 32), (3, side + 64, side)):
         images = rng.integers(0, 256, (shape[0], 3, *shape[1:]), dtype=np.uint8)

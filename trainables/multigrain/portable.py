@@ -88,13 +88,12 @@ class Model:
         return answers
 
 
-def load(folder: Path, engine: str | None = None, device: str = "cpu") -> Model:
+def load(folder: Path, engine: str | None = None) -> Model:
     """The model in a folder, after a look at every file in it.
 
     Args:
         folder: with `model.json` and what it lists.
         engine: `torch` or `onnx`; by default PyTorch if it is installed.
-        device: of PyTorch.
     Raises:
         ValueError: a file is not the one that was exported, or holds a pickle; it is named.
     """
@@ -105,11 +104,11 @@ def load(folder: Path, engine: str | None = None, device: str = "cpu") -> Model:
 
         engine = "torch" if find_spec("torch") else "onnx"
     if engine == "torch":
-        return Model(facts, _torch(folder / PROGRAM, device), scale_by_torch)
+        return Model(facts, _torch(folder / PROGRAM), scale_by_torch)
     return Model(facts, _onnx(folder / NETWORK), scale_by_numpy)
 
 
-def _torch(file: Path, device: str) -> Run:
+def _torch(file: Path) -> Run:
     """Runs the exported program.
 
     `torch.export.load` unpickles the example inputs and what the archive calls pickled, so that an archive with either
@@ -119,16 +118,11 @@ def _torch(file: Path, device: str) -> Run:
         raise ValueError(f"a program must not hold a pickle, but {file} does: {fault}; export the model again")
     import torch
 
-    program = torch.export.load(file)
-    if device != "cpu":
-        from torch.export.passes import move_to_device_pass
-
-        program = move_to_device_pass(program, device)
-    module = program.module()
+    module = torch.export.load(file).module()
 
     @torch.no_grad()
     def run(images: np.ndarray[Any, Any]) -> Any:
-        return tuple(output.cpu().numpy() for output in module(torch.from_numpy(images).to(device)))
+        return tuple(output.numpy() for output in module(torch.from_numpy(images)))
 
     return run
 
