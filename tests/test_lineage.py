@@ -62,7 +62,7 @@ def test_the_card_tells_model_figures_data_training_software_and_settings():
     card = lineage.card("apples", FACTS, STORY)
     assert [line for line in card.splitlines() if line.startswith("#")] == [
         "# apples",
-        "## Figures, with 95 % intervals over trainings",
+        "## Figures, and 95 % intervals of the mean over trainings",
         "## Data",
         "## Training",
         "## Software",

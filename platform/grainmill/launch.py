@@ -215,11 +215,11 @@ class _Run:
 
 
 def _interval(name: str, value: float, chosen: Candidate) -> Interval:
-    """Of a metric, over the trainings of the winner; the value of the one that ships where nothing was repeated."""
+    """A metric of the training that ships, and the interval of the winner's mean where it was trained again."""
     estimate = chosen.estimates.get(name)
     if estimate is None or not math.isfinite(estimate.half):
         return Interval(value)
-    return Interval(estimate.mean, estimate.low, estimate.high)
+    return Interval(value, estimate.low, estimate.high)
 
 
 def _resolved(experiment: Experiment) -> str:

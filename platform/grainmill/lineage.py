@@ -41,7 +41,7 @@ class Lineage:
     hardware: Mapping[str, str]
     cost: Mapping[str, float]
     metrics: Mapping[str, Interval]
-    """Of the setting, over its trainings; without an interval where there was one."""
+    """Of this training, each with the interval of its setting's mean over trainings, if there were several."""
 
     def tags(self) -> dict[str, str]:
         """To find versions by."""
@@ -91,7 +91,7 @@ def card(name: str, facts: Mapping[str, Any], lineage: Lineage) -> str:
     cost = [(kind, f"{seconds:.0f}") for kind, seconds in lineage.cost.items()]
     return hidden(
         _part(f"# {name}", [("trainable", lineage.trainable), *((key, _short(value)) for key, value in facts.items())])
-        + _part("## Figures, with 95 % intervals over trainings", lineage.metrics.items())
+        + _part("## Figures, and 95 % intervals of the mean over trainings", lineage.metrics.items())
         + _part("## Data", data)
         + _part("## Training", [*lineage.places.items(), *cost, *lineage.hardware.items()])
         + _part("## Software", lineage.environment.items())
