@@ -127,7 +127,7 @@ def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
 
 
 def test_no_secret_of_the_environment_is_written(tmp_path, watch, monkeypatch):
-    ours = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
+    ours = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", *ours):
         monkeypatch.setenv(name, f"canary {name}")
     call(launch.train, experiment(tmp_path), tmp_path, watch)
