@@ -126,6 +126,33 @@ def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
     assert outcome.report.parent.name == "train-1"
 
 
+def test_no_secret_of_the_environment_is_written(tmp_path, watch, monkeypatch):
+    ours = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", *ours):
+        monkeypatch.setenv(name, f"canary {name}")
+    call(launch.train, experiment(tmp_path), tmp_path, watch)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "experiment.yaml", "lineage.json", "card.md", "report.html"} <= {path.name for path in written}
+    assert [str(path) for path in written if b"canary" in path.read_bytes()] == []
+
+
+def test_a_version_comes_of_its_trial_its_seed_and_its_data(twice, client):
+    storage, (first, _) = twice
+    version = client.get_model_version("chain", "1")
+    parent = (storage / "chain" / "run-1" / "parent-run").read_text()
+    tags = version.tags
+    assert (tags["search.run"], tags["search"]) == (parent, (storage / "chain" / "run-1").as_uri())
+    assert tags["trial"] == f"trial-{first.winner.trial.number:04d}"
+    assert client.get_run(tags["trial.run"]).info.run_name == tags["trial"]
+    assert (tags["training"], tags["seed"]) == (f"final-{first.final.number:04d}", "1")
+    assert client.get_run(version.run_id).info.run_name == tags["training"]
+    assert (tags["data.heights"], tags["data.scale"]) == ("a1b2", "c3d4")
+    assert float(tags["cost.cpu_seconds"]) >= 0
+    assert tags["hardware.workers"] == "1 of 1 CPU"
+    pictures = {item.path for item in client.list_artifacts(version.run_id, "report")}
+    assert pictures == {item.path for item in client.list_artifacts(parent, "report")} != set()
+
+
 def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch):
     broken = experiment(tmp_path, base={"kind": "broken"}, search={"trials": 1})
     with pytest.raises(SearchError, match=r"none of 1 did.*the toy is broken"):
@@ -190,12 +217,12 @@ def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_pat
         mlflow.set_tracking_uri({local_uri(tmp_path)!r})
         model = mlflow.pyfunc.load_model("models:/chain@champion")
         table = pandas.DataFrame({{"image": [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]}})
-        numpy.save("descriptors.npy", numpy.stack(model.predict(table)["descriptor"]))
+        numpy.save("descriptors.npy", numpy.stack(model.predict(table)["embedding"]))
     """)
     subprocess.run([sys.executable, "-c", code, *map(str, images)], cwd=tmp_path, check=True)
     checkpoints = outcome.report.parent / "trials" / f"final-{outcome.final.number:04d}"
     expected = catalog.find("multigrain").load(checkpoints)(pd.DataFrame({"image": [p.read_bytes() for p in images]}))
     loaded = np.load(tmp_path / "descriptors.npy")
     assert loaded.shape == (len(images), 128)
-    assert np.abs(loaded - np.stack(expected["descriptor"])).max() <= 1e-5
+    assert np.abs(loaded - np.stack(expected["embedding"])).max() <= 1e-5
     assert np.allclose(np.linalg.norm(loaded, axis=1), 1, atol=1e-4)

@@ -23,7 +23,9 @@ Evaluation = trainable.Evaluation
 metrics = trainable.metrics
 data_problems = trainable.data_problems
 prepare = trainable.prepare
+sources = trainable.sources
 load = trainable.load
+export = trainable.export
 evaluate = trainable.evaluate
 example = trainable.example
 
