@@ -1,7 +1,9 @@
 """Figures of an evaluation: what they are called, and which of them count most."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 from multigrain.grid import Setting
 
@@ -27,6 +29,36 @@ class Figure:
         """Such as `roxford5k/hard/map/500/p4-whitened`; none begins with another and a slash."""
         parts = (self.benchmark, self.part, self.measure, self.at.name)
         return "/".join(part for part in parts if part).replace("@", "-at-").replace("+", "")  # MLflow's rules
+
+
+class Grid(NamedTuple):
+    """One measure at every size and exponent."""
+
+    title: str
+    across: str
+    """What the columns are."""
+    down: str
+    """What the rows are."""
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float]]
+
+
+def grids(figures: Sequence[Figure]) -> list[Grid]:
+    """For each part of each benchmark, whitened or not, its first measure: sizes down, exponents across."""
+
+    def panel(figure: Figure) -> tuple[str, str, bool]:
+        return figure.benchmark, figure.part, figure.at.whitened
+
+    first = {figure.benchmark: figure.measure for figure in reversed(figures)}
+    kept = sorted((figure for figure in figures if figure.measure == first[figure.benchmark]), key=panel)
+    found = []
+    for (name, part, whitened), group in groupby(kept, key=panel):
+        value = {(figure.at.size, figure.at.p): figure.value for figure in group}
+        sizes, exponents = sorted({size for size, _ in value}), sorted({p for _, p in value})
+        title = " ".join(filter(None, (name, part, first[name]))) + (", whitened" if whitened else "")
+        rows = {str(size): [value[size, p] for p in exponents] for size in sizes}
+        found.append(Grid(title, "p*", "s*, pixels", [f"{p:.3g}" for p in exponents], rows))
+    return found
 
 
 def headlines(figures: Sequence[Figure], settings: Sequence[Setting]) -> list[Figure]:
