@@ -38,8 +38,8 @@ class Assessment:
     figures: Sequence[Figure]
     """All of the grid."""
     headlines: Sequence[Figure]
-    """For each measure the figures at the network's own setting and, at each size, at the exponent that the proxy task
-    chose, not whitened; and the best. Each once."""
+    """For each measure the figures at the network's own setting, for a benchmark's first one also those at the exponent
+    that the proxy task chose for each size, not whitened; and the best. Each once."""
     grids: Sequence[Grid]
     """The first measure of each benchmark at every setting; none if there is but one size and one exponent."""
     notes: Sequence[str]

@@ -62,10 +62,15 @@ def grids(figures: Sequence[Figure]) -> list[Grid]:
 
 
 def headlines(figures: Sequence[Figure], settings: Sequence[Setting]) -> list[Figure]:
-    """For each measure the figures at some settings, in that order, and the best of all; each once."""
+    """For each measure the figures at some settings, in that order, and the best of all; each once.
+
+    At the settings after the first there is only a benchmark's first measure.
+    """
+    first = {figure.benchmark: figure.measure for figure in reversed(figures)}
     chosen: list[Figure] = []
     for key in dict.fromkeys((figure.benchmark, figure.part, figure.measure) for figure in figures):
         group = [figure for figure in figures if (figure.benchmark, figure.part, figure.measure) == key]
-        told = [figure for at in settings for figure in group if figure.at == at]
+        some = settings if group[0].measure == first[group[0].benchmark] else settings[:1]
+        told = [figure for at in some for figure in group if figure.at == at]
         chosen += dict.fromkeys([*told, max(group, key=lambda figure: figure.value)])
     return chosen
