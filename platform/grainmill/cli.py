@@ -284,7 +284,7 @@ def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
     header, rows = comparison(checked, outcome.records, outcome.winner)
     table = Table(*header, title=counted(outcome.records) if outcome.records else None)
     for row in rows:
-        table.add_row(*row, end_section=row is rows[len(checked.space) - 1] and bool(outcome.records))
+        table.add_row(*row, end_section=bool(outcome.records) and row is rows[len(checked.space) - 1])
     out.print(table)
     if len(outcome.candidates) > 1:
         header, rows = contest(checked, outcome.candidates, outcome.winner)

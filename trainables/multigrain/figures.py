@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 from multigrain.grid import Setting
@@ -46,14 +45,13 @@ class Grid(NamedTuple):
 def grids(figures: Sequence[Figure]) -> list[Grid]:
     """For each part of each benchmark, whitened or not, its first measure: sizes down, exponents across."""
 
-    def panel(figure: Figure) -> tuple[str, str, bool]:
-        return figure.benchmark, figure.part, figure.at.whitened
-
     first = {figure.benchmark: figure.measure for figure in reversed(figures)}
-    kept = sorted((figure for figure in figures if figure.measure == first[figure.benchmark]), key=panel)
+    panels: dict[tuple[str, str, bool], dict[tuple[int, float], float]] = {}
+    for one in figures:
+        if one.measure == first[one.benchmark]:
+            panels.setdefault((one.benchmark, one.part, one.at.whitened), {})[one.at.size, one.at.p] = one.value
     found = []
-    for (name, part, whitened), group in groupby(kept, key=panel):
-        value = {(figure.at.size, figure.at.p): figure.value for figure in group}
+    for (name, part, whitened), value in panels.items():
         sizes, exponents = sorted({size for size, _ in value}), sorted({p for _, p in value})
         title = " ".join(filter(None, (name, part, first[name]))) + (", whitened" if whitened else "")
         rows = {str(size): [value[size, p] for p in exponents] for size in sizes}

@@ -109,20 +109,20 @@ def per_query(
     return values
 
 
-def _precisions(pairs: Pairs, times: Ints | None) -> Iterator[tuple[Floats, Floats, Floats]]:
+def _precisions(pairs: Pairs, times: Ints | None) -> Iterator[tuple[NDArray[Any], ...]]:
     """Of the global ranking at each positive pair, (B, m), by blocks of m: how often that pair is there, how many
     positive ones there are so far, and the precision.
     """
     if not len(pairs.owner):
         raise ValueError("a ranking of pairs needs a positive one, got none; check the truth")
     times = np.ones((1, len(pairs.above)), np.int64) if times is None else times
-    # Products of whole numbers are exact below 2^24 in fp32, which is twice as fast.
-    most = int(times.sum(axis=1).max()) * int(pairs.above.max())
-    weights = times.astype(np.float32 if most < 2**24 else np.float64)
-    before = np.zeros((len(times), 1))
+    # Counts are exact in fp32 below 2^24; what is left is its rounding of a ratio, which no sample minds.
+    most = int(times.sum(axis=1).max()) * int(pairs.above.max()) + int(times.max()) * len(pairs.owner)
+    weights = times.astype(np.float32 if len(times) > 1 and most < 2**24 else np.float64)
+    before = np.zeros((len(times), 1), weights.dtype)
     step = max(1, BLOCK // len(times))
     for block in (slice(start, start + step) for start in range(0, len(pairs.owner), step)):
-        count = times[:, pairs.owner[block]].astype(np.float64)
+        count = weights[:, pairs.owner[block]]
         right = before + count.cumsum(axis=1)
         wrong = weights @ pairs.above[:, block].astype(weights.dtype)
         yield count, right, right / np.maximum(right + wrong, 1)
