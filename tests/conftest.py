@@ -11,6 +11,7 @@ from pathlib import Path
 # Before the libraries are imported: nothing leaves this machine, and only our own output is printed.
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # as the command does
+os.environ["OMP_NUM_THREADS"] = "1"  # on images this small, threads cost more than they save
 
 import pytest
 import ray

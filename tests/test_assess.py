@@ -117,30 +117,33 @@ def slow_whitened(fitted_on, embeddings):
     )
 
 
-def slow_map(queries, database, truths):
-    """Of (positives, left out) of each query: trapezoids under the curve, position for position."""
+def slow_maps(queries, database, truths):
+    """Of (positives, left out) of each query, position for position: trapezoids under the curve, and its steps."""
     found = []
     for query, (positives, left_out) in zip(queries, truths, strict=True):
         order = [i for i in torch.argsort(-(database @ query)).tolist() if i not in left_out]
-        right, area, last = 0, 0.0, 1.0
+        right, area, steps, last = 0, 0.0, 0.0, 1.0
         for position, item in enumerate(order):
             if item in positives:
                 right += 1
                 area += (last + right / (position + 1)) / 2 / len(positives)
+                steps += right / (position + 1) / len(positives)
             last = right / (position + 1)
-        found.append(area)
-    return sum(found) / len(found)
+        found.append((area, steps))
+    return [sum(values) / len(values) for values in zip(*found, strict=True)]
 
 
-def slow_micro_ap(queries, database, positives):
+def slow_micro(queries, database, positives):
+    """Micro-AP, and the recall at a precision of 90 %, pair for pair."""
     asked = zip(queries, positives, strict=True)
     pairs = [(float(query @ item), i in positive) for query, positive in asked for i, item in enumerate(database)]
     scores = sorted(pairs, reverse=True)
-    right, total = 0, 0.0
+    right, total, reached = 0, 0.0, 0
     for position, (_, good) in enumerate(scores, 1):
         right += good
         total += good * right / position
-    return total / right
+        reached = right if right / position >= 0.9 else reached
+    return total / right, reached / right
 
 
 @pytest.mark.parametrize("whitened", [False, True])
@@ -163,7 +166,8 @@ def test_figures_are_those_of_whole_forward_passes(assessed, trained, roots, siz
     groups = [path.stem[:4] for path in paths]
     heads = [index for index, path in enumerate(paths) if path.stem.endswith("00")]
     truths = [({i for i, group in enumerate(groups) if group == groups[q] and i != q}, {q}) for q in heads]
-    expected = {("holidays", "", "map"): slow_map(everything[heads], everything, truths)}
+    maps = slow_maps(everything[heads], everything, truths)
+    expected = {("holidays", "", name): value for name, value in zip(("map", "map_finite"), maps, strict=True)}
 
     originals = sorted((roots["copydays"] / "original").iterdir())
     database = described([*originals, *sorted((roots["copydays"] / "distractors").rglob("*.png"))])
@@ -171,16 +175,20 @@ def test_figures_are_those_of_whole_forward_passes(assessed, trained, roots, siz
         copies = sorted((roots["copydays"] / part).iterdir())
         queries = described(copies)
         positives = [{[path.stem[:4] for path in originals].index(copy.stem[:4])} for copy in copies]
-        expected["copydays", part, "map"] = slow_map(queries, database, [(one, set()) for one in positives])
-        expected["copydays", part, "micro_ap"] = slow_micro_ap(queries, database, positives)
+        values = (
+            *slow_maps(queries, database, [(one, set()) for one in positives]),
+            *slow_micro(queries, database, positives),
+        )
+        for name, value in zip(("map", "map_finite", "micro_ap", "recall@p90"), values, strict=True):
+            expected["copydays", part, name] = value
     assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_queries_of_other_parts_do_not_count(assessed, trained, roots, tmp_path):
     shutil.copytree(roots["copydays"], tmp_path / "copydays", ignore=shutil.ignore_patterns("crops"))
     alone = evaluate(trained, Evaluation(on={"copydays": str(tmp_path / "copydays")}), tmp_path / "out").figures
-    assert [one.measure for one in alone] == ["map", "micro_ap"]
-    for mine, other in zip(alone, [one for one in assessed[0].figures if one.at == OWN][1:3], strict=True):
+    assert [one.measure for one in alone] == ["map", "map_finite", "micro_ap", "recall@p90"]
+    for mine, other in zip(alone, [one for one in assessed[0].figures if one.at == OWN][2:6], strict=True):
         assert other.part == "strong"
         assert (mine.value, mine.low, mine.high) == (other.value, other.low, other.high)
 
@@ -192,7 +200,7 @@ def test_intervals_hold_their_figures(assessed):
 
 def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(assessed):
     assessment, out, _ = assessed
-    assert len(assessment.figures) == 8 * (1 + 3 * 2)
+    assert len(assessment.figures) == 8 * (2 + 3 * 4)
     names = [one.name for one in assessment.figures]
     assert len(set(names)) == len(names)
     assert {"holidays/map/32/p3", "copydays/crops/10/micro_ap/24/p1-whitened"} <= {*names}
@@ -271,9 +279,14 @@ def test_a_second_call_reads_what_the_first_embedded(assessed, trained, monkeypa
         evaluate(trained, settings.model_copy(update={"sizes": (40,)}), out)
 
 
+def settings_of(assessment):
+    return [one.at for one in assessment.figures if one.measure == "map"]
+
+
 def test_without_a_grid_only_the_own_setting_counts(trained, roots, tmp_path):
     assessment = evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
-    assert [one.at for one in assessment.figures] == [OWN]
+    assert settings_of(assessment) == [OWN]
+    assert not assessment.grids
     assert assessment.headlines == assessment.figures
     assert [path.name for path in assessment.files] == ["figures.csv", "holidays.html"]
 
@@ -281,7 +294,7 @@ def test_without_a_grid_only_the_own_setting_counts(trained, roots, tmp_path):
 def test_the_own_setting_joins_a_grid_without_it(trained, roots, tmp_path):
     settings = Evaluation(on={"holidays": str(roots["holidays"])}, sizes=[24], exponents=[2, 5])
     assessment = evaluate(trained, settings, tmp_path)
-    assert [one.at[:2] for one in assessment.figures] == [(size, p) for size in (32, 24) for p in (3, 2, 5)]
+    assert [at[:2] for at in settings_of(assessment)] == [(size, p) for size in (32, 24) for p in (3, 2, 5)]
     assert assessment.headlines[0].at == OWN
 
 
@@ -371,7 +384,7 @@ def test_whitening_needs_images(trained, roots, tmp_path):
     (tmp_path / "white/.hidden").mkdir(parents=True)
     (tmp_path / "white/.hidden/one.jpg").touch()
     settings = Evaluation(on={"holidays": str(roots["holidays"])}, whiten=str(tmp_path / "white"))
-    with pytest.raises(DataError, match=r"whitening needs images, but there are none below .*white"):
+    with pytest.raises(DataError, match=r"whitening needs images, but there are none in .*white"):
         evaluate(trained, settings, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
@@ -445,9 +458,10 @@ def test_the_proxy_task_chooses_for_each_size(served, scores):
         one = scores[size][p]
         told = f"p* = {p:g} at {size} pixels by the proxy task: mean of copy mAP {one.copy_map:.2f} and "
         assert f"{told}top-1 {one.top1:.2f}" in assessment.notes
-    best = max(assessment.figures, key=lambda one: one.value).at
-    told = [OWN, *(Setting(size, p, False) for size, p in chosen.items()), best]
-    assert [one.at for one in assessment.headlines] == list(dict.fromkeys(told))
+    for measure in ("map", "map_finite"):
+        best = max((one for one in assessment.figures if one.measure == measure), key=lambda one: one.value).at
+        told = [OWN, *(Setting(size, p, False) for size, p in chosen.items() if measure == "map"), best]
+        assert [one.at for one in assessment.headlines if one.measure == measure] == list(dict.fromkeys(told))
 
 
 def test_headlines_come_once():
@@ -482,8 +496,8 @@ def test_the_model_that_serves_answers_as_it_was_measured(served, scores, traine
     groups = [path.stem[:4] for path in paths]
     heads = [index for index, path in enumerate(paths) if path.stem.endswith("00")]
     truths = [({i for i, group in enumerate(groups) if group == groups[q] and i != q}, {q}) for q in heads]
-    (measured,) = (one.value for one in assessment.figures if one.at.name == assessment.served)
-    assert slow_map(found[heads], found, truths) == pytest.approx(measured, abs=1e-6)
+    measured = [one.value for one in assessment.figures if one.at.name == assessment.served]
+    assert slow_maps(found[heads], found, truths) == pytest.approx(measured, abs=1e-6)
 
 
 def served_at(trained, roots, out, **serve):
@@ -492,7 +506,7 @@ def served_at(trained, roots, out, **serve):
 
 def test_the_setting_to_serve_joins_the_grid(trained, roots, tmp_path):
     assessment = served_at(trained, roots, tmp_path, size=40, p=2.5)
-    assert [one.at for one in assessment.figures] == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
+    assert settings_of(assessment) == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
     assert assessment.served == "40/p2.5"
     served = predict.read(assessment.model)
     assert (served.answers.network.pool.p, served.p, served.size, served.transform) == (2.5, 2.5, 40, "rect")
@@ -501,7 +515,7 @@ def test_the_setting_to_serve_joins_the_grid(trained, roots, tmp_path):
 
 def test_one_that_is_there_is_not_there_twice(trained, roots, tmp_path):
     assessment = served_at(trained, roots, tmp_path, size=32, p=3)
-    assert [one.at for one in assessment.figures] == [OWN]
+    assert settings_of(assessment) == [OWN]
     assert predict.read(assessment.model).transform == "crop"
 
 

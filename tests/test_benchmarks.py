@@ -609,6 +609,13 @@ def test_disc21_has_queries_without_a_reference(tmp_path):
     assert benchmark.measures[0] == "micro_ap"
 
 
+def test_ground_truth_of_disc21_as_its_authors_head_it(tmp_path):
+    expected = told(read("disc21", layouts.disc21(tmp_path)))
+    text = (tmp_path / "groundtruth.csv").read_text().replace("query,reference", "query_id,reference_id")
+    (tmp_path / "groundtruth.csv").write_text(text)
+    assert told(read("disc21", tmp_path)) == expected
+
+
 def test_what_disc21_lacks_is_named(tmp_path):
     layouts.disc21(tmp_path)
     (tmp_path / "references/R000000.jpg").unlink()
@@ -628,7 +635,7 @@ def test_what_disc21_lacks_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("", ["must begin with query,reference, got nothing"]),
+        ("", ["must begin with query,reference or query_id,reference_id, got nothing"]),
         ("Q00000,R000002\n", ["must begin with query,reference"]),
         ("query,reference\nQ00000\n,R000002\n", ["row 2: a row must be", "row 3: a row must be"]),
         ("query,reference\nQ00000,\nQ00000,R000001\n", ["row 3: a query comes again"]),

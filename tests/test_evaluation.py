@@ -215,6 +215,10 @@ def test_the_command_shows_headlines_published_figures_notes_files_and_the_model
     assert done.returncode == 0, done.stderr
     assert cells(done.stdout, "scale/height") == [["scale/height", "0.5000", "0.4000 to 0.6000", "0.5000"]]
     assert "scale/workers" not in done.stdout
+    assert [line.strip() for line in done.stdout.splitlines()].count("heights") == 1
+    assert "┃ pixels \\ p* ┃ 3      ┃ inf    ┃" in done.stdout
+    assert cells(done.stdout, "│ 224   ") == [["224", "0.2500", "0.5000"]]
+    assert cells(done.stdout, "│ 500   ") == [["500", "0.1250", "3.0000"]]
     first, second = done.stdout.split("published: ")[1:]
     assert first.splitlines()[0].strip() == "scale"
     assert cells(first, "Table") == [

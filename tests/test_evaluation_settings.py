@@ -106,10 +106,23 @@ def test_a_whitening_needs_more_images_than_dimensions(tmp_path, count, dimensio
     if enough:
         assert len(inputs(settings, CLASSES, C).whitening) == count
         return
-    with pytest.raises(DataError, match=r"needs more images than dimensions, got 5 for 5 below .*white; add images or"):
+    with pytest.raises(DataError, match=r"needs more images than dimensions, got 5 for 5 in .*white; add images or"):
         inputs(settings, CLASSES, C)
     fewer = settings.model_copy(update={"dimension": 4})
     assert len(inputs(fewer, CLASSES, C).whitening) == count
+
+
+def test_a_whitening_of_a_list_of_images(tmp_path):
+    draw(tmp_path / "lists/images", *(f"{number} ü.png" for number in range(7)))
+    paths = [tmp_path / f"lists/images/{number} ü.png" for number in range(7)]
+    lines = [*(f"images/{path.name}" for path in paths[:0:-1]), "", str(paths[0]), f"images/{paths[3].name}"]
+    file = tmp_path / "lists/images.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    settings = Evaluation(on={"holidays": str(holidays(tmp_path / "holidays"))}, whiten=str(file))
+    assert inputs(settings, CLASSES, C).whitening == paths
+    paths[2].unlink()
+    with pytest.raises(DataError, match=rf"^1 images of {file} are missing: {paths[2]}$"):
+        inputs(settings, CLASSES, C)
 
 
 def test_the_dimension_is_at_most_that_of_the_network(tmp_path):
@@ -143,7 +156,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, mirrored):
         f"the root of holidays must be a folder, but there is nothing at {tmp_path / 'no'}",
         "s3://closed/x is closed",
         "imagenet needs a network of its classes, but this one knows 2 others; leave it out",
-        f"whitening needs images, but there are none below {tmp_path / 'white'}; name another folder",
+        f"whitening needs images, but there are none in {tmp_path / 'white'}; name another folder",
         "s3://closed/y is closed",
     )
     for problem, start in zip(caught.value.problems, starts, strict=True):

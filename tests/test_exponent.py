@@ -37,7 +37,7 @@ SIZE = 24
 SHAPES = [(40, 30), (20, 40), (32, 32), (48, 24)]
 """Widths and heights of the files: at 24 pixels, maps of 24 x 18, 12 x 24, 24 x 24 and 24 x 12 pixels."""
 CHANGES = {
-    "plain": {"model": {"p": 2.5}},
+    "plain": {"model": {"p": 2.5}, "evaluation": {"variants": {"exponents": [4]}}},
     "learnt": {"model": {"learn_p": True}, "optimizer": {"rate": 20.0, "ema": 0.5}},
     "maximum": {"model": {"p": math.inf}},
 }
@@ -238,7 +238,7 @@ def test_nothing_but_p_changes(data, spec, tmp_path):
     assert left.state["spec"] == {
         **was.state["spec"],
         "model": {**was.state["spec"]["model"], **changed},
-        "evaluation": {"transform": "rect", "size": SIZE},
+        "evaluation": {**was.state["spec"]["evaluation"], "transform": "rect", "size": SIZE},
     }
     assert result.metrics["p"] != 2.5
     assert contents(source) == before

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from multigrain import search
-from multigrain.figures import Figure
+from multigrain.figures import Figure, grids
 from multigrain.gallery import BEST, FOUND, SIDE, WORST, heat_map, page
 from multigrain.grid import Setting
 from multigrain.pictures import Benchmark, Picture, indices
@@ -174,7 +174,7 @@ def test_a_panel_of_the_heat_map_is_a_part_of_a_benchmark_whitened_or_not(tmp_pa
         *grid_of("ukbench", "", values, measure="ukb"),
         *grid_of("imagenet", "", other, measure="top1"),
     ]
-    assert heat_map(tmp_path / "grid.png", figures) == tmp_path / "grid.png"
+    assert heat_map(tmp_path / "grid.png", grids(figures)) == tmp_path / "grid.png"
     with Image.open(tmp_path / "grid.png") as image:
         assert image.format == "PNG"
     (canvas,) = drawn
@@ -193,7 +193,7 @@ def test_a_panel_of_the_heat_map_is_a_part_of_a_benchmark_whitened_or_not(tmp_pa
 
 
 def test_a_heat_map_of_one_panel(tmp_path, drawn):
-    heat_map(tmp_path / "grid.png", grid_of("holidays", "", {(224, 3.0): 0.5, (500, 3.0): 0.5}))
+    heat_map(tmp_path / "grid.png", grids(grid_of("holidays", "", {(224, 3.0): 0.5, (500, 3.0): 0.5})))
     (axes,) = drawn[0].axes
     assert texts(axes) == {(0, 0): "0.500", (1, 0): "0.500"}
     assert axes.get_title() == "holidays map"

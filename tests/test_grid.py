@@ -290,6 +290,19 @@ def test_descriptors_are_the_embeddings_at_unit_length():
     assert descriptors(embeddings[:0], None).shape == (0, 4)
 
 
+@pytest.mark.parametrize("whitening", [None, Whitening(torch.zeros(5).double(), torch.eye(5, 3).double())])
+def test_with_a_folder_descriptors_and_embeddings_lie_in_files_without_a_name(pictures, tmp_path, whitening):
+    embeddings = np.random.default_rng(0).random((3000, 4)).astype("f4")
+    found = descriptors(embeddings, whitening, tmp_path)
+    assert isinstance(found, np.memmap)
+    assert np.array_equal(found, descriptors(embeddings, whitening))
+    assert not [*tmp_path.iterdir()]
+    assert descriptors(embeddings[:0], whitening, tmp_path).shape == (0, found.shape[1])
+    for at in embed(network_of(3.0), pictures, 32, "rect", (1.0, 3.0), CPU, folder=tmp_path).values():
+        assert isinstance(at, np.memmap)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy"}
+
+
 def test_whitened_descriptors_are_those_of_the_whitening():
     embeddings = np.random.default_rng(0).random((5000, 4)).astype("f4")
     whitening = Whitening.fit(torch.from_numpy(embeddings[:100]), dimension=3)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,10 +68,19 @@ class Published(NamedTuple):
     source: str
 
 
+class Grid(NamedTuple):
+    title: str
+    across: str
+    down: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float]]
+
+
 @dataclass(frozen=True)
 class Assessment:
     figures: list[Figure]
     headlines: list[Figure]
+    grids: list[Grid]
     notes: list[str]
     files: list[Path]
     model: Path | None
@@ -219,6 +228,7 @@ def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
     return Assessment(
         figures,
         figures[:1],
+        [Grid("heights", "p*", "pixels", ["3", "inf"], {"224": [0.25, value], "500": [0.125, 3.0]})],
         [f"a toy, of rank {rank}"],
         [out / "figures.csv"],
         out / "model" if settings.serve else None,

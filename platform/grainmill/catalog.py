@@ -51,6 +51,18 @@ class Figure(Protocol):
     """The published figure to compare with."""
 
 
+class Grid(Protocol):
+    """One measure at every setting of two dimensions."""
+
+    title: str
+    across: str
+    """What the columns are."""
+    down: str
+    """What the rows are."""
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float]]
+
+
 class Published(Protocol):
     """A published figure to compare with, of one network."""
 
@@ -77,6 +89,7 @@ class Assessment(Protocol):
     figures: Sequence[Figure]
     headlines: Sequence[Figure]
     """Those to show."""
+    grids: Sequence[Grid]
     notes: Sequence[str]
     """What a reader must know to believe the figures."""
     files: Sequence[Path]

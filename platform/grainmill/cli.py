@@ -134,12 +134,17 @@ def evaluate(
 
 
 def _show(assessment: catalog.Assessment) -> None:
-    """The headlines, published figures by benchmark, notes and files."""
+    """The headlines, the grids, published figures by benchmark, notes and files."""
     table = Table(Column("", overflow="fold"), "value", "95 % interval", "paper")
     for one in assessment.headlines:
         paper = "" if one.paper is None else f"{one.paper:.4f}"
         table.add_row(one.name, f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}", paper)
     out.print(table)
+    for grid in assessment.grids:
+        table = Table(f"{grid.down} \\ {grid.across}", *grid.columns, title=grid.title)
+        for name, values in grid.rows.items():
+            table.add_row(name, *(f"{value:.4f}" for value in values))
+        out.print(table)
     tables: dict[str, Table] = {}
     for row in assessment.published:
         distractors = f"with {row.distractors:,} distractors" if row.distractors else ""
@@ -280,7 +285,7 @@ def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
     header, rows = comparison(checked, outcome.records, outcome.winner)
     table = Table(*header, title=counted(outcome.records) if outcome.records else None)
     for row in rows:
-        table.add_row(*row, end_section=row is rows[len(checked.space) - 1] and bool(outcome.records))
+        table.add_row(*row, end_section=bool(outcome.records) and row is rows[len(checked.space) - 1])
     out.print(table)
     if len(outcome.candidates) > 1:
         header, rows = contest(checked, outcome.candidates, outcome.winner)

@@ -15,7 +15,7 @@ from multigrain import checkpoint, gallery, grid, group, proxy, published, resul
 from multigrain.augment import EvaluationTransform
 from multigrain.data import DataError
 from multigrain.evaluation import PROXY, Evaluation, Inputs, inputs
-from multigrain.figures import Figure, headlines
+from multigrain.figures import Figure, Grid, grids, headlines
 from multigrain.grid import Setting
 from multigrain.model import MultiGrain
 from multigrain.pictures import Benchmark
@@ -38,8 +38,10 @@ class Assessment:
     figures: Sequence[Figure]
     """All of the grid."""
     headlines: Sequence[Figure]
-    """For each measure the figures at the network's own setting and, at each size, at the exponent that the proxy task
-    chose, not whitened; and the best. Each once."""
+    """For each measure the figures at the network's own setting, for a benchmark's first one also those at the exponent
+    that the proxy task chose for each size, not whitened; and the best. Each once."""
+    grids: Sequence[Grid]
+    """The first measure of each benchmark at every setting; none if there is but one size and one exponent."""
     notes: Sequence[str]
     """What a reader must know to believe the figures."""
     files: Sequence[Path]
@@ -154,7 +156,7 @@ class _Run:
                     yield from self._of_classes(benchmark, embeddings, Setting(size, p, False))
                     continue
                 for whitening in (None, whitenings[p]) if whitenings else (None,):
-                    descriptors = grid.descriptors(embeddings, whitening)
+                    descriptors = grid.descriptors(embeddings, whitening, self.out / "embeddings")
                     yield from self._of_parts(benchmark, descriptors, Setting(size, p, whitening is not None))
 
     def _embed(self, pictures: Sequence[Source], size: int, transform: EvaluationTransform) -> dict[float, Embeddings]:
@@ -215,8 +217,9 @@ class _Run:
         """Write what is left to write, and put all results in place."""
         results.write_figures(self.draft / "figures.csv", figures)
         files = ["figures.csv"]
-        if len(self.sizes) * len(self.exponents) > 1:
-            files.append(gallery.heat_map(self.draft / "grid.png", figures).name)
+        shown = grids(figures) if len(self.sizes) * len(self.exponents) > 1 else []
+        if shown:
+            files.append(gallery.heat_map(self.draft / "grid.png", shown).name)
         if self.scores:
             results.write_proxy(self.draft / "proxy.csv", self.scores, self.chosen)
             files.append("proxy.csv")
@@ -230,6 +233,7 @@ class _Run:
         return Assessment(
             figures,
             headlines(figures, [self.own, *chosen]),
+            shown,
             self._notes(),
             [self.out / name for name in files],
             self.out / "model" if self.served else None,

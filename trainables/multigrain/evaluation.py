@@ -3,6 +3,7 @@
 No torch here, as in `data`.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self, TypeVar
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from multigrain import benchmarks, remote
 from multigrain.data import DataError, Dataset, read_dataset
-from multigrain.pictures import Benchmark, images, some
+from multigrain.pictures import Benchmark, images, noted, some
 from multigrain.spec import Settings
 
 Found = TypeVar("Found")
@@ -54,7 +55,8 @@ class Evaluation(Settings):
     exponents: Annotated[tuple[Exponent, ...], Field(min_length=1, strict=False)] | None = None
     """p*; the network's own by default [P section 3.5: 3 to 5]."""
     whiten: str | None = None
-    """Folder of images on which a whitening is fitted for each size and exponent; none by default [R: 20,000]."""
+    """Folder of images, or text file with the path of one in each line, on which a whitening is fitted for each size
+    and exponent; none by default [R: 20,000]."""
     dimension: int | None = Field(None, ge=1)
     """Directions that a whitening keeps, those of the largest variance; all by default [R]."""
     proxy: str | None = None
@@ -149,15 +151,23 @@ def _whitening_images(evaluation: Evaluation, channels: int) -> list[Path]:
     if evaluation.dimension is not None and evaluation.dimension > most:
         got = f"dimension must be at most {most}, the network's channels and one more, got {evaluation.dimension}"
         raise DataError([f"{got}; lower it or leave it out"])
-    folder = evaluation.local(evaluation.whiten)
-    found = images(folder, deep=True)
+    source = evaluation.local(evaluation.whiten)
+    found = _listed(source) if source.is_file() else images(source, deep=True)
     if not found:
-        raise DataError([f"whitening needs images, but there are none below {folder.absolute()}; name another folder"])
+        raise DataError([f"whitening needs images, but there are none in {source.absolute()}; name another folder"])
     dimension = evaluation.dimension or most
     if len(found) <= dimension:
-        got = f"whitening needs more images than dimensions, got {len(found)} for {dimension} below {folder.absolute()}"
+        got = f"whitening needs more images than dimensions, got {len(found)} for {dimension} in {source.absolute()}"
         raise DataError([f"{got}; add images or set a smaller dimension"])
     return found
+
+
+def _listed(file: Path) -> list[Path]:
+    """Images that the lines of a file name, from its folder on."""
+    paths = [file.parent / line for line in os.fsdecode(file.read_bytes()).splitlines() if line.strip()]
+    if missing := noted(f"images of {file.absolute()} are missing", [path for path in paths if not path.is_file()]):
+        raise DataError(missing)
+    return sorted({*paths})
 
 
 def _proxy_images(evaluation: Evaluation, classes: Sequence[str]) -> Dataset | None:

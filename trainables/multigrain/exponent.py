@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field
 
-from multigrain import trainable
 from multigrain.data import DataSettings
 from multigrain.spec import NotNegative, Positive, Settings, Strength
+from multigrain.trainable import (  # noqa: F401 - all but its settings and how it is done is that of training
+    Data,
+    Evaluation,
+    data_problems,
+    evaluate,
+    example,
+    export,
+    images_of,
+    load,
+    metrics,
+    prepare,
+    sources,
+)
 
 if TYPE_CHECKING:
     from multigrain.fit import EpochResult
-
-# All but its settings and how it is done is that of training.
-Data = trainable.Data
-Evaluation = trainable.Evaluation
-metrics = trainable.metrics
-data_problems = trainable.data_problems
-prepare = trainable.prepare
-sources = trainable.sources
-load = trainable.load
-export = trainable.export
-evaluate = trainable.evaluate
-example = trainable.example
 
 
 class Spec(Settings):
@@ -75,4 +75,4 @@ def fit(spec: Spec, data: DataSettings, folder: Path) -> Iterator["EpochResult"]
     """Fine-tune p on prepared data; see `multigrain.finetune.fit`."""
     import multigrain.finetune
 
-    return multigrain.finetune.fit(spec, trainable.images_of(data), folder)
+    return multigrain.finetune.fit(spec, images_of(data), folder)

@@ -21,7 +21,6 @@ from multigrain.exponent import Spec
 from multigrain.fit import EpochResult
 from multigrain.pooling import GeM
 from multigrain.predict import network_of
-from multigrain.spec import EvaluationSettings
 from multigrain.training import TrainingError
 from multigrain.views import decode
 
@@ -131,9 +130,8 @@ class _Tuning:
         (self.p,) = self.network.pool.parameters()
         self.optimizer = SGD([self.p], lr=spec.rate, momentum=spec.momentum)
         self.images = first_of_each_class(dataset, spec.images_per_class)
-        self.settings = settings.model_copy(
-            update={"evaluation": EvaluationSettings(transform="rect", size=spec.image_size)}
-        )
+        shown = settings.evaluation.model_copy(update={"transform": "rect", "size": spec.image_size})
+        self.settings = settings.model_copy(update={"evaluation": shown})
         default = torch.get_num_threads() if device.type == "cuda" else 0
         self.loaders = default if spec.loaders is None else spec.loaders
         self.loss = 0.0

@@ -5,7 +5,6 @@ import html
 import io
 import math
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from multigrain import search
-from multigrain.figures import Figure
+from multigrain.figures import Grid
 from multigrain.pictures import Benchmark, Picture
 from multigrain.retrieval import average_precision
 from multigrain.views import read
@@ -93,35 +92,27 @@ def _thumbnail(picture: Picture, kind: str, note: str) -> str:
     return f"<figure class={kind}>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
-def heat_map(path: Path, figures: Sequence[Figure]) -> Path:
-    """Write a picture of the grid: for each benchmark its first measure, sizes down, exponents across."""
+def heat_map(path: Path, grids: Sequence[Grid]) -> Path:
+    """Write a picture of grids, a panel for each."""
     from matplotlib.figure import Figure as Canvas
 
-    def panel(figure: Figure) -> tuple[str, str, bool]:
-        return figure.benchmark, figure.part, figure.at.whitened
-
-    first = {figure.benchmark: figure.measure for figure in reversed(figures)}
-    kept = sorted((figure for figure in figures if figure.measure == first[figure.benchmark]), key=panel)
-    panels = [(key, list(group)) for key, group in groupby(kept, key=panel)]
-    across = min(len(panels), PANELS)
-    down = math.ceil(len(panels) / across)
+    across = min(len(grids), PANELS)
+    down = math.ceil(len(grids) / across)
     canvas = Canvas(figsize=(4 * across, 3 * down), layout="constrained")
     places = canvas.subplots(down, across, squeeze=False).flat
-    for axes in places[len(panels) :]:
+    for axes in places[len(grids) :]:
         axes.remove()
-    for axes, ((name, part, whitened), group) in zip(places, panels, strict=False):
-        sizes, exponents = (sorted({figure.at[index] for figure in group}) for index in (0, 1))
-        values = np.array([[next(f.value for f in group if f.at[:2] == (s, p)) for p in exponents] for s in sizes])
+    for axes, grid in zip(places, grids, strict=False):
+        values = np.array([*grid.rows.values()])
         axes.imshow(values, aspect="auto", cmap="Greens")
         middle = (values.min() + values.max()) / 2
         for (row, column), value in np.ndenumerate(values):
             ink = "white" if value > middle else "black"
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink)
-        axes.set_xticks(range(len(exponents)), [f"{p:.3g}" for p in exponents])
-        axes.set_yticks(range(len(sizes)), [str(size) for size in sizes])
-        axes.set_xlabel("p*")
-        axes.set_ylabel("s*, pixels")
-        title = " ".join(filter(None, (name, part, first[name])))
-        axes.set_title(f"{title}, whitened" if whitened else title, fontsize=9)
+        axes.set_xticks(range(len(grid.columns)), grid.columns)
+        axes.set_yticks(range(len(grid.rows)), grid.rows)
+        axes.set_xlabel(grid.across)
+        axes.set_ylabel(grid.down)
+        axes.set_title(grid.title, fontsize=9)
     canvas.savefig(path, dpi=100)
     return path

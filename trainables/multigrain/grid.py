@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,8 +66,9 @@ def embed(
         size, transform: as in `augment.evaluation_pixels`.
         exponents: at least 1; the network's own plays no part.
         loaders: processes that read the files; 0: this one does.
-        folder: where embeddings are kept as they are made, so that a later call with the same network, pictures and
-            settings reads those instead. Pictures count as the same if name, length and time of the file are.
+        folder: where embeddings lie, not in memory, and are kept as they are made, so that a later call with the same
+            network, pictures and settings reads those instead. Pictures count as the same if name, length and time of
+            the file are.
     Raises:
         DataError: a picture cannot be read.
     """
@@ -77,7 +79,7 @@ def embed(
         return dict(zip(exponents, mine, strict=True))
     shares = [mine] * world
     distributed.all_gather_object(shares, mine)
-    whole = np.empty((len(exponents), len(pictures), mine.shape[2]), "f4")
+    whole = room((len(exponents), len(pictures), mine.shape[2]), folder)
     for index, share in enumerate(shares):
         whole[:, index::world] = share
     return dict(zip(exponents, whole, strict=True))
@@ -94,7 +96,7 @@ def _share(
     folder: Path | None,
 ) -> NDArray[np.float32]:
     """Embeddings (P, N, C) of one rank's pictures."""
-    found = np.empty((len(exponents), len(pictures), network.classifier.in_features), "f4")
+    found = room((len(exponents), len(pictures), network.classifier.in_features), folder)
     blocks = [range(start, min(start + BLOCK, len(pictures))) for start in range(0, len(pictures), BLOCK)]
     kept: dict[int, _Kept] = {}
     if folder is not None:
@@ -109,6 +111,15 @@ def _share(
         if kept and not missing[start]:
             kept[start].write(found[:, start : start + BLOCK])
     return found
+
+
+def room(shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:
+    """Zeros; with a folder they lie in a file there, which has no name and goes with them, and not in memory."""
+    if folder is None or 0 in shape:
+        return np.zeros(shape, "f4")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, "f4", "w+", shape=shape)
 
 
 class _Kept:
@@ -163,8 +174,13 @@ def _identity(picture: Source) -> tuple[object, ...]:
     return os.path.abspath(path), file.st_size, file.st_mtime_ns, box and tuple(map(float, box)), turn
 
 
-def descriptors(embeddings: NDArray[np.float32], whitening: Whitening | None) -> NDArray[np.float32]:
-    """Descriptors (N, D) of unit norm, of embeddings (N, C)."""
+def descriptors(
+    embeddings: NDArray[np.float32], whitening: Whitening | None, folder: Path | None = None
+) -> NDArray[np.float32]:
+    """Descriptors (N, D) of unit norm, of embeddings (N, C); `folder` as in `room`."""
     transform = whitening.transform if whitening else l2_normalise
-    chunks = torch.split(torch.from_numpy(embeddings), ROWS)
-    return np.concatenate([transform(chunk).numpy() for chunk in chunks])
+    count, channels = embeddings.shape
+    found = room((count, whitening.projection.shape[1] if whitening else channels), folder)
+    for start in range(0, count, ROWS):
+        found[start : start + ROWS] = transform(torch.from_numpy(embeddings[start : start + ROWS])).numpy()
+    return found

@@ -105,7 +105,7 @@ def holidays(root: Path, upright: bool = False) -> Benchmark:
         database,
         tuple(database[query] for query in queries),
         {"": tuple(Truth(indices(answers[query]), indices([query])) for query in queries)},
-        ("map",),
+        ("map", "map_finite"),
         problems=tuple(problems),
     )
 
@@ -187,5 +187,5 @@ def copydays(root: Path) -> Benchmark:
         for setting in copies
     }
     queries = pictures(path for pairs in copies.values() for path, _ in pairs)
-    measures = ("map", "micro_ap")
+    measures = ("map", "map_finite", "micro_ap", "recall@p90")
     return Benchmark("copydays", pictures(database), queries, truth, measures, problems=tuple(problems))

@@ -168,7 +168,7 @@ def classic(name: str, root: Path) -> Benchmark:
         raise DataError(wrong)
     problems = noted("images are not of the set and left out", sorted(every.keys() - files.keys()))
     database = sorted(files.keys() - DAMAGED)
-    return _benchmark(name, root, database, files, [query for query in read if query], ("map",), problems)
+    return _benchmark(name, root, database, files, [query for query in read if query], ("map", "map_finite"), problems)
 
 
 def _revisited_query(file: Path, number: int, name: str, gnd: Any, imlist: Sequence[str], wrong: list[str]) -> _Query:
@@ -237,4 +237,5 @@ def revisited(name: str, root: Path) -> Benchmark:
         raise DataError(wrong)
     strange = sorted(files.keys() - {*imlist, *qimlist} - DAMAGED)
     problems = noted("images in jpg/ are not of the set and left out", strange)
-    return _benchmark(name, root, imlist, files, queries, ("map", "mp@1", "mp@5", "mp@10"), problems)
+    measures = ("map", "map_finite", "mp@1", "mp@5", "mp@10")
+    return _benchmark(name, root, imlist, files, queries, measures, problems)

@@ -12,7 +12,8 @@ from multigrain.manifest import Reader, Row
 from multigrain.pictures import Benchmark, by_stem, demand, images, indices, noted, pictures
 from multigrain.retrieval import Truth
 
-_HEADER = ["query", "reference"]
+_HEADERS = (["query", "reference"], ["query_id", "reference_id"])
+"""Of the ground truth; the second is that of the set's authors."""
 
 
 def _pairs(file: Path) -> dict[str, set[str]]:
@@ -25,14 +26,15 @@ def _pairs(file: Path) -> dict[str, set[str]]:
         rows = [*csv.reader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""), strict=True)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError([f"{file} must be comma-separated values in UTF-8, but is not ({error})"]) from error
-    if not rows or rows[0] != _HEADER:
-        raise DataError([f"{file} must begin with {','.join(_HEADER)}, got {rows[0] if rows else 'nothing'}"])
+    if not rows or rows[0] not in _HEADERS:
+        wanted = " or ".join(map(",".join, _HEADERS))
+        raise DataError([f"{file} must begin with {wanted}, got {rows[0] if rows else 'nothing'}"])
     pairs: dict[str, set[str]] = {}
     wrong = []
     for number, cells in enumerate(rows[1:], 2):
         if not cells:
             continue
-        if len(cells) != len(_HEADER) or not cells[0].strip():
+        if len(cells) != len(rows[0]) or not cells[0].strip():
             wrong.append(f"{file}, row {number}: a row must be a query and a reference or nothing, got {cells}")
             continue
         query, reference = (cell.strip() for cell in cells)
@@ -45,10 +47,11 @@ def _pairs(file: Path) -> dict[str, set[str]]:
 
 
 def disc21(root: Path) -> Benchmark:
-    """DISC21 in a layout of ours: `queries/`, `references/` and `groundtruth.csv` with the columns `query,reference`.
+    """DISC21 in a layout of ours: `queries/`, `references/` and, named `groundtruth.csv`, the authors' ground truth.
 
-    Names are those of the files without suffix. Every query has a row; that of a distractor, which shows no reference,
-    has an empty second cell. Of how many images the set is made, its parts differ, so nothing is counted.
+    Its columns are `query_id,reference_id` or `query,reference`, of names of files without suffix. Every query has a
+    row; that of a distractor, which shows no reference, has an empty second cell. Of how many images the set is made,
+    its parts differ, so nothing is counted.
 
     Raises:
         DataError: queries, references or rows are missing altogether, or rows are wrong.
@@ -141,4 +144,5 @@ def manifest(file: Path) -> Benchmark:
     if len(truth) == 1:
         truth = {"": next(iter(truth.values()))}
     shown, asked = (pictures(row.path for row in part) for part in (database, queries))
-    return Benchmark("manifest", shown, asked, truth, ("map", "recall@1", "micro_ap"))
+    measures = ("map", "map_finite", "map@r", "recall@1", "recall@10", "micro_ap", "recall@p90")
+    return Benchmark("manifest", shown, asked, truth, measures)

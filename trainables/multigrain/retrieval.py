@@ -3,7 +3,7 @@
 `multigrain.search` makes ranks and pairs of descriptors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.integer]
 Floats: TypeAlias = NDArray[np.float64]
+
+
+BLOCK = 2**22
+"""Numbers that are held at a time where samples are drawn."""
 
 
 class Truth(NamedTuple):
@@ -105,22 +109,28 @@ def per_query(
     return values
 
 
-def _precisions(pairs: Pairs, times: Ints | None) -> tuple[Floats, Floats]:
-    """Of the global ranking at each positive pair: how often that pair is there, and the precision, (B, M) each."""
+def _precisions(pairs: Pairs, times: Ints | None) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Of the global ranking at each positive pair, (B, m), by blocks of m: how often that pair is there, how many
+    positive ones there are so far, and the precision.
+    """
     if not len(pairs.owner):
         raise ValueError("a ranking of pairs needs a positive one, got none; check the truth")
-    if times is None:
-        count, wrong = np.ones((1, len(pairs.owner))), pairs.above.sum(axis=0, dtype=np.float64)
-    else:
-        count, wrong = times[:, pairs.owner].astype(np.float64), times.astype(np.float64) @ pairs.above
-    right = count.cumsum(axis=1)
-    return count, right / np.maximum(right + wrong, 1)
+    times = np.ones((1, len(pairs.above)), np.int64) if times is None else times
+    # Counts are exact in fp32 below 2^24; what is left is its rounding of a ratio, which no sample minds.
+    most = int(times.sum(axis=1).max()) * int(pairs.above.max()) + int(times.max()) * len(pairs.owner)
+    weights = times.astype(np.float32 if len(times) > 1 and most < 2**24 else np.float64)
+    before = np.zeros((len(times), 1), weights.dtype)
+    step = max(1, BLOCK // len(times))
+    for block in (slice(start, start + step) for start in range(0, len(pairs.owner), step)):
+        count = weights[:, pairs.owner[block]]
+        right = before + count.cumsum(axis=1)
+        wrong = weights @ pairs.above[:, block].astype(weights.dtype)
+        yield count, right, right / np.maximum(right + wrong, 1)
+        before = right[:, -1:]
 
 
 def micro_ap(pairs: Pairs, times: Ints | None = None) -> Floats:
     """Micro-AP of copy detection: the finite-sum average precision of the one ranking of all pairs (arXiv:2106.09672).
-
-    Negatives go first among equals. Queries without a positive count by what they wrongly find.
 
     Args:
         times: (B, Q), how often each query is drawn in each of B samples; once by default.
@@ -129,9 +139,10 @@ def micro_ap(pairs: Pairs, times: Ints | None = None) -> Floats:
     Raises:
         ValueError: there is no positive pair.
     """
-    count, precision = _precisions(pairs, times)
-    total = count.sum(axis=1)
-    return np.where(total > 0, (count * precision).sum(axis=1) / np.maximum(total, 1), np.nan)
+    area, total = np.zeros(1), np.zeros(1)
+    for count, right, precision in _precisions(pairs, times):
+        area, total = area + (count * precision).sum(axis=1), right[:, -1]
+    return np.where(total > 0, area / np.maximum(total, 1), np.nan)
 
 
 def recall_at_p90(pairs: Pairs, times: Ints | None = None) -> Floats:
@@ -139,9 +150,9 @@ def recall_at_p90(pairs: Pairs, times: Ints | None = None) -> Floats:
 
     Arguments, result and errors are those of `micro_ap`; 0 if no threshold does.
     """
-    count, precision = _precisions(pairs, times)
-    total = count.sum(axis=1)
-    reached = np.where(precision >= 0.9, count.cumsum(axis=1), 0).max(axis=1)
+    reached, total = np.zeros(1), np.zeros(1)
+    for _, right, precision in _precisions(pairs, times):
+        reached, total = np.maximum(reached, np.where(precision >= 0.9, right, 0).max(axis=1)), right[:, -1]
     return np.where(total > 0, reached / np.maximum(total, 1), np.nan)
 
 
@@ -221,15 +232,13 @@ def interval(
         raise ValueError(
             f"an interval needs a query, a draw and a level in (0, 1), got {count}, {draws} and {level}; set them so"
         )
-    found = []
     generator = np.random.default_rng(seed)
-    step = max(1, 2**22 // (max(sample.above.shape) if isinstance(sample, Pairs) else count))
-    for start in range(0, draws, step):
-        drawn = generator.integers(count, size=(min(step, draws - start), count))
-        if isinstance(sample, Pairs):
-            times = np.stack([np.bincount(one, minlength=count) for one in drawn])
-            found.append(measure(sample, times))
-        else:
-            found.append(sample[drawn].mean(axis=1))
-    low, high = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    if isinstance(sample, Pairs):
+        times = np.stack([np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(draws)])
+        found = measure(sample, times)
+    else:
+        step = max(1, BLOCK // count)
+        steps = [min(step, draws - start) for start in range(0, draws, step)]
+        found = np.concatenate([sample[generator.integers(count, size=(few, count))].mean(axis=1) for few in steps])
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
