@@ -1,9 +1,11 @@
-"""What several test files share: one Ray cluster, an umpire of its processes, a database server, and a screen."""
+"""What several test files share: one Ray cluster, an umpire of its processes, servers, and a screen."""
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -151,3 +153,51 @@ def postgres():
         server = Postgres(Path(folder))
         yield server
         server.stop()
+
+
+class TrackingServer:
+    """A real tracking server that proxies its artifacts, on a port of its own; it can freeze, die and come back."""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.uri, self.artifacts = f"http://127.0.0.1:{self.port}", folder / "artifacts"
+        self.command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
+        self.command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+        self.command += ["--artifacts-destination", str(self.artifacts)]
+        self.start()
+
+    def start(self, command=None, **environment):
+        self.process = subprocess.Popen(
+            command or self.command,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.said = []
+        for line in self.process.stderr:
+            self.said.append(line)
+            if "startup complete" in line:
+                break
+        else:
+            raise AssertionError("".join(self.said))
+        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr))  # or its pipe fills up
+        self._reader.start()
+
+    def send(self, number):
+        os.killpg(self.process.pid, number)
+
+    def end(self, number=signal.SIGTERM):
+        self.send(number)
+        self.process.wait()
+        self._reader.join()
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    made = TrackingServer(tmp_path)
+    yield made
+    made.send(signal.SIGCONT)
+    made.end()

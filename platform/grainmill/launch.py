@@ -1,7 +1,7 @@
 """tune() and train(): from an experiment to a registered model."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 from grainmill import catalog, registry, report, runs, trials, winner
 from grainmill.clerk import Watch
 from grainmill.document import to_yaml
-from grainmill.errors import SearchError
+from grainmill.errors import SearchError, TrackingError
 from grainmill.experiment import Budget, Experiment, Search
 from grainmill.halving import expected_epochs
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import Status, Tracker
+from grainmill.tracking import PARENT, Tracker, clear
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
@@ -123,15 +123,13 @@ class _Run:
             data = trainable.prepare(experiment.data, storage / "data", track)
             tracker = Tracker(tracking_uri, experiment.name, storage)
             parent = _parent(tracker, experiment, folder)
-            status: Status = "FAILED"
             try:
                 yield cls(experiment, trainable, data, folder, tracker, watch, parent)
-                status = "FINISHED"
-            except KeyboardInterrupt:
-                status = "KILLED"
+            except BaseException as error:
+                with suppress(TrackingError):  # the error that came first is the one to tell
+                    tracker.reach()
+                    tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-            finally:
-                tracker.set_status(parent, status)
 
     def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: int) -> Study:
         """Run the study `name`: `count` trials, the first with the settings `first`."""
@@ -163,19 +161,20 @@ class _Run:
             raise SearchError(_no_winner(study))
         chosen = winner.choose(experiment, found)
         final = winner.shipped(experiment, chosen)
-        assert final.run_id, "a finished trial has a run"
         self.watch.note("registering the model")
         plan = self._plan("final", workers)
-        version = registry.register(
-            self.tracker,
-            final.run_id,
-            experiment.tracking.model or experiment.name,
-            plan.trainable,
-            plan.checkpoints(final.number),
-            self.trainable.example(self.data),
-            {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
-        )
-        self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics)
+        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
+        with clear(self.tracker.uri):
+            version = registry.register(
+                self.tracker,
+                runs_by_name[plan.name(final.number)],
+                experiment.tracking.model or experiment.name,
+                plan.trainable,
+                plan.checkpoints(final.number),
+                self.trainable.example(self.data),
+                {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
+            )
+        self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
         page, pictures = report.write(self.folder, experiment, search, study.records, found, chosen, version)
         self.tracker.attach(self.parent, "report.html", page.read_text())
         for picture in pictures:
@@ -183,6 +182,7 @@ class _Run:
         outcome = Outcome(search.records if search else (), found, chosen, final, version, page)
         of_model = {"checkpoints": str(plan.checkpoints(final.number).relative_to(self.folder))}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
+        self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on
         runs.finish(self.folder, told | of_model)
         return outcome
 
@@ -204,7 +204,8 @@ def _parent(tracker: Tracker, experiment: Experiment, folder: Path) -> str:
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
     # A process that was killed before it could write the note has left its run.
     left = next(iter(tracker.tagged(FOLDER, folder.as_uri())), None)
-    run_id = left or tracker.start(f"{experiment.name} {folder.name}", parameters, {FOLDER: folder.as_uri()})
+    run_id = left or tracker.start(f"{experiment.name} {folder.name}", {}, {FOLDER: folder.as_uri()})
+    tracker.parameters(run_id, parameters)
     note.write_text(run_id)
     resolved = experiment.model_dump(mode="json", by_alias=True, exclude_none=True)
     tracker.attach(run_id, "experiment.yaml", to_yaml(resolved))
