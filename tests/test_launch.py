@@ -63,10 +63,11 @@ def test_winner_is_the_best_trial_and_is_trained_again(twice):
     assert first.final.metrics["score"] == max(heights)
 
 
-def test_second_run_adds_a_version_and_takes_the_alias(twice, client):
+def test_second_run_adds_a_version_that_is_a_challenger(twice, client):
     storage, outcomes = twice
     assert [outcome.version.uri for outcome in outcomes] == ["models:/chain/1", "models:/chain/2"]
-    assert client.get_model_version("chain", "2").aliases == ["champion"]
+    assert [outcome.champion for outcome in outcomes] == [True, False]
+    assert client.get_registered_model("chain").aliases == {"champion": 1, "challenger": 2}
     assert [outcome.report.parent.name for outcome in outcomes] == ["run-1", "run-2"]
     done = json.loads((storage / "chain" / "run-1" / "done.json").read_text())
     assert done["version"] == "models:/chain/1"
@@ -107,7 +108,7 @@ def test_registered_model_loads_in_a_process_without_our_packages_installed(twic
     """)
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert loaded.returncode == 0, loaded.stderr
-    assert json.loads(loaded.stdout) == [3.0 * outcomes[1].final.setting["height"]]
+    assert json.loads(loaded.stdout) == [3.0 * outcomes[0].final.setting["height"]]
     assert "'x': double" in loaded.stderr
 
 

@@ -14,7 +14,7 @@ from grainmill.experiment import Budget, Experiment, Search
 from grainmill.halving import expected_epochs
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import PARENT, Tracker, clear
+from grainmill.tracking import PARENT, Tracker, clear, reach
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
@@ -35,11 +35,13 @@ class Outcome:
     final: Record
     """The training whose model is registered."""
     version: registry.Version
+    champion: bool
+    """Whether it is for users already, or a challenger of the one that is."""
     report: Path
 
 
 def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track) -> Outcome:
-    """Search, train the winner again, register it as the champion, report.
+    """Search, train the winner again, register it, report.
 
     Cut short at any point, the same call carries on where it was.
 
@@ -127,7 +129,7 @@ class _Run:
                 yield cls(experiment, trainable, data, folder, tracker, watch, parent)
             except BaseException as error:
                 with suppress(TrackingError):  # the error that came first is the one to tell
-                    tracker.reach()
+                    reach(tracking_uri)
                     tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
 
@@ -144,6 +146,10 @@ class _Run:
     def _plan(self, study: str, workers: int) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
         return Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
+
+    def _run_of(self, trial: str) -> str:
+        """Id of the MLflow run of a trial."""
+        return next(run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items() if name == trial)
 
     def finish(self, best: Sequence[Record | None], search: Study | None) -> Outcome:
         """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
@@ -163,23 +169,23 @@ class _Run:
         final = winner.shipped(experiment, chosen)
         self.watch.note("registering the model")
         plan = self._plan("final", workers)
-        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
         with clear(self.tracker.uri):
             version = registry.register(
                 self.tracker,
-                runs_by_name[plan.name(final.number)],
+                self._run_of(plan.name(final.number)),
                 experiment.tracking.model or experiment.name,
                 plan.trainable,
                 plan.checkpoints(final.number),
                 self.trainable.example(self.data),
                 {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
             )
+            champion = registry.is_champion(self.tracker.client, version)
         self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
         page, pictures = report.write(self.folder, experiment, search, study.records, found, chosen, version)
         self.tracker.attach(self.parent, "report.html", page.read_text())
         for picture in pictures:
             self.tracker.attach_file(self.parent, picture, "report")
-        outcome = Outcome(search.records if search else (), found, chosen, final, version, page)
+        outcome = Outcome(search.records if search else (), found, chosen, final, version, champion, page)
         of_model = {"checkpoints": str(plan.checkpoints(final.number).relative_to(self.folder))}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
         self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on

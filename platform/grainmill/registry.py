@@ -18,7 +18,8 @@ from grainmill import catalog
 from grainmill.errors import TrackingError
 from grainmill.tracking import Tracker
 
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"
+"""The alias of the version for users, and of the newest one that has yet to show that it is better."""
 SETTING, SOURCE, DIGEST = "evaluated.setting", "evaluated.source", "evaluated.digest"
 """Tags of a version that an evaluation made."""
 
@@ -38,10 +39,10 @@ class Version(NamedTuple):
 def register(
     tracker: Tracker, run_id: str, name: str, trainable: str, folder: Path, example: Any, tags: Mapping[str, str]
 ) -> Version:
-    """Store the model in `folder` as a new version of `name` that came from a run, and make it the champion.
+    """Store the model in `folder` as a new version of `name` that came from a run.
 
-    The version holds the code that loads it, a signature and an input example. A run gets one version,
-    however often it is registered.
+    The first one becomes the champion, each later one the challenger: see `promotion`. The version holds the code that
+    loads it, a signature and an input example. A run gets one version, however often it is registered.
 
     Args:
         tracker: where.
@@ -58,8 +59,16 @@ def register(
         made = Version(name, str(trained[0].version))
     else:
         made = _log(client, run_id, name, trainable, folder, example, tags)
-    client.set_registered_model_alias(name, CHAMPION, made.number)
+    if CHAMPION not in client.get_registered_model(name).aliases:
+        client.set_registered_model_alias(name, CHAMPION, made.number)
+    elif not is_champion(client, made):
+        client.set_registered_model_alias(name, CHALLENGER, made.number)
     return made
+
+
+def is_champion(client: MlflowClient, version: Version) -> bool:
+    """Whether a version is the one for users."""
+    return str(client.get_registered_model(version.name).aliases.get(CHAMPION)) == version.number
 
 
 def _log(
@@ -117,7 +126,7 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
     """
     mlflow.set_tracking_uri(tracking_uri)
     try:
-        known = _look_up(MlflowClient(tracking_uri), model.removeprefix("models:/"))
+        known = look_up(MlflowClient(tracking_uri), model.removeprefix("models:/"))
         version = Version(known.name, str(known.version))
         folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=into and str(into)))
         info = mlflow.models.Model.load(str(folder))
@@ -135,8 +144,8 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
     return Stored(version, checkpoints, trainable, known.run_id, example, known.tags)
 
 
-def _look_up(client: MlflowClient, model: str) -> Any:
-    """MLflow's version, of `name@alias` or `name/number`."""
+def look_up(client: MlflowClient, model: str) -> Any:
+    """MLflow's version, of `name@alias` or `name/number`. Raises MlflowException."""
     name, at, alias = model.partition("@")
     if at:
         return client.get_model_version_by_alias(name, alias)

@@ -67,7 +67,7 @@ class Tracker:
         """
         self.uri = uri
         local = not uri.startswith("http")
-        self.reach()
+        reach(uri)
         with clear(uri):
             if uri.startswith(SQLITE):
                 _make_database(Path(uri.removeprefix(SQLITE)))
@@ -77,12 +77,6 @@ class Tracker:
             else:
                 artifacts = (storage.absolute() / "mlflow-artifacts" / experiment).as_uri() if local else None
                 self.experiment_id = self.client.create_experiment(experiment, artifacts)
-
-    def reach(self) -> None:
-        """Ask a server for a sign of life, once. Raises TrackingError within `REACH_SECONDS`."""
-        if self.uri.startswith("http"):
-            with clear(self.uri):
-                http_request(get_default_host_creds(self.uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)
 
     def start(
         self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
@@ -167,6 +161,13 @@ def clear(uri: str) -> Iterator[None]:
             f"MLflow must answer at {hidden(uri)}, but said: {hidden(str(error))}; "
             "start the server, or set tracking.uri or MLFLOW_TRACKING_URI"
         ) from error
+
+
+def reach(uri: str) -> None:
+    """Ask a server for a sign of life, once. Raises TrackingError within `REACH_SECONDS`."""
+    if uri.startswith("http"):
+        with clear(uri):
+            http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)
 
 
 def environment() -> dict[str, str]:
