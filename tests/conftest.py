@@ -159,13 +159,17 @@ class TrackingServer:
     """A real tracking server that proxies its artifacts, on a port of its own; it can freeze, die and come back."""
 
     def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.uri, self.artifacts = f"http://127.0.0.1:{self.port}", folder / "artifacts"
+        self.choose_port()
+        self.artifacts = folder / "artifacts"
         self.command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
         self.command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
         self.command += ["--artifacts-destination", str(self.artifacts)]
         self.start()
+
+    def choose_port(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self, command=None, **environment):
         self.process = subprocess.Popen(
