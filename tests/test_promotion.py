@@ -110,7 +110,7 @@ def test_a_better_version_takes_the_place_and_what_it_took_it_from_is_previous(s
 def test_a_version_that_is_not_better_beyond_the_interval_is_refused_and_that_is_written_down(shelf):
     champion = spread(0.5)
     shelf.add(*champion)
-    shelf.add(*(value + 0.001 * (-1) ** query for query, value in enumerate(champion)))
+    shelf.add(*(value + 0.002 + 0.05 * (-1) ** query for query, value in enumerate(champion)))
     shelf.crown(1)
     with pytest.raises(PromotionError, match=r"models:/apples/2 does not become .* not: copies/map 0\.\d+ against"):
         shelf.promote(2)
