@@ -33,7 +33,7 @@ def shapes_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray for the session; its workers find the toy trainable."""
-    environment = {"PYTHONPATH": str(TESTS), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     ray.init(
         address="local",
         num_cpus=2,
@@ -179,10 +179,11 @@ class TrackingServer:
             text=True,
             start_new_session=True,
         )
-        self.said = []
+        self.said, awaited = [], {"startup complete", "Uvicorn running"}  # it works, and it listens; in either order
         for line in self.process.stderr:
             self.said.append(line)
-            if "startup complete" in line:
+            awaited -= {words for words in awaited if words in line}
+            if not awaited:
                 break
         else:
             raise AssertionError("".join(self.said))
