@@ -1,9 +1,11 @@
-"""What several test files share: one Ray cluster, an umpire of its processes, a database server, and a screen."""
+"""What several test files share: one Ray cluster, an umpire of its processes, servers, and a screen."""
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -32,7 +34,7 @@ def shapes_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray for the session; its workers find the toy trainable."""
-    environment = {"PYTHONPATH": str(TESTS), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     ray.init(
         address="local",
         num_cpus=2,
@@ -152,3 +154,56 @@ def postgres():
         server = Postgres(Path(folder))
         yield server
         server.stop()
+
+
+class TrackingServer:
+    """A real tracking server that proxies its artifacts, on a port of its own; it can freeze, die and come back."""
+
+    def __init__(self, folder):
+        self.choose_port()
+        self.artifacts = folder / "artifacts"
+        self.command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
+        self.command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+        self.command += ["--artifacts-destination", str(self.artifacts)]
+        self.start()
+
+    def choose_port(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self, command=None, **environment):
+        self.process = subprocess.Popen(
+            command or self.command,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.said, awaited = [], {"startup complete", "Uvicorn running"}  # it works, and it listens; in either order
+        for line in self.process.stderr:
+            self.said.append(line)
+            awaited -= {words for words in awaited if words in line}
+            if not awaited:
+                break
+        else:
+            raise AssertionError("".join(self.said))
+        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr))  # or its pipe fills up
+        self._reader.start()
+
+    def send(self, number):
+        os.killpg(self.process.pid, number)
+
+    def end(self, number=signal.SIGTERM):
+        self.send(number)
+        self.process.wait()
+        self._reader.join()
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    made = TrackingServer(tmp_path)
+    yield made
+    made.send(signal.SIGCONT)
+    made.end()

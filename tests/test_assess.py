@@ -701,3 +701,30 @@ def test_two_ranks_assess_what_one_process_does(trained, roots, shapes_folder, t
     # A fit on embeddings of other batches may point eigenvectors the other way.
     first, second = (np.abs(answer["embedding"][0]) for answer in answers)
     np.testing.assert_allclose(first, second, atol=1e-3)
+
+
+def means(samples, served):
+    return {one.name: sum(one.values) / len(one.values) for one in samples if one.served == served}
+
+
+def figures_at(assessment, at):
+    """Those that are means of a value for each query, by name without the setting."""
+    pairs = ("micro_ap", "recall@p90")
+    found = {one.name.removesuffix(f"/{at.name}"): one for one in assessment.figures if one.at == at}
+    return {name: pytest.approx(one.value) for name, one in found.items() if one.measure not in pairs}
+
+
+def test_samples_are_what_the_own_figures_are_means_of(assessed):
+    found, _, _ = assessed
+    assert means(found.samples, served=False) == figures_at(found, OWN)
+    assert means(found.samples, served=True) == {}
+    by_data = {(one.name.rpartition("/")[0], one.data) for one in found.samples}
+    assert len(by_data) == len({part for part, _ in by_data}) == len({data for _, data in by_data})
+
+
+def test_samples_of_the_model_that_serves_are_those_of_its_setting(trained, roots, tmp_path):
+    found = served_at(trained, roots, tmp_path / "out", size=24, p=2.0)
+    assert means(found.samples, served=True) == figures_at(found, Setting(24, 2.0, False))
+    assert means(found.samples, served=False) == figures_at(found, OWN)
+    again = evaluate(found.model, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path / "again")
+    assert again.samples == []  # it does not answer at the setting of its network

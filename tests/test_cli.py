@@ -15,6 +15,7 @@ import yaml
 from conftest import TESTS
 from PIL import Image
 
+from grainmill import console
 from grainmill.tracking import local_uri
 
 # Background jobs inherit that SIGINT is ignored; a terminal's foreground does not.
@@ -24,7 +25,12 @@ COMMAND = (
 
 
 def start(arguments, folder, mark):
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "GRAINMILL_TEST": mark, "COLUMNS": "200"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        "GRAINMILL_TEST": mark,
+        "COLUMNS": "200",
+    }
     command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -147,6 +153,35 @@ def test_tracking_server_that_does_not_answer_ends_with_code_1_and_the_remedy(fi
     assert process.returncode == 1
     assert "MLflow must answer at http://127.0.0.1:9" in output
     assert "Traceback" not in output
+
+
+def test_password_in_the_address_of_the_server_is_nowhere_to_be_seen(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:very%2Dsecret@127.0.0.1:9")
+    for words in (["tune", file], ["promote", "models:/apples/1"], ["rollback", "apples"]):
+        process = start(words, tmp_path, "none")
+        output = process.communicate()[0]
+        assert process.returncode == 1
+        assert "MLflow must answer at http://127.0.0.1:9, but said" in output
+        assert "secret" not in output
+        assert "Traceback" not in output
+    in_file = start(["tune", file, "--set", "tracking.uri=http://me:very-secret@127.0.0.1:9"], tmp_path, "none")
+    output = in_file.communicate()[0]
+    assert in_file.returncode == 2
+    assert "tracking.uri: must not hold a user or a password" in output
+    assert "very-secret" not in output
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"secret" in path.read_bytes() for path in kept)
+
+
+def test_a_user_and_a_password_go_where_mlflow_reads_them(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss@host:5000/path")
+    assert console.tracking_uri() == "https://host:5000/path"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
+    assert console.tracking_uri("http://other", "runs") == "http://other"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert console.tracking_uri(storage="/runs") == "sqlite:////runs/mlflow.db"
 
 
 def test_images_that_will_be_left_out_are_told_when_a_file_is_checked(tmp_path):

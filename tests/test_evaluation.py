@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import toy
 
-from grainmill import evaluation, registry
+from grainmill import evaluation, evidence, promotion, registry
 from grainmill.errors import EvaluationError, ExperimentError, ResourceError, TrackingError
 from grainmill.lineage import Interval, Lineage
 from grainmill.tracking import Tracker, local_uri
@@ -93,6 +93,20 @@ def test_a_model_that_comes_of_a_registered_one_is_a_further_version_of_it_and_n
     # The run that trained the champion still has one version of its own.
     again = registry.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, STORY)
     assert again.number == "1"
+
+
+def test_what_was_measured_of_each_version_is_kept_and_decides_on_the_champion(scale, tmp_path):
+    tracker, _ = registered(tmp_path)
+    settings = [scale, "times=3", "serve=500/p4", "queries=40"]
+    run("models:/apples@champion", settings, tmp_path)
+    for number, mean in (("1", 0.5), ("2", 1.5)):
+        found = evidence.of(tracker.client, tracker.client.get_model_version("apples", number))
+        assert found.keys() == {"scale/height"}
+        assert found["scale/height"].mean == pytest.approx(mean, abs=0.01)
+        assert found["scale/height"].data == "40 queries"
+    done = promotion.promote(tracker.uri, "models:/apples/2", ["metric=scale/height"], print)
+    assert done.champion.uri == "models:/apples/2"
+    assert tracker.client.get_registered_model("apples").aliases == {"champion": 2, "previous": 1}
 
 
 def test_a_figure_that_mlflow_does_not_take_is_told(scale, tmp_path):

@@ -23,7 +23,7 @@ def record(number, rows, height=None, kind="plain"):
         score, cost = value if isinstance(value, tuple) else (value, 0.0)
         history.append({"epoch": float(epoch), "score": score, "cost": cost})
     setting = {"height": 1.0 + number if height is None else height, "kind": kind}
-    return Record(number, "running", setting, tuple(history), None, None, {}, {})
+    return Record(number, "running", setting, tuple(history), (), None, {}, {})
 
 
 def verdicts(halving, values, epoch=1, **kinds):

@@ -56,9 +56,9 @@ class Arena(Bench):
         names = [f"trial-{n:04d}" for n in range(len(records))]
         runs = self.all_runs()
         assert sorted((run.info.run_name, run.info.status) for run in runs) == [(name, "FINISHED") for name in names]
-        assert {run.info.run_id for run in runs} == {record.run_id for record in records}
-        for record, rows in zip(records, expected, strict=True):
-            history = self.tracker.client.get_metric_history(record.run_id, "score")
+        ids = {run.info.run_name: run.info.run_id for run in runs}
+        for name, rows in zip(names, expected, strict=True):
+            history = self.tracker.client.get_metric_history(ids[name], "score")
             assert [(metric.step, metric.value) for metric in history] == rows
         computed = Counter(self.computed())
         assert computed.keys() == {f"{name} {epoch}" for name in names for epoch in (1, 2, 3, 4)}

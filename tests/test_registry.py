@@ -31,15 +31,18 @@ def register(tracker, folder, run_id):
     return registry.register(tracker, run_id, "apples", folder, example, {"score": "0.5"}, STORY)
 
 
-def test_each_run_gets_one_version_and_the_last_is_the_champion(tmp_path):
+def test_each_run_gets_one_version_and_the_first_is_the_champion_the_last_its_challenger(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     first, second = (tracker.start(name, {}, {}) for name in ("first", "second"))
     versions = [register(tracker, tmp_path / "model", run_id) for run_id in (first, second, second)]
     assert [version.uri for version in versions] == ["models:/apples/1", "models:/apples/2", "models:/apples/2"]
     assert len(tracker.client.search_model_versions("name = 'apples'")) == 2
-    champion = tracker.client.get_model_version_by_alias("apples", "champion")
-    assert (int(champion.version), champion.run_id, champion.tags["score"]) == (2, second, "0.5")
+    challenger = tracker.client.get_model_version_by_alias("apples", "challenger")
+    assert (int(challenger.version), challenger.run_id, challenger.tags["score"]) == (2, second, "0.5")
+    assert register(tracker, tmp_path / "model", first).number == "1"
+    assert tracker.client.get_registered_model("apples").aliases == {"champion": 1, "challenger": 2}
+    assert [registry.is_champion(tracker.client, version) for version in versions] == [True, False, False]
     assert tracker.client.get_run(first).info.status == "FINISHED"
 
 

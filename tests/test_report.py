@@ -18,7 +18,7 @@ VERSION = Version("apples", "7")
 def record(number, state="complete", height=0.5, epochs=4, cause=None, cpu=3600.0, variants=(), **setting):
     history = tuple({"epoch": epoch, "score": height * epoch, "cost": 0.25} for epoch in range(1, epochs + 1))
     cost = {"cpu_seconds": cpu, "gpu_seconds": cpu / 2}
-    return Record(number, state, {**setting, "height": height}, history, "run", cause, dict(variants), cost)
+    return Record(number, state, {**setting, "height": height}, history, (), cause, dict(variants), cost)
 
 
 def experiment(space=None, **changes):

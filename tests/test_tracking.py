@@ -1,8 +1,10 @@
+import socket
 import subprocess
 
 import pytest
 from mlflow import MlflowClient
 
+from grainmill import tracking
 from grainmill.errors import TrackingError
 from grainmill.tracking import PACKAGES, Tracker, environment, local_uri
 
@@ -99,3 +101,23 @@ def test_runs_are_found_by_a_tag_with_their_name_and_status(tmp_path):
     assert tracker.tagged("mlflow.parentRunId", parent) == {child: ("child", "SCHEDULED")}
     assert tracker.tagged("place", "file:///a%27b") == {parent: ("parent", "RUNNING")}
     assert [tracker.last_epoch(child), tracker.last_epoch(parent)] == [3, 0]
+
+
+def test_server_that_takes_the_call_and_does_not_answer_is_refused_after_one_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        with pytest.raises(TrackingError, match=r"must answer at http://127\.0\.0\.1:\d+, but said: .*timed out"):
+            Tracker(f"http://me:very-secret@127.0.0.1:{mute.getsockname()[1]}", "apples", tmp_path)
+        mute.accept()[0].close()
+        mute.setblocking(False)
+        with pytest.raises(BlockingIOError):  # it was called once
+            mute.accept()
+
+
+def test_metrics_that_are_told_again_with_their_time_are_there_once(tracker):
+    run_id = tracker.start("again", {}, {})
+    for _ in range(2):
+        tracker.log(run_id, 1, {"top1": 0.5, "cost": float("nan")}, at=1_700_000_000_000)
+    (one,) = tracker.client.get_metric_history(run_id, "top1")
+    assert (one.timestamp, one.step, one.value) == (1_700_000_000_000, 1, 0.5)
+    assert len(tracker.client.get_metric_history(run_id, "cost")) == 1

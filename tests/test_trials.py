@@ -70,11 +70,10 @@ def test_every_trial_has_one_run_with_all_its_epochs_and_a_final_state(bench):
     assert sorted(runs) == ["trial-0000", "trial-0001", "trial-0002"]
     for record in records:
         run = runs[f"trial-{record.number:04d}"]
-        assert run.info.run_id == record.run_id
         assert run.info.status == "FINISHED"
         assert run.data.tags["state"] == "complete at epoch 4"
         assert float(run.data.params["height"]) == record.setting["height"]
-        history = bench.tracker.client.get_metric_history(record.run_id, "score")
+        history = bench.tracker.client.get_metric_history(run.info.run_id, "score")
         expected = [(epoch, record.setting["height"] * epoch / 4) for epoch in (1, 2, 3, 4)]
         assert [(metric.step, metric.value) for metric in history] == expected
     assert sorted(bench.computed()) == sorted(f"trial-{n:04d} {epoch}" for n in range(3) for epoch in (1, 2, 3, 4))
@@ -108,7 +107,6 @@ def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
     record = study.ask()
     spec = toy.Spec(height=record.setting["height"])
     run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
-    study.note(0, "run_id", run_id)
     left = toy.fit(spec, toy.Data(diary=str(bench.diary)), bench.plan().checkpoints(0))
     first = next(left).metrics
     bench.tracker.log(run_id, 1, {"epoch": 1, **first})
@@ -216,7 +214,7 @@ def test_paused_trial_that_turns_out_to_be_good_goes_on_from_its_checkpoint_in_i
     assert heard.index(("paused", 2)) < heard.index(("running", 3)) < heard.index(("complete", 4))
     computed = [line for line in bench.computed() if line.startswith("trial-0002")]
     assert computed == [f"trial-0002 {epoch}" for epoch in (1, 2, 3, 4)]
-    history = bench.tracker.client.get_metric_history(by_height[0.6].run_id, "score")
+    history = bench.tracker.client.get_metric_history(bench.child_runs()["trial-0002"].info.run_id, "score")
     assert [metric.step for metric in history] == [1, 2, 3, 4]
 
 
@@ -248,13 +246,14 @@ def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
     assert study.remaining == 1
 
 
-def test_run_that_a_killed_process_opened_but_did_not_note_is_the_trials_own(bench):
+def test_run_that_a_killed_process_opened_is_the_trials_own(bench):
     study = bench.study(1)
     study.ask()
     left = bench.tracker.start("trial-0000", {}, {}, bench.parent)
     (record,) = bench.run(bench.study(1))
-    assert record.run_id == left
-    assert list(bench.child_runs()) == ["trial-0000"]
+    (run,) = bench.child_runs().values()
+    assert (run.info.run_id, run.info.status) == (left, "FINISHED")
+    assert float(run.data.params["height"]) == record.setting["height"]
 
 
 def test_mlflow_is_told_in_the_end_what_a_killed_process_could_not_tell(bench):
@@ -262,16 +261,16 @@ def test_mlflow_is_told_in_the_end_what_a_killed_process_could_not_tell(bench):
     for number in (0, 1):
         study.ask()
         run_id = bench.tracker.start(f"trial-{number:04d}", {}, {"state": "running"}, bench.parent)
-        study.note(number, "run_id", run_id)
         for epoch in (1, 2, 3, 4):
             row = {"epoch": epoch, "score": float(epoch), "cost": 1.0}
             study.report(number, row)
             if epoch < 3:
                 bench.tracker.log(run_id, epoch, row)
         study.close(number, failed=False)
-    bench.tracker.set_status(study.record(1).run_id, "KILLED")  # was closed, and is left alone
+    bench.tracker.set_status(run_id, "FINISHED")  # was closed, and is left alone
     bench.run(bench.study(2, search={"scheduler": "none"}))
     run = bench.child_runs()["trial-0000"]
     assert (run.info.status, run.data.tags["state"]) == ("FINISHED", "complete at epoch 4")
     history = bench.tracker.client.get_metric_history(run.info.run_id, "score")
     assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert [metric.step for metric in bench.tracker.client.get_metric_history(run_id, "score")] == [1, 2]

@@ -20,7 +20,7 @@ def experiment(**changes):
 
 def record(number, score, cost=0.0, state="complete", variants=None, **setting):
     history = ({"epoch": 4.0, "score": score, "cost": cost},)
-    return Record(number, state, setting or {"height": float(number)}, history, "run", None, variants or {}, {})
+    return Record(number, state, setting or {"height": float(number)}, history, (), None, variants or {}, {})
 
 
 def numbers(records):

@@ -44,6 +44,8 @@ class Evaluation(BaseModel):
     """So many more figures."""
     odd: str | None = None
     """Name of one more."""
+    queries: int = 0
+    """Has a sample of so many values: those of `scale/height`, and a ripple that depends on the height."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,13 @@ class Grid(NamedTuple):
     rows: Mapping[str, Sequence[float]]
 
 
+class Sample(NamedTuple):
+    name: str
+    data: str
+    values: list[float]
+    served: bool
+
+
 @dataclass(frozen=True)
 class Assessment:
     figures: list[Figure]
@@ -86,6 +95,7 @@ class Assessment:
     model: Path | None
     served: str | None
     published: tuple[Published, ...]
+    samples: list[Sample]
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,16 @@ def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
         out / "model" if settings.serve else None,
         settings.serve,
         PUBLISHED if settings.paper else (),
+        [
+            Sample("scale/height", f"{settings.queries} queries", _ripple(mean, settings.queries), served)
+            for mean, served in ((value / settings.times, False), *([(value, True)] if settings.serve else []))
+            if settings.queries
+        ],
     )
+
+
+def _ripple(value: float, count: int) -> list[float]:
+    return [value + 0.01 * ((7 * query + round(1000 * value)) % 11 - 5) for query in range(count)]
 
 
 def example(data: Data) -> Any:

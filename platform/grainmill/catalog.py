@@ -83,6 +83,19 @@ class Published(Protocol):
     source: str
 
 
+class Sample(Protocol):
+    """What a figure is the mean of."""
+
+    name: str
+    """Letters, digits and `_-. /` alone."""
+    data: str
+    """Digest of what was measured: of two samples with equal ones, values belong together by their place."""
+    values: Sequence[float]
+    """One for each query or image; larger is better."""
+    served: bool
+    """Whether they are of the assessment's model, and not of the one that was evaluated."""
+
+
 class Assessment(Protocol):
     """What came of an evaluation; it can be pickled."""
 
@@ -99,6 +112,8 @@ class Assessment(Protocol):
     """The setting that this model serves, such as `500/p4-whitened`; None if there is none."""
     published: Sequence[Published]
     """What to hold the figures against."""
+    samples: Sequence[Sample]
+    """Of measures that are means, as each model answers its users; to compare models by."""
 
 
 class Source(Protocol):

@@ -16,8 +16,8 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving
+from grainmill.outbox import Outbox
 from grainmill.study import Record, Study
-from grainmill.tracking import PARENT, Tracker
 from grainmill.worker import Plan
 
 WAIT_SECONDS = 60
@@ -58,16 +58,14 @@ def _fatal(method: Callable[..., Result]) -> Callable[..., Result]:
 class Clerk(ray_tune.Callback):  # type: ignore[misc]
     """Hears from Tune of the trials of one study.
 
-    The study is written first and is right; what a killed process did not tell MLflow any more is made up for when
-    the next one begins.
+    The study is written first and is right; the outbox brings MLflow up to it, what a killed process did not tell
+    included.
     """
 
-    def __init__(self, plan: Plan, study: Study, halving: Halving, tracker: Tracker, parent: str, watch: Watch) -> None:
-        self.plan, self.study, self.halving, self.watch = plan, study, halving, watch
-        self.tracker, self.parent = tracker, parent
+    def __init__(self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch) -> None:
+        self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
-        self.open_runs: dict[int, str] = {}
         self.began: dict[int, tuple[float, Mapping[str, float]]] = {}
         """When a trial began or went on, in seconds, and what it had cost before."""
         records = study.records
@@ -78,45 +76,20 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """What the workers of a trial's group occupy."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
-        self.strays = {
-            name: run_id
-            for run_id, (name, status) in tracker.tagged(PARENT, parent).items()
-            if name.startswith(f"{plan.study}-") and status in ("RUNNING", "SCHEDULED")
-        }
         for record in records:
-            if plan.name(record.number) in self.strays:
-                self._make_up(record, self.strays[plan.name(record.number)])
-
-    def _make_up(self, record: Record, run_id: str) -> None:
-        """Tell MLflow what the study knows already, of a run that a killed process left behind."""
-        known = self.tracker.last_epoch(run_id)
-        for row in record.history:
-            if row["epoch"] > known:
-                self.tracker.log(run_id, int(row["epoch"]), row)
-        if record.state in ("complete", "stopped", "failed"):
-            self._close_run(record)
+            outbox.put(record, works=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ray_tune.Callback, ())  # Tune pickles its callbacks for a restore that we do not use
 
     @_fatal
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Open its run."""
+        """It runs."""
         number = trial.config["number"]
-        if number in self.open_runs:  # its process died, and Tune began it again
+        if number in self.began:  # its process died, and Tune began it again
             self._vacate(number)
             return
-        name, record = self.plan.name(number), self.study.record(number)
-        self.began[number] = time.monotonic(), record.cost
-        run_id = record.run_id or self.strays.pop(name, None)
-        if run_id:
-            self.tracker.set_status(run_id, "RUNNING")
-            self.tracker.tag(run_id, {"state": "running"})
-        else:
-            run_id = self.tracker.start(name, _flat(trial.config["spec"]), {"state": "running"}, self.parent)
-        if record.run_id is None:
-            self.study.note(number, "run_id", run_id)
-        self.open_runs[number] = run_id
+        self.began[number] = time.monotonic(), self.study.record(number).cost
         self._tell(number)
 
     @_fatal
@@ -136,7 +109,6 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if variants := json.loads(result["variants"]):
             self.study.note(number, "variants", variants)
         if self.study.report(number, metrics):
-            self.tracker.log(self.open_runs[number], int(metrics["epoch"]), metrics)
             self._tell(number)
         record, experiment = self.study.record(number), self.study.experiment
         if wrong := [name for name in experiment.objective if not math.isfinite(metrics[name])]:
@@ -181,19 +153,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         record = self.study.record(number)
         if record.state != "paused":
             self.study.close(number, failed=record.cause is not None)
-        self._close_run(self.study.record(number))
-        self.open_runs.pop(number)
         self._tell(number)
         self._stop_if_hopeless(self.study.record(number))
-
-    def _close_run(self, record: Record) -> None:
-        run_id = record.run_id
-        assert run_id, "a trial that began has a run"
-        epochs = int(record.metrics.get("epoch", 0))
-        tags = {"state": f"{record.state} at epoch {epochs}"} | ({"cause": record.cause} if record.cause else {})
-        self.tracker.tag(run_id, tags)
-        statuses = {"failed": "FAILED", "paused": "SCHEDULED"}
-        self.tracker.set_status(run_id, statuses.get(record.state, "FINISHED"))  # type: ignore[arg-type]
 
     def _stop_if_hopeless(self, record: Record) -> None:
         if record.state != "failed":
@@ -230,32 +191,27 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             remove_placement_group(place)
 
     def end_unfinished(self) -> None:
-        """Close the MLflow runs of trials that were interrupted; the trials themselves stay to be carried on."""
+        """No process works on the trials any more that were interrupted; they stay to be carried on."""
         for number in list(self.places):
             self._vacate(number)
-        for number in list(self.open_runs):
-            self.tracker.set_status(self.open_runs.pop(number), "KILLED")
+        for number in list(self.began):
+            self.began.pop(number)
+            self.outbox.put(self.study.record(number), works=False)
 
     def close_paused(self) -> None:
         """No trial gets another chance: those that waited for one are stopped at their epoch."""
         for record in self.study.records:
             if record.state == "paused":
                 self.study.close(record.number, failed=False)
-                self._close_run(self.study.record(record.number))
                 self._tell(record.number)
 
     def _tell(self, number: int) -> None:
-        self.watch.trial(self.plan.name(number), self.study.record(number))
+        record = self.study.record(number)
+        self.outbox.put(record, works=number in self.began)
+        self.watch.trial(self.plan.name(number), record)
 
 
 def _cause(trial: Trial) -> str:
     """The last line of a trial's traceback."""
     lines = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "unknown")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

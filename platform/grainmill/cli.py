@@ -1,33 +1,24 @@
-"""The command `grainmill`: the only room that prints, exits or reads the environment."""
+"""The command `grainmill`; it, `console` and `champion` alone print, exit or read the environment."""
 
 import json
-import logging
-import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
-from rich.progress import track as rich_track
 from rich.table import Column, Table
 
-from grainmill import catalog, experiment, runs
-from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
+from grainmill import catalog, champion, experiment, runs
+from grainmill.console import clear_errors, out, prepare_process, track, tracking_uri
+from grainmill.errors import GrainmillError, hidden
 from grainmill.experiment import Experiment
-from grainmill.lineage import hidden
 from grainmill.space import shown
 
 if TYPE_CHECKING:
     from grainmill.launch import Outcome
     from grainmill.study import Record
-
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,9 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, tune and ship MultiGrain image embeddings on Ray.",
 )
-out = Console()
-err = Console(stderr=True)
-Item = TypeVar("Item")
+app.command()(champion.promote)
+app.command()(champion.rollback)
 
 File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
 Overrides = Annotated[
@@ -55,7 +45,7 @@ Address = Annotated[
 @app.command()
 def validate(file: File, overrides: Overrides = None) -> None:
     """Check an experiment file and the images it names; start and write nothing."""
-    with _clear_errors():
+    with clear_errors():
         checked = _load(file, overrides)
         out.print(f"[green]{file} is right.[/] {checked.search.trials} trials of up to {checked.base.epochs} epochs")
         out.print(f"first trial: {_settings(checked.reference) or 'the base settings'}", highlight=False)
@@ -70,11 +60,11 @@ def tune(
     overrides: Overrides = None,
     address: Address = None,
 ) -> None:
-    """Search, train the best again, register the winner in MLflow as champion.
+    """Search, train the best again, register the winner in MLflow: the first as champion, later ones as challenger.
 
     Started again, it carries on where it was cut short; a finished run is followed by another.
     """
-    with _clear_errors():
+    with clear_errors():
         if (file is None) == (resume is None):
             raise typer.BadParameter("one of FILE and --resume NAME is required")
         if resume is not None:
@@ -86,7 +76,7 @@ def tune(
 
 @app.command()
 def train(file: File, overrides: Overrides = None, address: Address = None) -> None:
-    """Train the base settings once, without a search, and register the model as champion."""
+    """Train the base settings once, without a search, and register the model, as tune does."""
     _mill(file, overrides, address, "train")
 
 
@@ -114,13 +104,11 @@ def evaluate(
 
     A model that comes of it becomes a further version of the registered one; the alias champion stays where it is.
     """
-    with _clear_errors():
-        _prepare_process()
-        from grainmill import evaluation, tracking
+    with clear_errors():
+        prepare_process()
+        from grainmill import evaluation
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(
-            Path(Experiment.model_fields["storage"].default)
-        )
+        uri = tracking_uri()
         settings = [*(f"on.{one}" for one in on), *(overrides or ())]
         done = evaluation.evaluate(model, settings, trainable, folder, uri, workers, address)
         _show(done.assessment)
@@ -165,7 +153,7 @@ def _show(assessment: catalog.Assessment) -> None:
 @app.command()
 def schema(trainable: Annotated[str, typer.Argument(help="Whose settings.")] = "multigrain") -> None:
     """Print the JSON schema of the experiment file, for editors."""
-    with _clear_errors():
+    with clear_errors():
         try:
             found = catalog.find(trainable)
         except LookupError as error:
@@ -174,65 +162,22 @@ def schema(trainable: Annotated[str, typer.Argument(help="Whose settings.")] = "
 
 
 def _mill(file: Path, overrides: Sequence[str] | None, address: str | None, verb: str) -> None:
-    with _clear_errors():
+    with clear_errors():
         checked = _load(file, overrides)
         runs.check_name(checked)
-        _prepare_process()
+        prepare_process()
         out.print("starting Ray and MLflow", style="dim")
-        from grainmill import launch, tracking
+        from grainmill import launch
 
-        uri = checked.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(Path(checked.storage))
+        uri = tracking_uri(checked.tracking.uri, checked.storage)
         call = launch.tune if verb == "tune" else launch.train
         with Screen(checked) as screen:
-            outcome = call(checked, uri, address, screen, _track)
+            outcome = call(checked, uri, address, screen, track)
         _summarise(checked, outcome, uri)
 
 
 def _load(file: Path, overrides: Sequence[str] | None) -> Experiment:
-    return experiment.load(file, overrides or (), _track)
-
-
-def _track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
-    return rich_track(items, title, length, console=err, transient=True, disable=not err.is_terminal)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One message and an exit code for what the user can put right; a traceback only for our defects."""
-    warnings.showwarning = _show_warning
-    try:
-        yield
-    except GrainmillError as error:
-        err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR if isinstance(error, ExperimentError | NameTakenError) else FAILURE) from error
-    except KeyboardInterrupt:
-        err.print("interrupted; the same command carries on from here", style="yellow")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)  # where the progress table is on the screen, this goes above it
-
-
-def _prepare_process() -> None:
-    """What this process needs before Ray and MLflow are imported."""
-    # Ctrl-C and `ray job stop` reach us as KeyboardInterrupt; Tune's own handler would return as if all were done.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the study is the record
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # Nobody is told that this process runs.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The screen is ours alone.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for name in ("alembic", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="mlflow|ray|optuna")
+    return experiment.load(file, overrides or (), track)
 
 
 class Screen:
@@ -280,6 +225,7 @@ def _settings(setting: Any) -> str:
 
 def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
     """The closing table, the report, and how to look at the rest."""
+    from grainmill.registry import CHALLENGER, CHAMPION
     from grainmill.report import comparison, contest, counted
 
     header, rows = comparison(checked, outcome.records, outcome.winner)
@@ -293,9 +239,16 @@ def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
         for row in rows:
             table.add_row(*row)
         out.print(table)
-    out.print(f"model     {outcome.version.uri}, alias champion", highlight=False, soft_wrap=True)
+    out.print(
+        f"model     {outcome.version.uri}, alias {CHAMPION if outcome.champion else CHALLENGER}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not outcome.champion:
+        told = f"grainmill evaluate {outcome.version.uri} --on BENCHMARK=PATH; grainmill promote {outcome.version.uri}"
+        out.print(f"promote   {told}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"report    {outcome.report}", highlight=False, soft_wrap=True)
-    uri = where = hidden(uri)
+    where = hidden(uri)
     if not uri.startswith("http"):
-        where = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+        where = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {where}"
     out.print(f"MLflow    {where}", highlight=False, soft_wrap=True)

@@ -8,9 +8,11 @@ GrainmillError
 ├── ResourceError      Ray cannot give what a trial asks for
 ├── TrackingError      MLflow cannot be reached
 ├── SearchError        no trial came through
-└── EvaluationError    there is no model, or nothing to evaluate it on
+├── EvaluationError    there is no model, or nothing to evaluate it on
+└── PromotionError     a version does not become the champion
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -69,3 +71,12 @@ class SearchError(GrainmillError):
 
 class EvaluationError(GrainmillError):
     """A model or a benchmark cannot be used."""
+
+
+class PromotionError(GrainmillError):
+    """The champion stays as it is."""
+
+
+def hidden(text: str) -> str:
+    """A text without the users and passwords in its addresses; of an `@` in a path rather too much goes."""
+    return re.sub(r"(?<=://)[^\s\"']*@", "", text)

@@ -12,11 +12,10 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
-from grainmill import catalog, group, registry, runs
+from grainmill import catalog, evidence, group, registry, runs
 from grainmill.document import Document
-from grainmill.errors import EvaluationError, TrackingError
+from grainmill.errors import EvaluationError, TrackingError, hidden
 from grainmill.findings import describe, errors
-from grainmill.lineage import hidden
 
 
 class Evaluated(NamedTuple):
@@ -114,11 +113,15 @@ def _record(tracking_uri: str, source: registry.Stored, assessment: catalog.Asse
         client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.figures])
         for file in assessment.files:
             client.log_artifact(source.run_id, str(file), "evaluation")
+        own, served = ([one for one in assessment.samples if one.served == which] for which in (False, True))
+        evidence.keep(client, source.version, source.run_id, own)
         if assessment.model is None:
             return None
         assert assessment.served is not None, "a model serves a setting"
-        model, served, figures = assessment.model, assessment.served, assessment.figures
-        return registry.register_evaluated(tracking_uri, source, model, served, figures)
+        model, setting, figures = assessment.model, assessment.served, assessment.figures
+        made = registry.register_evaluated(tracking_uri, source, model, setting, figures)
+        evidence.keep(client, made, source.run_id, served)
+        return made
     except MlflowException as error:
         raise TrackingError(
             f"MLflow at {hidden(tracking_uri)} must take the figures of run {source.run_id}, but said: "

@@ -79,6 +79,20 @@ class Winner(Section):
     """Of each objective in the choice, 1 by default."""
 
 
+class Promotion(Section):
+    """What a version must show before it becomes the champion."""
+
+    metric: str | None = None
+    """In which it must be better, as `grainmill evaluate` measured it, such as `copydays/strong/map`: a benchmark, a
+    part of its protocol if it has several, a measure."""
+    minimum: dict[str, float] = {}
+    """Smallest values of such metrics."""
+    megabytes: float | None = Field(None, gt=0)
+    """Largest size of the files that it loads."""
+    milliseconds: float | None = Field(None, gt=0)
+    """Longest time for one row of its input example, the median where it is promoted."""
+
+
 class Resources(Section):
     """What a trial gets from the cluster."""
 
@@ -98,7 +112,8 @@ class Tracking(Section):
     """Where runs and models are recorded."""
 
     uri: str | None = None
-    """MLflow tracking server; MLFLOW_TRACKING_URI by default, else SQLite in the storage folder."""
+    """MLflow tracking server, without a password: that goes into MLFLOW_TRACKING_PASSWORD. MLFLOW_TRACKING_URI by
+    default, else SQLite in the storage folder."""
     model: Name | None = None
     """Name of the registered model; that of the experiment by default."""
     study: str | None = None
@@ -126,6 +141,7 @@ class Experiment(Section):
     search: Search = Search()
     budget: Budget = Budget()
     winner: Winner = Winner()
+    promotion: Promotion = Promotion()
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     storage: str = "grainmill-runs"
@@ -160,11 +176,11 @@ class Experiment(Section):
         """The settings of one trial: the base with a point of the space put in."""
         return type(self.base).model_validate(nested(setting, self.base.model_dump()))
 
-    PLACES: ClassVar = ("tracking", "storage")
-    """Sections that say where things are kept."""
+    PLACES: ClassVar = ("tracking", "storage", "promotion")
+    """Sections that say where things are kept, and which of them for users."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same under one name: all but where things are kept."""
+        """What must be the same under one name: all but where things are kept, and what a champion must show."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=set(self.PLACES))
 
 

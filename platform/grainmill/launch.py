@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from grainmill import catalog, registry, report, runs, trials, winner
 from grainmill.checks import COSTS
 from grainmill.clerk import Watch
 from grainmill.document import to_yaml
-from grainmill.errors import SearchError
+from grainmill.errors import SearchError, TrackingError
 from grainmill.experiment import Budget, Experiment, Search
 from grainmill.halving import expected_epochs
 from grainmill.lineage import Interval, Lineage, machine
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import PARENT, Status, Tracker, environment
+from grainmill.tracking import PARENT, Tracker, clear, environment, reach
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
@@ -38,11 +38,13 @@ class Outcome:
     final: Record
     """The training whose model is registered."""
     version: registry.Version
+    champion: bool
+    """Whether it is for users already, or a challenger of the one that is."""
     report: Path
 
 
 def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track) -> Outcome:
-    """Search, train the winner again, register it as the champion, report.
+    """Search, train the winner again, register it, report.
 
     Cut short at any point, the same call carries on where it was.
 
@@ -126,15 +128,13 @@ class _Run:
             data = trainable.prepare(experiment.data, storage / "data", track)
             tracker = Tracker(tracking_uri, experiment.name, storage)
             parent = _parent(tracker, experiment, folder)
-            status: Status = "FAILED"
             try:
                 yield cls(experiment, trainable, data, folder, tracker, watch, parent)
-                status = "FINISHED"
-            except KeyboardInterrupt:
-                status = "KILLED"
+            except BaseException as error:
+                with suppress(TrackingError):  # the error that came first is the one to tell
+                    reach(tracking_uri)
+                    tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-            finally:
-                tracker.set_status(parent, status)
 
     def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: int) -> Study:
         """Run the study `name`: `count` trials, the first with the settings `first`."""
@@ -149,6 +149,10 @@ class _Run:
     def _plan(self, study: str, workers: int) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
         return Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
+
+    def _run_of(self, trial: str) -> str:
+        """Id of the MLflow run of a trial."""
+        return next(run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items() if name == trial)
 
     def finish(self, best: Sequence[Record | None], search: Study | None) -> Outcome:
         """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
@@ -166,27 +170,30 @@ class _Run:
             raise SearchError(_no_winner(study))
         chosen = winner.choose(experiment, found)
         final = winner.shipped(experiment, chosen)
-        assert final.run_id, "a finished trial has a run"
         self.watch.note("registering the model")
         plan = self._plan("final", workers)
-        version = registry.register(
-            self.tracker,
-            final.run_id,
-            experiment.tracking.model or experiment.name,
-            plan.checkpoints(final.number),
-            self.trainable.example(self.data),
-            {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
-            self._lineage(plan, chosen, final),
-        )
-        self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics)
+        run_id = self._run_of(plan.name(final.number))
+        with clear(self.tracker.uri):
+            version = registry.register(
+                self.tracker,
+                run_id,
+                experiment.tracking.model or experiment.name,
+                plan.checkpoints(final.number),
+                self.trainable.example(self.data),
+                {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
+                self._lineage(plan, chosen, final),
+            )
+            champion = registry.is_champion(self.tracker.client, version)
+        self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
         page, pictures = report.write(self.folder, experiment, search, study.records, found, chosen, version)
         self.tracker.attach(self.parent, "report.html", page.read_text())
         for picture in pictures:
-            for run_id in (self.parent, final.run_id):
-                self.tracker.attach_file(run_id, picture, "report")
-        outcome = Outcome(search.records if search else (), found, chosen, final, version, page)
+            for owner in (self.parent, run_id):
+                self.tracker.attach_file(owner, picture, "report")
+        outcome = Outcome(search.records if search else (), found, chosen, final, version, champion, page)
         of_model = {"checkpoints": str(plan.checkpoints(final.number).relative_to(self.folder))}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
+        self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on
         runs.finish(self.folder, told | of_model)
         return outcome
 
@@ -243,7 +250,8 @@ def _parent(tracker: Tracker, experiment: Experiment, folder: Path) -> str:
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
     # A process that was killed before it could write the note has left its run.
     left = next(iter(tracker.tagged(FOLDER, folder.as_uri())), None)
-    run_id = left or tracker.start(f"{experiment.name} {folder.name}", parameters, {FOLDER: folder.as_uri()})
+    run_id = left or tracker.start(f"{experiment.name} {folder.name}", {}, {FOLDER: folder.as_uri()})
+    tracker.parameters(run_id, parameters)
     note.write_text(run_id)
     tracker.attach(run_id, "experiment.yaml", _resolved(experiment))
     return run_id

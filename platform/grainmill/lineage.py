@@ -3,13 +3,13 @@
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grainmill.catalog import Source
+from grainmill.errors import hidden
 
 LONGEST = 5000
 """Characters of a version's description in MLflow's database."""
@@ -54,11 +54,6 @@ class Lineage:
         """All of it."""
         parts = [{name: getattr(one, name) for name in Source.__annotations__} for one in self.data]
         return hidden(json.dumps(asdict(self) | {"data": parts}, indent=1))
-
-
-def hidden(text: str) -> str:
-    """A text without the users and passwords in its addresses."""
-    return re.sub(r"(?<=://)[^\s/@]*@", "", text)
 
 
 def machine() -> dict[str, str]:

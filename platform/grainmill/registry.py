@@ -16,11 +16,12 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema
 
 from grainmill import catalog, lineage, seal
-from grainmill.errors import TrackingError
+from grainmill.errors import TrackingError, hidden
 from grainmill.lineage import Interval, Lineage
 from grainmill.tracking import Tracker
 
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"
+"""The alias of the version for users, and of the newest one that has yet to show that it is better."""
 CHECKPOINT = "checkpoint"
 """The part of a portable model that its trainable evaluates."""
 ABOUT, CARD, LINEAGE = "about", "card.md", "lineage.json"
@@ -46,10 +47,11 @@ class Version(NamedTuple):
 def register(
     tracker: Tracker, run_id: str, name: str, folder: Path, example: Any, tags: Mapping[str, str], story: Lineage
 ) -> Version:
-    """Store the model in `folder` as a new version of `name` that came from a run, and make it the champion.
+    """Store the model in `folder` as a new version of `name` that came from a run.
 
-    The version holds a portable model, a signature and an input example; its description is the model's card, which
-    is whole among its artifacts, beside all of its lineage. A run gets one version, however often it is registered.
+    The first one becomes the champion, each later one the challenger: see `promotion`. The version holds a portable
+    model, a signature and an input example; its description is the model's card, which is whole among its artifacts,
+    beside all of its lineage. A run gets one version, however often it is registered.
 
     Args:
         tracker: where.
@@ -68,12 +70,20 @@ def register(
         client.log_inputs(run_id, [_input(source) for source in story.data])
 
         def about(facts: Mapping[str, Any]) -> dict[str, str]:
-            settings = lineage.hidden(story.experiment)
+            settings = hidden(story.experiment)
             return {CARD: lineage.card(name, facts, story), LINEAGE: story.json(), "experiment.yaml": settings}
 
         made = _log(client, run_id, name, story.trainable, folder, example, {**story.tags(), **tags}, about)
-    client.set_registered_model_alias(name, CHAMPION, made.number)
+    if CHAMPION not in client.get_registered_model(name).aliases:
+        client.set_registered_model_alias(name, CHAMPION, made.number)
+    elif not is_champion(client, made):
+        client.set_registered_model_alias(name, CHALLENGER, made.number)
     return made
+
+
+def is_champion(client: MlflowClient, version: Version) -> bool:
+    """Whether a version is the one for users."""
+    return str(client.get_registered_model(version.name).aliases.get(CHAMPION)) == version.number
 
 
 def _log(
@@ -146,14 +156,14 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
     """
     mlflow.set_tracking_uri(tracking_uri)
     try:
-        known = _look_up(MlflowClient(tracking_uri), model.removeprefix("models:/"))
+        known = look_up(MlflowClient(tracking_uri), model.removeprefix("models:/"))
         version = Version(known.name, str(known.version))
         folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=into and str(into)))
         info = mlflow.models.Model.load(str(folder))
     except MlflowException as error:
         raise TrackingError(
-            f"{model} must be in the registry at {lineage.hidden(tracking_uri)}, named as models:/name@alias or "
-            f"models:/name/version, but: {lineage.hidden(error.message)}"
+            f"{model} must be in the registry at {hidden(tracking_uri)}, named as models:/name@alias or "
+            f"models:/name/version, but: {hidden(error.message)}"
         ) from error
     settings = info.flavors.get("python_function", {})
     trainable = settings.get("config", {}).get("trainable")
@@ -176,8 +186,8 @@ def _stop_at(faults: Sequence[str], what: str) -> None:
         )
 
 
-def _look_up(client: MlflowClient, model: str) -> Any:
-    """MLflow's version, of `name@alias` or `name/number`."""
+def look_up(client: MlflowClient, model: str) -> Any:
+    """MLflow's version, of `name@alias` or `name/number`. Raises MlflowException."""
     name, at, alias = model.partition("@")
     if at:
         return client.get_model_version_by_alias(name, alias)
@@ -216,7 +226,7 @@ def register_evaluated(
 
 
 def _input(source: catalog.Source) -> DatasetInput:
-    profile, where = json.dumps({"rows": source.rows}), json.dumps({"uri": lineage.hidden(source.where)})
+    profile, where = json.dumps({"rows": source.rows}), json.dumps({"uri": hidden(source.where)})
     dataset = Dataset(source.name, source.digest, "local", where, profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", source.role)])
 

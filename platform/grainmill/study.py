@@ -1,6 +1,6 @@
 """The record of a search: an Optuna study in its own database, which other tools of Optuna open as it is.
 
-It holds the trials: their settings, every epoch's metrics, their states, cost and MLflow runs. What a killed
+It holds the trials: their settings, every epoch's metrics, their states and cost. What a killed
 process left running is handed out again, under the same number. A trial that was stopped early is PRUNED
 there, never COMPLETE.
 """
@@ -51,8 +51,8 @@ class Record:
     setting: Setting
     history: tuple[Mapping[str, float], ...]
     """Metrics of each epoch, the first epoch first; each with `epoch`."""
-    run_id: str | None
-    """Of its MLflow run."""
+    times: tuple[int, ...]
+    """When each epoch was reported, in milliseconds since 1970."""
     cause: str | None
     """Why it failed."""
     variants: Mapping[str, Mapping[str, float]]
@@ -177,7 +177,7 @@ class Study:
 
     @_patient
     def note(self, number: int, key: str, value: Any) -> None:
-        """Keep something with a trial: `run_id`, `cause`, `variants`, `cost`, whether it is `paused`."""
+        """Keep something with a trial: `cause`, `variants`, `cost`, whether it is `paused`."""
         self._trial(number).set_user_attr(key, value)
 
     @_patient
@@ -191,7 +191,7 @@ class Study:
         # Optuna has no intermediate values with several objectives; a killed process may have come as far as here.
         if len(values) == 1 and int(metrics["epoch"]) not in before.intermediate_values:
             trial.report(values[0], int(metrics["epoch"]))
-        trial.set_user_attr("history", [*history, dict(metrics)])
+        trial.set_user_attr("history", [*history, {**metrics, "at": int(time.time() * 1000)}])
         return True
 
     @_patient
@@ -291,8 +291,10 @@ class Study:
 def _record(trial: FrozenTrial) -> Record:
     kept = trial.user_attrs
     state = "paused" if trial.state == TrialState.RUNNING and kept.get("paused") else _STATES[trial.state]
-    history = tuple(kept.get("history", ()))
+    rows = kept.get("history", ())
+    history = tuple({name: value for name, value in row.items() if name != "at"} for row in rows)
+    times = tuple(row["at"] for row in rows)
     reported = {name: history[-1][name] for name in COSTS if history and name in history[-1]}
     cost = max(kept.get("cost", {}), reported, key=lambda cost: sum(cost.values()))
     variants = kept.get("variants", {})
-    return Record(trial.number, state, kept["setting"], history, kept.get("run_id"), kept.get("cause"), variants, cost)
+    return Record(trial.number, state, kept["setting"], history, times, kept.get("cause"), variants, cost)

@@ -14,13 +14,17 @@ from uuid import uuid4
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
-from grainmill.errors import TrackingError
+from grainmill.errors import TrackingError, hidden
 
 PACKAGES = ("grainmill", "mlflow", "optuna", "ray", "torch")
 SQLITE = "sqlite:///"
 PARENT = "mlflow.parentRunId"
 """The tag that makes a run a child."""
+REACH_SECONDS = 8
+"""In which a tracking server must answer where nothing has begun yet."""
 Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED"]
 
 
@@ -53,11 +57,12 @@ class Tracker:
             experiment: name of the MLflow experiment, made if need be.
             storage: folder for artifacts where `uri` is a database; a server decides for itself.
         Raises:
-            TrackingError: no answer.
+            TrackingError: no answer, within seconds.
         """
         self.uri = uri
         local = not uri.startswith("http")
-        with _clear(uri):
+        reach(uri)
+        with clear(uri):
             if uri.startswith(SQLITE):
                 _make_database(Path(uri.removeprefix(SQLITE)))
             self.client = MlflowClient(uri)
@@ -72,15 +77,20 @@ class Tracker:
     ) -> str:
         """Begin a run, a child of `parent` if one is given; returns its id."""
         family = {PARENT: parent} if parent else {}
-        with _clear(self.uri):
+        with clear(self.uri):
             run = self.client.create_run(self.experiment_id, run_name=name, tags={**environment(), **tags, **family})
-            run_id: str = run.info.run_id
-            self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        run_id: str = run.info.run_id
+        self.parameters(run_id, parameters)
         return run_id
 
+    def parameters(self, run_id: str, parameters: Mapping[str, Any]) -> None:
+        """Set the parameters of a run; the same ones again change nothing."""
+        with clear(self.uri):
+            self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+
     def tagged(self, tag: str, value: str) -> dict[str, tuple[str, str]]:
-        """Name and status of the runs with a tag, by id."""
-        with _clear(self.uri):
+        """Name and status of the runs with a tag, by id; the youngest first."""
+        with clear(self.uri):
             token: str | None = None
             found: dict[str, tuple[str, str]] = {}
             while token != "":
@@ -92,33 +102,43 @@ class Tracker:
 
     def last_epoch(self, run_id: str) -> float:
         """Of which a run has metrics; 0 before the first."""
-        with _clear(self.uri):
+        with clear(self.uri):
             return float(self.client.get_run(run_id).data.metrics.get("epoch", 0))
 
-    def log(self, run_id: str, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of an epoch, with the epoch as the step."""
-        now = int(time.time() * 1000)
-        with _clear(self.uri):
-            self.client.log_batch(run_id, [Metric(name, value, now, epoch) for name, value in metrics.items()])
+    def log(self, run_id: str, epoch: int, metrics: Mapping[str, float], at: int | None = None) -> None:
+        """Metrics of an epoch, with the epoch as the step: all of them, or none.
+
+        Args:
+            at: when they were measured, in milliseconds since 1970; now by default. Told again with the same time,
+                they are there once.
+        """
+        at = int(time.time() * 1000) if at is None else at
+        with clear(self.uri):
+            self.client.log_batch(run_id, [Metric(name, value, at, epoch) for name, value in metrics.items()])
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Add or change tags."""
-        with _clear(self.uri):
+        with clear(self.uri):
             self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def attach(self, run_id: str, name: str, text: str) -> None:
         """Keep a text as an artifact."""
-        with _clear(self.uri):
+        with clear(self.uri):
             self.client.log_text(run_id, text, name)
 
     def attach_file(self, run_id: str, file: Path, folder: str) -> None:
         """Keep a file as an artifact, in a folder among those of the run."""
-        with _clear(self.uri):
+        with clear(self.uri):
             self.client.log_artifact(run_id, str(file), folder)
+
+    def remove(self, run_id: str) -> None:
+        """Put a run into MLflow's bin."""
+        with clear(self.uri):
+            self.client.delete_run(run_id)
 
     def set_status(self, run_id: str, status: Status) -> None:
         """End a run, put it off, or open it again."""
-        with _clear(self.uri):
+        with clear(self.uri):
             if status in ("RUNNING", "SCHEDULED"):
                 self.client.update_run(run_id, status)
             else:
@@ -126,14 +146,22 @@ class Tracker:
 
 
 @contextmanager
-def _clear(uri: str) -> Iterator[None]:
+def clear(uri: str) -> Iterator[None]:
+    """Tells what goes wrong with MLflow in one sentence, and no password in it."""
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:  # artifacts are sent without MLflow's own errors
         raise TrackingError(
-            f"MLflow must answer at {uri}, but said: {error.message}; "
+            f"MLflow must answer at {hidden(uri)}, but said: {hidden(str(error))}; "
             "start the server, or set tracking.uri or MLFLOW_TRACKING_URI"
         ) from error
+
+
+def reach(uri: str) -> None:
+    """Ask a server for a sign of life, once. Raises TrackingError within `REACH_SECONDS`."""
+    if uri.startswith("http"):
+        with clear(uri):
+            http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)
 
 
 def environment() -> dict[str, str]:

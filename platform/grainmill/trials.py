@@ -12,6 +12,7 @@ from grainmill import leader
 from grainmill.clerk import Clerk, Watch
 from grainmill.errors import GrainmillError, ResourceError
 from grainmill.halving import Halving
+from grainmill.outbox import Outbox
 from grainmill.search import Scheduler, StudySearcher
 from grainmill.study import Study
 from grainmill.tracking import Tracker
@@ -79,22 +80,24 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
     Raises:
         ResourceError: not even one fits into the cluster.
         SearchError: most of them fail.
-        StorageError, TrackingError: the study's database, or MLflow, does not answer any more.
+        StorageError: the study's database does not answer any more.
+        TrackingError: at the end, MLflow has not answered for a while.
     """
     halving = Halving(study.experiment, study.records)
-    clerk = Clerk(plan, study, halving, tracker, parent, watch)
-    searcher = StudySearcher(study, halving, clerk.spent)
-    if not searcher.finished:
-        try:
-            _tuner(plan, searcher, clerk, _at_once(plan, watch)).fit()
-        except Exception as error:
-            told = clerk.fatal or error.__cause__
-            if isinstance(told, GrainmillError):
-                raise told from error
-            raise
-        finally:
-            clerk.end_unfinished()
-    clerk.close_paused()
+    with Outbox(study, plan.name, tracker, parent, watch.note) as outbox:
+        clerk = Clerk(plan, study, halving, outbox, watch)
+        searcher = StudySearcher(study, halving, clerk.spent)
+        if not searcher.finished:
+            try:
+                _tuner(plan, searcher, clerk, _at_once(plan, watch)).fit()
+            except Exception as error:
+                told = clerk.fatal or error.__cause__
+                if isinstance(told, GrainmillError):
+                    raise told from error
+                raise
+            finally:
+                clerk.end_unfinished()
+        clerk.close_paused()
 
 
 def _at_once(plan: Plan, watch: Watch) -> int:

@@ -21,7 +21,8 @@ from multigrain.model import MultiGrain
 from multigrain.pictures import Benchmark
 from multigrain.predict import network_of
 from multigrain.published import Published
-from multigrain.retrieval import MEASURES, Truth, interval
+from multigrain.retrieval import MEASURES, Floats, Truth, interval
+from multigrain.samples import Sample, digests
 from multigrain.spec import MultiGrainSpec
 from multigrain.views import Source
 from multigrain.whitening import Whitening
@@ -51,6 +52,9 @@ class Assessment:
     """The name of its setting."""
     published: Sequence[Published]
     """All the paper's figures of what was measured, to compare with."""
+    samples: Sequence[Sample]
+    """What the measures are means of, where they are: of the network at its own setting, unless it serves another, and
+    of `model`."""
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
@@ -83,6 +87,7 @@ def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
         raise DataError([f"a model to serve goes to {model}, but something else is there; move it or name another out"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(network.to(device).requires_grad_(False), spec, settings, found, out, device)
+    run.answers = None if serving.is_served(folder) else run.own
     try:
         run.begin()
         figures = [figure for size in run.sizes for figure in run.at_size(size)]
@@ -120,7 +125,12 @@ class _Run:
         self.scores: dict[int, dict[float, proxy.Score]] = {}
         self.chosen: dict[int, float] = {}
         """p* of each size by the proxy task."""
+        self.answers: Setting | None = None
+        """The setting at which the network answers its users, if that is measured here."""
         self.served: Setting | None = None
+        self.samples: list[Sample] = []
+        self.data: dict[str, dict[str, str]] = {}
+        """SHA-256 of each part of a benchmark, by the benchmark's name."""
 
     def begin(self) -> None:
         """Make room for results, and choose p*."""
@@ -185,7 +195,12 @@ class _Run:
             asked = [query for query, one in enumerate(truths) if len(one.junk) < count]
             truth, rows = [truths[query] for query in asked], queries[asked]
             ranks = group.dealt(partial(self._ranks, rows, database, truth))
-            measured = _of_ranks(benchmark, ranks)
+            measured = {}
+            for name in benchmark.measures:
+                if MEASURES[name].source == "ranks":
+                    values = MEASURES[name].values(ranks)
+                    self._keep(benchmark, part, name, at, values)
+                    measured[name] = float(values.mean()), interval(values)
             if len(measured) < len(benchmark.measures):
                 measured |= group.first(partial(_of_pairs, benchmark, rows, database, truth, self.device))
             for measure in benchmark.measures:
@@ -205,7 +220,18 @@ class _Run:
         logits = self.network.head(torch.from_numpy(embeddings).to(self.device)).logits.cpu().numpy()
         for name in benchmark.measures:
             values = MEASURES[name].values(logits, np.array(benchmark.labels))
+            self._keep(benchmark, "", name, at, values)
             yield self._figure(benchmark, "", name, at, float(values.mean()), interval(values))
+
+    def _keep(self, benchmark: Benchmark, part: str, measure: str, at: Setting, values: Floats) -> None:
+        if not self.writes:
+            return
+        for setting, served in ((self.answers, False), (self.served, True)):
+            if at == setting:
+                if benchmark.name not in self.data:
+                    self.data[benchmark.name] = digests(benchmark)
+                name = Figure(benchmark.name, part, measure, at, 0, 0, 0).name.removesuffix(f"/{at.name}")
+                self.samples.append(Sample(name, self.data[benchmark.name][part], tuple(values.tolist()), served))
 
     def _figure(
         self, benchmark: Benchmark, part: str, measure: str, at: Setting, value: float, ends: tuple[float, float]
@@ -239,6 +265,7 @@ class _Run:
             self.out / "model" if self.served else None,
             self.served.name if self.served else None,
             [row for row, _ in self._published()],
+            self.samples,
         )
 
     def _published(self) -> list[tuple[Published, Benchmark]]:
@@ -260,11 +287,6 @@ class _Run:
         pairs = ((benchmark, published.difference(benchmark, row)) for row, benchmark in self._published())
         others = {f"the paper's figures of {one.name} are of other images: {why}": None for one, why in pairs if why}
         return [*notes, *others]
-
-
-def _of_ranks(benchmark: Benchmark, ranks: Sequence[NDArray[np.int64]]) -> dict[str, Result]:
-    values = {name: MEASURES[name].values(ranks) for name in benchmark.measures if MEASURES[name].source == "ranks"}
-    return {name: (float(found.mean()), interval(found)) for name, found in values.items()}
 
 
 def _of_pairs(
