@@ -1,24 +1,19 @@
-"""The command `grainmill`: the only room that prints, exits or reads the environment."""
+"""The command `grainmill`; it, `console` and `use` alone print, exit or read the environment."""
 
 import json
-import logging
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
-from rich.progress import track as rich_track
 from rich.table import Column, Table
 
-from grainmill import catalog, experiment, runs
-from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
+from grainmill import catalog, experiment, runs, use
+from grainmill.console import clear_errors, out, prepare_process, track, tracking_uri
+from grainmill.errors import GrainmillError
 from grainmill.experiment import Experiment
 from grainmill.space import shown
 
@@ -26,17 +21,15 @@ if TYPE_CHECKING:
     from grainmill.launch import Outcome
     from grainmill.study import Record
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train, tune and ship MultiGrain image embeddings on Ray.",
 )
-out = Console()
-err = Console(stderr=True)
-Item = TypeVar("Item")
+app.command()(use.embed)
+app.command()(use.find)
+app.command()(use.duplicates)
 
 File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
 Overrides = Annotated[
@@ -54,7 +47,7 @@ Address = Annotated[
 @app.command()
 def validate(file: File, overrides: Overrides = None) -> None:
     """Check an experiment file and the images it names; start and write nothing."""
-    with _clear_errors():
+    with clear_errors():
         checked = _load(file, overrides)
         out.print(f"[green]{file} is right.[/] {checked.search.trials} trials of up to {checked.base.epochs} epochs")
         out.print(f"first trial: {_settings(checked.reference) or 'the base settings'}", highlight=False)
@@ -73,7 +66,7 @@ def tune(
 
     Started again, it carries on where it was cut short; a finished run is followed by another.
     """
-    with _clear_errors():
+    with clear_errors():
         if (file is None) == (resume is None):
             raise typer.BadParameter("one of FILE and --resume NAME is required")
         if resume is not None:
@@ -113,18 +106,16 @@ def evaluate(
 
     A model that comes of it becomes a further version of the registered one; the alias champion stays where it is.
     """
-    with _clear_errors():
-        _prepare_process()
-        from grainmill import evaluation, tracking
+    with clear_errors():
+        prepare_process()
+        from grainmill import evaluation
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(
-            Path(Experiment.model_fields["storage"].default)
-        )
+        uri = tracking_uri()
         settings = [*(f"on.{one}" for one in on), *(overrides or ())]
         done = evaluation.evaluate(model, settings, trainable, folder, uri, workers, address)
         _show(done.assessment)
         if done.version:
-            load = f'mlflow.set_tracking_uri("{uri}"); mlflow.pyfunc.load_model("{done.version.uri}")'
+            load = f'mlflow.settracking_uri("{uri}"); mlflow.pyfunc.load_model("{done.version.uri}")'
             told = {"model": f"{done.version.uri}, serves {done.assessment.served}", "load": load}
         else:
             told = {"model": str(done.assessment.model.absolute())} if done.assessment.model else {}
@@ -159,7 +150,7 @@ def _show(assessment: catalog.Assessment) -> None:
 @app.command()
 def schema(trainable: Annotated[str, typer.Argument(help="Whose settings.")] = "multigrain") -> None:
     """Print the JSON schema of the experiment file, for editors."""
-    with _clear_errors():
+    with clear_errors():
         try:
             found = catalog.find(trainable)
         except LookupError as error:
@@ -168,65 +159,22 @@ def schema(trainable: Annotated[str, typer.Argument(help="Whose settings.")] = "
 
 
 def _mill(file: Path, overrides: Sequence[str] | None, address: str | None, verb: str) -> None:
-    with _clear_errors():
+    with clear_errors():
         checked = _load(file, overrides)
         runs.check_name(checked)
-        _prepare_process()
+        prepare_process()
         out.print("starting Ray and MLflow", style="dim")
         from grainmill import launch, tracking
 
         uri = checked.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(Path(checked.storage))
         call = launch.tune if verb == "tune" else launch.train
         with Screen(checked) as screen:
-            outcome = call(checked, uri, address, screen, _track)
+            outcome = call(checked, uri, address, screen, track)
         _summarise(checked, outcome, uri)
 
 
 def _load(file: Path, overrides: Sequence[str] | None) -> Experiment:
-    return experiment.load(file, overrides or (), _track)
-
-
-def _track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
-    return rich_track(items, title, length, console=err, transient=True, disable=not err.is_terminal)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One message and an exit code for what the user can put right; a traceback only for our defects."""
-    warnings.showwarning = _show_warning
-    try:
-        yield
-    except GrainmillError as error:
-        err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR if isinstance(error, ExperimentError | NameTakenError) else FAILURE) from error
-    except KeyboardInterrupt:
-        err.print("interrupted; the same command carries on from here", style="yellow")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)  # where the progress table is on the screen, this goes above it
-
-
-def _prepare_process() -> None:
-    """What this process needs before Ray and MLflow are imported."""
-    # Ctrl-C and `ray job stop` reach us as KeyboardInterrupt; Tune's own handler would return as if all were done.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the study is the record
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # Nobody is told that this process runs.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The screen is ours alone.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for name in ("alembic", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="mlflow|ray|optuna")
+    return experiment.load(file, overrides or (), track)
 
 
 class Screen:
@@ -279,7 +227,7 @@ def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
     header, rows = comparison(checked, outcome.records, outcome.winner)
     table = Table(*header, title=counted(outcome.records) if outcome.records else None)
     for row in rows:
-        table.add_row(*row, end_section=row is rows[len(checked.space) - 1] and bool(outcome.records))
+        table.add_row(*row, end_section=bool(outcome.records) and row is rows[len(checked.space) - 1])
     out.print(table)
     if len(outcome.candidates) > 1:
         header, rows = contest(checked, outcome.candidates, outcome.winner)

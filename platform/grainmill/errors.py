@@ -8,7 +8,8 @@ GrainmillError
 ├── ResourceError      Ray cannot give what a trial asks for
 ├── TrackingError      MLflow cannot be reached
 ├── SearchError        no trial came through
-└── EvaluationError    there is no model, or nothing to evaluate it on
+├── EvaluationError    there is no model, or nothing to evaluate it on
+└── CorpusError        images or an index cannot be used
 """
 
 from collections.abc import Sequence
@@ -69,3 +70,7 @@ class SearchError(GrainmillError):
 
 class EvaluationError(GrainmillError):
     """A model or a benchmark cannot be used."""
+
+
+class CorpusError(GrainmillError):
+    """There are no images to embed, or the index is of no use for what is asked."""

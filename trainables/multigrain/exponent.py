@@ -25,6 +25,7 @@ data_problems = trainable.data_problems
 prepare = trainable.prepare
 load = trainable.load
 evaluate = trainable.evaluate
+images = trainable.images
 example = trainable.example
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from multigrain.assess import Assessment
+    from multigrain.bulk import InBatches
+    from multigrain.corpus import Bucket, Folder
     from multigrain.fit import EpochResult
-    from multigrain.predict import Predictor
 
 # torch is imported when something is to be computed, not when an experiment file is checked.
 
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "example",
     "fit",
+    "images",
     "load",
     "metrics",
     "prepare",
@@ -122,11 +124,18 @@ def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["Epo
     return multigrain.fit.fit(spec, images_of(data), folder)
 
 
-def load(folder: Path) -> "Predictor":
-    """The model that `fit` left in `folder`; see `multigrain.predict.Predictor`."""
-    from multigrain import predict
+def load(folder: Path) -> "InBatches":
+    """The model that `fit` left in `folder`; see `multigrain.bulk.InBatches`."""
+    from multigrain import bulk, predict
 
-    return predict.load(folder)
+    return bulk.InBatches(predict.load(folder))
+
+
+def images(source: str) -> "Folder | Bucket":
+    """The images of a corpus to embed; see `multigrain.corpus.images`."""
+    from multigrain import corpus
+
+    return corpus.images(source)
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":

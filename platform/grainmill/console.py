@@ -1,0 +1,76 @@
+"""What all commands share: the screen, the environment, and how they end."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import track as rich_track
+
+from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
+from grainmill.experiment import Experiment
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+out = Console()
+err = Console(stderr=True)
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
+    """The `catalog.Track` that shows a bar on a terminal."""
+    return rich_track(items, title, length, console=err, transient=True, disable=not err.is_terminal)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """One message and an exit code for what the user can put right; a traceback only for our defects."""
+    warnings.showwarning = _show_warning
+    try:
+        yield
+    except GrainmillError as error:
+        err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(USAGE_ERROR if isinstance(error, ExperimentError | NameTakenError) else FAILURE) from error
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command carries on from here", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)  # where the progress table is on the screen, this goes above it
+
+
+def prepare_process() -> None:
+    """What this process needs before Ray and MLflow are imported."""
+    # Ctrl-C and `ray job stop` reach us as KeyboardInterrupt; Tune's own handler would return as if all were done.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the study is the record
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A tracking server that does not answer is reported within seconds; MLflow's defaults take four minutes a call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Nobody is told that this process runs.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The screen is ours alone.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    for name in ("alembic", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow|ray|optuna")
+
+
+def tracking_uri() -> str:
+    """MLflow's: MLFLOW_TRACKING_URI, or that of the storage folder of an experiment that names none."""
+    from grainmill import tracking
+
+    storage = Path(Experiment.model_fields["storage"].default)
+    return os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(storage)
