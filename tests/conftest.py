@@ -31,7 +31,8 @@ def shapes_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray for the session; its workers find the toy trainable."""
-    environment = {"PYTHONPATH": str(TESTS), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": path, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     ray.init(
         address="local",
         num_cpus=2,

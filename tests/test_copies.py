@@ -58,8 +58,8 @@ def test_the_expected_number_of_false_pairs_is_that_of_the_formula():
     score = 0.7
     expected = np.mean([6 * np.exp(-(score - 0.5) / 0.1), 6 * np.exp(-(score - 0.4) / 0.05)]) * 1000 / 2
     assert tails.false_pairs(np.array([score, 0.9]))[0] == pytest.approx(expected, rel=1e-3)
-    step = tails.score_of(10)
-    assert tails.false_pairs(np.array([step]))[0] <= 10 < tails.false_pairs(np.array([step - 0.002]))[0]
+    step = tails.score_of(50)
+    assert tails.false_pairs(np.array([step]))[0] <= 50 < tails.false_pairs(np.array([step - 0.002]))[0]
 
 
 def test_precision_falls_down_the_list_and_equal_scores_share_it():
