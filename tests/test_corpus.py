@@ -194,7 +194,7 @@ def test_a_damaged_or_foreign_file_of_an_index_is_told(registered, tmp_path, mon
         index.Index(tmp_path / "0")
     one.unlink()
     assert embed(registered, tmp_path / "images", tmp_path / "0").images == 3
-    with pytest.raises(CorpusError, match="`grainmill embed` made, but .*images is none"):
+    with pytest.raises(CorpusError, match=r"`grainmill embed` made, but .*images is none"):
         index.Index(tmp_path / "images")
 
 

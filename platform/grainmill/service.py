@@ -12,14 +12,12 @@ import logging
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from grainmill.embedder import SCHEME, Answer, Embedder
-from grainmill.errors import GrainmillError
 
 log = logging.getLogger("ray.serve")
 
@@ -77,7 +75,7 @@ class Service:
                 if named != self.embedder.identity.model:
                     self.embedder = await asyncio.to_thread(self._load, named)
                     log.info("%s is %s now", self.settings.model, named)
-            except (MlflowException, GrainmillError, OSError, ValueError) as error:
+            except Exception as error:  # a model can fail to load in any way
                 log.warning("%s stays: %s", self.embedder.identity.model, error)
 
     def _named(self) -> str:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from multigrain.assess import Assessment
     from multigrain.bulk import InBatches
-    from multigrain.corpus import Bucket, Folder
     from multigrain.fit import EpochResult
+    from multigrain.sources import Bucket, Folder
 
 # torch is imported when something is to be computed, not when an experiment file is checked.
 
@@ -132,10 +132,10 @@ def load(folder: Path) -> "InBatches":
 
 
 def images(source: str) -> "Folder | Bucket":
-    """The images of a corpus to embed; see `multigrain.corpus.images`."""
-    from multigrain import corpus
+    """The images of a corpus to embed; see `multigrain.sources.images`."""
+    from multigrain import sources
 
-    return corpus.images(source)
+    return sources.images(source)
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":
