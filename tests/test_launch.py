@@ -190,12 +190,12 @@ def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_pat
         mlflow.set_tracking_uri({local_uri(tmp_path)!r})
         model = mlflow.pyfunc.load_model("models:/chain@champion")
         table = pandas.DataFrame({{"image": [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]}})
-        numpy.save("descriptors.npy", numpy.stack(model.predict(table)["descriptor"]))
+        numpy.save("descriptors.npy", numpy.stack(model.predict(table)["embedding"]))
     """)
     subprocess.run([sys.executable, "-c", code, *map(str, images)], cwd=tmp_path, check=True)
     checkpoints = outcome.report.parent / "trials" / f"final-{outcome.final.number:04d}"
     expected = catalog.find("multigrain").load(checkpoints)(pd.DataFrame({"image": [p.read_bytes() for p in images]}))
     loaded = np.load(tmp_path / "descriptors.npy")
     assert loaded.shape == (len(images), 128)
-    assert np.abs(loaded - np.stack(expected["descriptor"])).max() <= 1e-5
+    assert np.abs(loaded - np.stack(expected["embedding"])).max() <= 1e-5
     assert np.allclose(np.linalg.norm(loaded, axis=1), 1, atol=1e-4)

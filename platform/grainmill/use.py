@@ -1,6 +1,5 @@
 """Commands that use a model: `grainmill embed`, `find` and `duplicates`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,8 +35,6 @@ def embed(
     """
     with clear_errors():
         prepare_process()
-        # Ray calls an error that a worker started anew would need what its first start had.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         from grainmill import corpus
 
         done = corpus.embed(tracking_uri(), model, images, folder, workers, address, track)
