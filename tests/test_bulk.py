@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_predict import CLASSES, files, made, save, table, trained  # noqa: F401 - fixtures
+from test_predict import CLASSES, files, table, trained, whitening_of  # noqa: F401 - fixtures
 
 from multigrain import bulk, predict
 from multigrain.augment import evaluation_view
@@ -75,3 +75,12 @@ def test_a_huge_image_is_shown_by_itself(trained, monkeypatch):  # noqa: F811
     Image.new("RGB", (40, 40), "red").save(buffer, "PNG")
     answers = InBatches(trained[1])(pd.DataFrame({"image": [buffer.getvalue()] * 3}))
     assert answers["error"].isna().all()
+
+
+def test_embeddings_are_whitened_where_the_model_says_so(trained, files):  # noqa: F811
+    network, whitening = trained[0], whitening_of(20)
+    answers = InBatches(predict.Predictor(network, CLASSES, "crop", 32, whitening))(table(files))
+    for path, embedding in zip(files, answers["embedding"], strict=True):
+        v = torch.cat([alone(network, path, "crop", 32).embedding[0].double(), torch.ones(1)])
+        z = (v / v.norm() - whitening.mean) @ whitening.projection
+        assert embedding == pytest.approx((z / z.norm()).tolist(), abs=1e-4)

@@ -43,7 +43,7 @@ class InBatches:
             output = self.of.network(scale(shown))
             scores, classes = output.logits.softmax(dim=1).max(dim=1)
             white = self.of.whitening
-            embeddings = (white.transform(output.embedding) if white else output.descriptor).numpy()
+            embeddings = (white.transform(output.embedding) if white else output.descriptor).tolist()
             for place, embedding, score, index in zip(positions, embeddings, scores, classes, strict=True):
                 rows[place] = {
                     "embedding": embedding,
