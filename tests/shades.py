@@ -3,6 +3,7 @@
 What was "trained" is the number `bias`; models of different bias embed differently.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from PIL import Image
-from toy import Data, Evaluation, Spec, data_problems, evaluate, fit, metrics, prepare, worker_problems
+from toy import Data, Evaluation, Spec, data_problems, evaluate, fit, metrics, prepare, sources, worker_problems
 
-__all__ = ["Data", "Evaluation", "Spec", "data_problems", "evaluate", "fit", "metrics", "prepare", "worker_problems"]
+__all__ = ["Data", "Evaluation", "Spec", "data_problems", "evaluate", "fit", "metrics"]
+__all__ += ["prepare", "sources", "worker_problems"]
 
 DIMENSION = 49
 
@@ -38,6 +40,26 @@ def load(folder: Path) -> Any:
         return pd.DataFrame({name: pd.Series([one[name] for one in answers], dtype=object) for name in names})
 
     return predict
+
+
+def export(folder: Path, out: Path) -> dict[str, Any]:
+    columns = {"inputs": [("image", "binary")], "outputs": [("embedding", "double")]}
+    signature = {
+        side: [{"name": name, "type": kind, "required": True} for name, kind in some] for side, some in columns.items()
+    }
+    files = {
+        "model.py": "import shades\n\ndef load(folder):\n    return shades.load(folder / 'checkpoint')\n",
+        "requirements.txt": "pandas\n",
+        "checkpoint/state.json": (folder / "state.json").read_text(),
+        "signature.json": json.dumps(signature),
+    }
+    digests = {}
+    for name, text in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+        digests[name] = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (out / "MANIFEST.json").write_text(json.dumps(digests))
+    return {}
 
 
 class Images(NamedTuple):
@@ -68,11 +90,13 @@ def example(data: Data) -> Any:
 def register(tracker: Any, folder: Path, bias: float, name: str = "shades") -> str:
     """A version that embeds with this bias, and is the champion now; its URI."""
     from grainmill import registry
+    from grainmill.lineage import Lineage
 
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"bias": bias}))
     run = tracker.start("made", {}, {})
-    return registry.register(tracker, run, name, "shades", folder, example(Data()), {}).uri
+    story = Lineage("shades", "", {}, sources(Data()), {}, {}, {}, {})
+    return registry.register(tracker, run, name, folder, example(Data()), {}, story).uri
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> list[str]:

@@ -475,10 +475,10 @@ def test_the_model_that_serves_answers_as_it_was_measured(served, scores, traine
     answers = predict.load(out / "model")(pd.DataFrame({"image": [path.read_bytes() for path in paths]}))
     embeddings, logits = slow_embeddings(trained, paths, 24, p)
     whitening = Whitening.from_state(load_file(out / f"whitening-24-p{p:g}.safetensors"))
-    np.testing.assert_allclose(np.array([*answers["descriptor"]]), whitening.transform(embeddings), atol=1e-4)
-    np.testing.assert_array_equal(answers["class_id"], logits.argmax(dim=1))
-    np.testing.assert_allclose(answers["score"], logits.softmax(dim=1).amax(dim=1), atol=1e-5)
-    found = torch.tensor([*answers["descriptor"]])
+    np.testing.assert_allclose(np.array([*answers["embedding"]]), whitening.transform(embeddings), atol=1e-4)
+    np.testing.assert_array_equal(answers["class_id"].astype(int), logits.argmax(dim=1))
+    np.testing.assert_allclose(answers["score"].astype(float), logits.softmax(dim=1).amax(dim=1), atol=1e-5)
+    found = torch.tensor([*answers["embedding"]])
     groups = [path.stem[:4] for path in paths]
     heads = [index for index, path in enumerate(paths) if path.stem.endswith("00")]
     truths = [({i for i, group in enumerate(groups) if group == groups[q] and i != q}, {q}) for q in heads]
@@ -494,15 +494,15 @@ def test_the_setting_to_serve_joins_the_grid(trained, roots, tmp_path):
     assessment = served_at(trained, roots, tmp_path, size=40, p=2.5)
     assert [one.at for one in assessment.figures] == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
     assert assessment.served == "40/p2.5"
-    predictor = predict.load(assessment.model)
-    assert (predictor.network.pool.p, predictor.size, predictor.transform) == (2.5, 40, "rect")
-    assert predictor.whitening is None
+    served = predict.read(assessment.model)
+    assert (served.answers.network.pool.p, served.p, served.size, served.transform) == (2.5, 2.5, 40, "rect")
+    assert not served.answers.whitened
 
 
 def test_one_that_is_there_is_not_there_twice(trained, roots, tmp_path):
     assessment = served_at(trained, roots, tmp_path, size=32, p=3)
     assert [one.at for one in assessment.figures] == [OWN]
-    assert predict.load(assessment.model).transform == "crop"
+    assert predict.read(assessment.model).transform == "crop"
 
 
 def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_path):
@@ -512,13 +512,13 @@ def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_
     newer = tmp_path / "newer"
     checkpoint.save(newer, saved._replace(state={**saved.state, "steps": saved.state["steps"] + 1}))
     served_at(newer, roots, tmp_path, size=24, p=2)
-    assert predict.load(tmp_path / "model").size == 24
+    assert predict.read(tmp_path / "model").size == 24
     step = f"step-{saved.state['steps'] + 1:08d}"
     assert {path.name for path in (tmp_path / "model").iterdir()} == {step, "serving.json", "serving.safetensors"}
     # Without anything to serve, it stays.
     assessment = evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
     assert (assessment.model, assessment.served) == (None, None)
-    assert predict.load(tmp_path / "model").size == 24
+    assert predict.read(tmp_path / "model").size == 24
 
 
 def test_only_the_newest_intact_checkpoint_is_kept_for_users(trained, roots, tmp_path):
@@ -685,5 +685,5 @@ def test_two_ranks_assess_what_one_process_does(trained, roots, shapes_folder, t
     image = pd.DataFrame({"image": [(roots["holidays"] / "jpg/100000.jpg").read_bytes()]})
     answers = [predict.load(folder / "model")(image) for folder in (shared, single)]
     # A fit on embeddings of other batches may point eigenvectors the other way.
-    first, second = (np.abs(answer["descriptor"][0]) for answer in answers)
+    first, second = (np.abs(answer["embedding"][0]) for answer in answers)
     np.testing.assert_allclose(first, second, atol=1e-3)

@@ -13,7 +13,10 @@ import toy
 
 from grainmill import evaluation, registry
 from grainmill.errors import EvaluationError, ExperimentError, ResourceError, TrackingError
+from grainmill.lineage import Interval, Lineage
 from grainmill.tracking import Tracker, local_uri
+
+STORY = Lineage("toy", "name: apples\n", {}, toy.sources(toy.Data()), {}, {}, {}, {"score": Interval(0.25)})
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def registered(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     run_id = tracker.start("first", {}, {})
     folder = trained(tmp_path / "model")
-    registry.register(tracker, run_id, "apples", "toy", folder, toy.example(toy.Data()), {"score": "0.25"})
+    registry.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {"score": "0.25"}, STORY)
     return tracker, run_id
 
 
@@ -88,7 +91,7 @@ def test_a_model_that_comes_of_a_registered_one_is_a_further_version_of_it_and_n
     assert run("models:/apples/4", [scale, "times=5", "serve=224/p3"], tmp_path).version.number == "5"
     assert tracker.client.get_model_version("apples", "5").tags["evaluated.source"] == "models:/apples/4"
     # The run that trained the champion still has one version of its own.
-    again = registry.register(tracker, run_id, "apples", "toy", tmp_path / "model", toy.example(toy.Data()), {})
+    again = registry.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, STORY)
     assert again.number == "1"
 
 

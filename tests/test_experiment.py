@@ -349,6 +349,12 @@ BAD = {
         "tracking.study",
         ["must not hold a password", "PGPASSWORD"],
     ),
+    "password in the tracking server's address": Bad(
+        more("tracking: {uri: 'https://me:secret@host'}"),
+        4,
+        "tracking.uri",
+        ["must not hold a password", "MLFLOW_TRACKING_PASSWORD"],
+    ),
     "study in a strange database": Bad(
         more("tracking: {study: 'mysql://host/name'}"), 4, "tracking.study", ["postgresql://", "got mysql"]
     ),

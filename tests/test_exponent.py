@@ -138,7 +138,7 @@ def slope(loss, p, step=1e-5):
 
 def slow_network(source, data):
     """The maps of the training images, whole at `SIZE` pixels, and the classifier, in double precision."""
-    network = predict.load(source).network.double()
+    network = predict.read(source).answers.network.double()
     maps = []
     for path in data.train:
         view = evaluation_view(decode(path), "rect", SIZE).double()
@@ -246,10 +246,10 @@ def test_nothing_but_p_changes(data, spec, tmp_path):
 
 def test_the_result_is_loaded_with_its_p_its_size_and_whole_images(data, spec, tmp_path):
     *_, result = fit(spec(), data, tmp_path, CPU)
-    predictor = predict.load(tmp_path)
-    assert (predictor.network.pool.p, predictor.transform, predictor.size) == (result.metrics["p"], "rect", SIZE)
-    assert not list(predictor.network.pool.parameters())
-    answers = predictor(pd.DataFrame({"image": [path.read_bytes() for path in data.val]}))
+    served = predict.read(tmp_path)
+    assert (served.p, served.transform, served.size) == (result.metrics["p"], "rect", SIZE)
+    assert not list(served.answers.network.pool.parameters())
+    answers = predict.load(tmp_path)(pd.DataFrame({"image": [path.read_bytes() for path in data.val]}))
     right = [data.classes[label] == name for label, name in zip(data.val_labels, answers["class_name"], strict=True)]
     assert np.mean(right) == result.metrics["top1"]
     assert {"top1", "class_map", "p", "loss"} == set(result.metrics)
@@ -268,7 +268,7 @@ def test_a_learnt_p_is_where_it_starts_and_averaged_weights_are_used(data, spec,
     assert left.model.keys() == averaged.keys() - {"network.pool.p"}
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in left.model.items())
     assert not torch.equal(left.model["network.classifier.weight"], was.model["network.classifier.weight"])
-    assert predict.load(tmp_path).network.pool.p == result.metrics["p"]
+    assert predict.read(tmp_path).answers.network.pool.p == result.metrics["p"]
 
 
 def test_the_maximum_starts_from_three(data, spec, tmp_path):
@@ -281,7 +281,7 @@ def test_a_result_can_be_tuned_again(data, spec, tmp_path):
     again = spec().model_copy(update={"checkpoint": str(tmp_path / "first"), "image_size": 32, "rate": 1e-30})
     *_, second = fit(again, data, tmp_path / "second", CPU)
     assert second.metrics["p"] == pytest.approx(first.metrics["p"])
-    assert predict.load(tmp_path / "second").size == 32
+    assert predict.read(tmp_path / "second").size == 32
 
 
 # Going on

@@ -126,6 +126,33 @@ def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
     assert outcome.report.parent.name == "train-1"
 
 
+def test_no_secret_of_the_environment_is_written(tmp_path, watch, monkeypatch):
+    ours = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", *ours):
+        monkeypatch.setenv(name, f"canary {name}")
+    call(launch.train, experiment(tmp_path), tmp_path, watch)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "experiment.yaml", "lineage.json", "card.md", "report.html"} <= {path.name for path in written}
+    assert [str(path) for path in written if b"canary" in path.read_bytes()] == []
+
+
+def test_a_version_comes_of_its_trial_its_seed_and_its_data(twice, client):
+    storage, (first, _) = twice
+    version = client.get_model_version("chain", "1")
+    parent = (storage / "chain" / "run-1" / "parent-run").read_text()
+    tags = version.tags
+    assert (tags["search.run"], tags["search"]) == (parent, (storage / "chain" / "run-1").as_uri())
+    assert tags["trial"] == f"trial-{first.winner.trial.number:04d}"
+    assert client.get_run(tags["trial.run"]).info.run_name == tags["trial"]
+    assert (tags["training"], tags["seed"]) == (f"final-{first.final.number:04d}", "1")
+    assert client.get_run(version.run_id).info.run_name == tags["training"]
+    assert (tags["data.heights"], tags["data.scale"]) == ("a1b2", "c3d4")
+    assert float(tags["cost.cpu_seconds"]) >= 0
+    assert tags["hardware.workers"] == "1 of 1 CPU"
+    pictures = {item.path for item in client.list_artifacts(version.run_id, "report")}
+    assert pictures == {item.path for item in client.list_artifacts(parent, "report")} != set()
+
+
 def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch):
     broken = experiment(tmp_path, base={"kind": "broken"}, search={"trials": 1})
     with pytest.raises(SearchError, match=r"none of 1 did.*the toy is broken"):

@@ -3,12 +3,13 @@
 import io
 import math
 import random
+from types import NoneType
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import safe_open
 
 from multigrain import checkpoint, predict
@@ -73,19 +74,19 @@ def table(paths, **settings):
 def test_answers_are_the_networks_own_on_the_evaluation_crop(trained, files):
     network, predictor = trained
     answers = predictor(table(files))
-    assert list(answers.columns) == ["descriptor", "class_id", "class_name", "score"]
+    assert list(answers.columns) == ["embedding", "class_id", "class_name", "score", "error"]
     assert len(answers) == len(files)
     for path, answer in zip(files, answers.itertuples(), strict=True):
         with torch.no_grad():
             output = network(evaluation_view(decode(path), "crop", 32)[None])
         probabilities = (output.logits[0] - output.logits[0].max()).exp()
         probabilities = (probabilities / probabilities.sum()).tolist()
-        assert answer.descriptor == pytest.approx(output.descriptor[0].tolist(), abs=1e-5)
-        assert np.linalg.norm(answer.descriptor) == pytest.approx(1, abs=1e-5)
+        assert answer.embedding == pytest.approx(output.descriptor[0].tolist(), abs=1e-5)
+        assert np.linalg.norm(answer.embedding) == pytest.approx(1, abs=1e-5)
         assert answer.score == pytest.approx(max(probabilities), abs=1e-5)
         assert answer.class_id == probabilities.index(max(probabilities))
         assert answer.class_name == CLASSES[answer.class_id]
-        assert [type(value) for value in answer[2:]] == [int, str, float]
+        assert [type(value) for value in answer[2:]] == [int, str, float, NoneType]
     assert len(set(answers["class_id"])) > 1, "the images must tell classes apart"
 
 
@@ -96,7 +97,7 @@ def test_rows_keep_their_order_and_do_not_depend_on_their_neighbours(trained, fi
     assert list(backward["class_id"]) == list(forward["class_id"])[::-1]
     alone = [predictor(table([path])) for path in files]
     for number, answer in enumerate(alone):
-        descriptors = (answer["descriptor"][0], forward["descriptor"][number], list(backward["descriptor"])[5 - number])
+        descriptors = (answer["embedding"][0], forward["embedding"][number], list(backward["embedding"])[5 - number])
         np.testing.assert_allclose(descriptors[1], descriptors[0], atol=1e-5)
         np.testing.assert_allclose(descriptors[2], descriptors[0], atol=1e-5)
 
@@ -107,30 +108,33 @@ def test_other_columns_are_passed_over(trained, files):
     pd.testing.assert_frame_equal(predictor(content.assign(name="x")), predictor(content))
 
 
-def test_predicting_leaves_the_network_as_it_was(trained, files):
+def test_what_is_no_image_has_a_row_with_the_reason_and_the_others_are_answered(trained, files):
     _, predictor = trained
-    before = {name: tensor.clone() for name, tensor in predictor.network.state_dict().items()}
-    predictor(table(files))
-    assert not predictor.network.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in predictor.network.state_dict().items())
-
-
-def test_a_network_given_in_training_mode_answers_in_evaluation_mode(trained, files):
-    network, predictor = trained
-    made = predict.Predictor(network.train(), CLASSES, "crop", 32)
-    np.testing.assert_array_equal(made(table(files))["score"], predictor(table(files))["score"])
-
-
-def test_bytes_that_are_no_image_are_an_error(trained):
-    _, predictor = trained
-    with pytest.raises(UnidentifiedImageError):
-        predictor(pd.DataFrame({"image": [b"<html>"]}))
+    wrong = [
+        b"<html>",
+        files[0].read_bytes()[:2000],
+        b"",
+        files[0].parent / "none.png",
+        "0.png",
+        None,
+        np.zeros((2, 2)),
+    ]
+    mixed = [*files[:2], *wrong, *files[2:]]
+    answers = predictor(pd.DataFrame({"image": pd.Series(mixed, dtype=object)}))
+    good = [0, 1, *range(2 + len(wrong), len(mixed))]
+    pd.testing.assert_frame_equal(answers.iloc[good].reset_index(drop=True), predictor(table(files)))
+    bad = answers.iloc[2 : 2 + len(wrong)]
+    assert bad.drop(columns="error").isna().all(axis=None)
+    said = ["6 bytes", "", "0 bytes", "none.png", "got str", "got NoneType", "float64"]
+    for error, part in zip(bad["error"], said, strict=True):
+        assert error.startswith("must be an image, but")
+        assert part in error
 
 
 def test_an_empty_table_has_an_empty_answer(trained):
     _, predictor = trained
     answers = predictor(pd.DataFrame({"image": []}))
-    assert list(answers.columns) == ["descriptor", "class_id", "class_name", "score"]
+    assert list(answers.columns) == ["embedding", "class_id", "class_name", "score", "error"]
     assert len(answers) == 0
 
 
@@ -141,7 +145,7 @@ def test_sixteen_bit_images_are_read_as_in_training(trained, tmp_path):
     for pixels in (grey, (grey // 257).astype(np.uint8)):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        answers.append(predictor(pd.DataFrame({"image": [buffer.getvalue()]}))["descriptor"][0])
+        answers.append(predictor(pd.DataFrame({"image": [buffer.getvalue()]}))["embedding"][0])
     assert np.dot(*answers) > 0.99
 
 
@@ -155,12 +159,12 @@ def test_the_newest_intact_checkpoint_is_loaded(tmp_path, files):
     save(tmp_path, 1, network=older)
     save(tmp_path, 2, network=newer)
     loaded = predict.load(tmp_path)
-    assert loaded(table(files[:1]))["descriptor"][0] == pytest.approx(described(newer, files[0]), abs=1e-6)
-    assert (loaded.classes, loaded.transform, loaded.size) == (tuple(CLASSES), "crop", 32)
+    assert loaded(table(files[:1]))["embedding"][0] == pytest.approx(described(newer, files[0]), abs=1e-6)
+    assert [loaded.facts[name] for name in ("classes", "transform", "size")] == [CLASSES, "crop", 32]
     (tmp_path / "step-00000002/model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="step-00000002"):
         loaded = predict.load(tmp_path)
-    assert loaded(table(files[:1]))["descriptor"][0] == pytest.approx(described(older, files[0]), abs=1e-6)
+    assert loaded(table(files[:1]))["embedding"][0] == pytest.approx(described(older, files[0]), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,7 @@ def test_images_are_shown_as_the_evaluation_showed_them(tmp_path, files, evaluat
     network = made(1)
     save(tmp_path, 1, {**SETTINGS, "evaluation": evaluation}, network=network)
     answers = predict.load(tmp_path)(table(files))
-    for path, descriptor in zip(files, answers["descriptor"], strict=True):
+    for path, descriptor in zip(files, answers["embedding"], strict=True):
         assert descriptor == pytest.approx(described(network, path, transform, size), abs=1e-5)
 
 
@@ -179,7 +183,7 @@ def test_averaged_weights_are_preferred(tmp_path, files):
     averaged = made(2)
     save(tmp_path, 1, network=made(1), ema=averaged)
     answers = predict.load(tmp_path)(table(files[:1]))
-    assert answers["descriptor"][0] == pytest.approx(described(averaged, files[0]), abs=1e-6)
+    assert answers["embedding"][0] == pytest.approx(described(averaged, files[0]), abs=1e-6)
 
 
 def test_a_learnt_exponent_is_loaded(tmp_path, files):
@@ -190,7 +194,7 @@ def test_a_learnt_exponent_is_loaded(tmp_path, files):
     settings = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5, "learn_p": True}}
     save(tmp_path, 1, settings, network=network)
     answers = predict.load(tmp_path)(table(files[:1]))
-    assert answers["descriptor"][0] == pytest.approx(described(network, files[0]), abs=1e-6)
+    assert answers["embedding"][0] == pytest.approx(described(network, files[0]), abs=1e-6)
 
 
 def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
@@ -229,7 +233,7 @@ def test_a_model_answers_at_the_setting_it_serves(tmp_path, files, size, transfo
     whitening = whitening_of(dimension) if dimension else None
     network, predictor = model_that_serves(tmp_path, size=size, p=p, whitening=whitening)
     answers = predictor(table(files))
-    assert list(answers.columns) == ["descriptor", "class_id", "class_name", "score"]
+    assert list(answers.columns) == ["embedding", "class_id", "class_name", "score", "error"]
     for path, answer in zip(files, answers.itertuples(), strict=True):
         output = pooled_with(network, path, transform, size, p)
         expected = output.descriptor[0]
@@ -237,19 +241,19 @@ def test_a_model_answers_at_the_setting_it_serves(tmp_path, files, size, transfo
             v = torch.cat([output.embedding[0].double(), torch.ones(1)])
             z = (v / v.norm() - whitening.mean) @ whitening.projection
             expected = z / z.norm()
-        assert answer.descriptor == pytest.approx(expected.tolist(), abs=1e-4)
-        assert len(answer.descriptor) == (dimension or 128)
-        assert np.linalg.norm(answer.descriptor) == pytest.approx(1, abs=1e-5)
+        assert answer.embedding == pytest.approx(expected.tolist(), abs=1e-4)
+        assert len(answer.embedding) == (dimension or 128)
+        assert np.linalg.norm(answer.embedding) == pytest.approx(1, abs=1e-5)
         assert answer.class_id == int(output.logits[0].argmax())
         assert answer.score == pytest.approx(float(output.logits[0].softmax(0).max()), abs=1e-5)
-        assert [type(value) for value in answer[2:]] == [int, str, float]
+        assert [type(value) for value in answer[2:]] == [int, str, float, NoneType]
 
 
 def test_at_its_own_size_a_network_sees_images_as_its_settings_say(tmp_path):
     settings = {**SETTINGS, "evaluation": {"transform": "crop", "size": 40}}
     for size, transform in ((40, "crop"), (32, "rect")):
         _, predictor = model_that_serves(tmp_path / str(size), settings, size=size, p=3.0, whitening=None)
-        assert (predictor.transform, predictor.size) == (transform, size)
+        assert (predictor.facts["transform"], predictor.facts["size"]) == (transform, size)
 
 
 def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, files):
@@ -258,8 +262,8 @@ def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, files):
     save(tmp_path / "trained", 1, settings, network=network)
     write(tmp_path / "model", checkpoint.latest(tmp_path / "trained"), Serving(32, 1.5, None))
     predictor = predict.load(tmp_path / "model")
-    assert predictor.network.pool.p == 1.5
-    assert predictor(table(files[:1]))["descriptor"][0] != described(network, files[0])
+    assert predictor.facts["p"] == predict.read(tmp_path / "model").answers.network.pool.p == 1.5
+    assert predictor(table(files[:1]))["embedding"][0] != described(network, files[0])
 
 
 def test_a_whitening_is_kept_in_fp64_and_none_is_kept_as_none(tmp_path):

@@ -1,18 +1,34 @@
+import json
+import pickle
+import socket
 import sys
-from unittest.mock import Mock
+from hashlib import sha256
 
+import mlflow
 import pandas as pd
 import pytest
 import toy
 
 from grainmill import registry
 from grainmill.errors import TrackingError
+from grainmill.lineage import Interval, Lineage
 from grainmill.tracking import Tracker, local_uri
+
+STORY = Lineage(
+    "toy",
+    "name: apples\n",
+    {"search": "file:///runs/apples/run-1", "seed": "3"},
+    toy.sources(toy.Data()),
+    {"python": "3.11.7"},
+    {"cpu": "2 x abacus"},
+    {"cpu_seconds": 61.7},
+    {"score": Interval(0.5, 0.25, 0.75), "epoch": Interval(4)},
+)
 
 
 def register(tracker, folder, run_id):
     example = toy.example(toy.Data())
-    return registry.register(tracker, run_id, "apples", "toy", folder, example, {"score": "0.5"})
+    return registry.register(tracker, run_id, "apples", folder, example, {"score": "0.5"}, STORY)
 
 
 def test_each_run_gets_one_version_and_the_last_is_the_champion(tmp_path):
@@ -23,24 +39,8 @@ def test_each_run_gets_one_version_and_the_last_is_the_champion(tmp_path):
     assert [version.uri for version in versions] == ["models:/apples/1", "models:/apples/2", "models:/apples/2"]
     assert len(tracker.client.search_model_versions("name = 'apples'")) == 2
     champion = tracker.client.get_model_version_by_alias("apples", "champion")
-    assert (int(champion.version), champion.run_id, champion.tags) == (2, second, {"score": "0.5"})
+    assert (int(champion.version), champion.run_id, champion.tags["score"]) == (2, second, "0.5")
     assert tracker.client.get_run(first).info.status == "FINISHED"
-
-
-def test_requirements_are_pinned_to_what_is_installed():
-    from importlib.metadata import version
-
-    pinned = dict(line.split("==") for line in registry._pinned_requirements())
-    assert pinned["torch"] == version("torch").partition("+")[0]
-    assert {"mlflow", "ray", "pillow", "safetensors"} <= pinned.keys()
-    assert "pytest" not in pinned
-
-
-def test_an_optional_package_is_required_by_the_models_that_import_it(monkeypatch):
-    monkeypatch.delitem(sys.modules, "timm", raising=False)
-    assert not any(line.startswith("timm") for line in registry._pinned_requirements())
-    monkeypatch.setitem(sys.modules, "timm", Mock())
-    assert any(line.startswith("timm==") for line in registry._pinned_requirements())
 
 
 def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
@@ -52,7 +52,7 @@ def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
     for name in ("models:/apples@champion", "models:/apples/1"):
         stored = registry.fetch(uri, name)
         assert (stored.version.uri, stored.trainable, stored.run_id) == ("models:/apples/1", "toy", run_id)
-        assert stored.tags == {"score": "0.5"}
+        assert stored.tags["score"] == "0.5"
         table = toy.load(stored.folder)(pd.DataFrame({"x": [2.0]}))
         assert table["y"].tolist() == [1.4]
     for name in ("models:/pears@champion", "models:/apples/2", "models:/apples@best"):
@@ -64,7 +64,7 @@ def test_an_example_with_images_comes_back_as_it_was(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     example = pd.DataFrame({"x": [1.0, 2.5], "image": [b"\x89PNG\r\n\x00\xff", b""]})
-    registry.register(tracker, tracker.start("first", {}, {}), "apples", "toy", tmp_path / "model", example, {})
+    registry.register(tracker, tracker.start("first", {}, {}), "apples", tmp_path / "model", example, {}, STORY)
     stored = registry.fetch(tracker.uri, "models:/apples/1", tmp_path / "copy" / "model")
     pd.testing.assert_frame_equal(stored.example, example)
     assert (stored.folder / "state.json").read_bytes() == (tmp_path / "model" / "state.json").read_bytes()
@@ -97,3 +97,110 @@ def test_the_digest_tells_names_and_contents_apart(tmp_path):
     digests = [registry._digest(folder) for folder in folders]
     assert len(set(digests)) == len(folders)
     assert registry._digest(tmp_path / "again") == digests[0]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The tracker, the run, and the folder of models:/apples/1."""
+    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
+    run_id = tracker.start("first", {}, {})
+    register(tracker, tmp_path / "model", run_id)
+    return tracker, run_id, registry.fetch(tracker.uri, "models:/apples/1").portable
+
+
+def test_a_version_tells_where_it_comes_from(stored):
+    tracker, run_id, portable = stored
+    version = tracker.client.get_model_version("apples", "1")
+    assert STORY.tags().items() <= version.tags.items()
+    assert version.tags["sha256"] == sha256((portable / "MANIFEST.json").read_bytes()).hexdigest()
+    assert version.description.startswith("# apples\n")
+    assert "| height | 0.7 |" in version.description.splitlines()
+    about = registry.fetch(tracker.uri, "models:/apples/1").about
+    assert set(about) == {"card.md", "experiment.yaml", "lineage.json"}
+    assert about["lineage.json"] == STORY.json()
+    assert version.description.partition("\n\nThe whole card")[0] in about["card.md"]
+    inputs = tracker.client.get_run(run_id).inputs.dataset_inputs
+    found = {(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in inputs}
+    assert found == {("heights", "a1b2", "training"), ("scale", "c3d4", "evaluation")}
+
+
+def test_a_model_is_loaded_by_mlflow_alone(stored):
+    _, _, portable = stored
+    code = (portable.parent.parent / "serving.py").read_text()
+    imports = {line.split()[1].partition(".")[0] for line in code.splitlines() if line.startswith(("import", "from"))}
+    assert imports - set(sys.stdlib_module_names) == {"mlflow", "pandas"}
+    lines = (portable.parent.parent / "requirements.txt").read_text().splitlines()
+    assert sorted(line.partition("==")[0] for line in lines) == ["mlflow", "pandas"]
+    assert not list(portable.parent.parent.rglob("*.pkl"))
+
+
+def resealed(portable):
+    """Somebody who changes a file and puts its digest into the manifest, too."""
+    (portable / "model.py").write_text("load = print\n")
+    manifest = json.loads((portable / "MANIFEST.json").read_text())
+    manifest["model.py"] = {"bytes": 13, "sha256": sha256(b"load = print\n").hexdigest()}
+    (portable / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda p: (p / "model.py").write_text("load = print\n"), "model.py was changed"),
+        (lambda p: (p / "checkpoint/state.json").write_text("{"), "checkpoint/state.json was changed"),
+        (lambda p: (p / "signature.json").unlink(), "signature.json is missing"),
+        (lambda p: (p / "more.py").touch(), "more.py is not listed"),
+        (resealed, "MANIFEST.json was changed"),
+        (lambda p: (p.parent.parent / "python_model").write_bytes(pickle.dumps(1)), "python_model holds a pickle"),
+        (lambda p: (p.parent.parent / "python_model.pkl").touch(), "python_model.pkl holds a pickle"),
+    ],
+)
+def test_a_version_whose_files_were_tampered_with_is_refused(stored, damage, told):
+    tracker, _, portable = stored
+    damage(portable)
+    with pytest.raises(TrackingError, match=f"models:/apples/1 {told}"):
+        registry.fetch(tracker.uri, "models:/apples/1")
+
+
+def test_mlflow_refuses_to_load_what_was_tampered_with(stored):
+    tracker, _, portable = stored
+    (portable / "checkpoint/state.json").write_text('{"height": 9}')
+    mlflow.set_tracking_uri(tracker.uri)
+    with pytest.raises(ValueError, match="the toy was changed"):
+        mlflow.pyfunc.load_model("models:/apples/1")
+
+
+def test_an_export_with_a_pickle_is_not_registered(tmp_path, monkeypatch):
+    def export(folder, out):
+        facts = toy_export(folder, out)
+        (out / "weights").write_bytes(pickle.dumps(facts))
+        manifest = json.loads((out / "MANIFEST.json").read_text())
+        content = (out / "weights").read_bytes()
+        manifest["weights"] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        (out / "MANIFEST.json").write_text(json.dumps(manifest))
+        return facts
+
+    toy_export = toy.export
+    monkeypatch.setattr(toy, "export", export)
+    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
+    with pytest.raises(TrackingError, match="weights holds a pickle"):
+        register(tracker, tmp_path / "model", tracker.start("first", {}, {}))
+    assert not tracker.client.search_registered_models()
+
+
+def test_an_alias_of_a_version_that_is_gone_points_nowhere(stored):
+    tracker, _, _ = stored
+    tracker.client.delete_model_version("apples", "1")
+    for name in ("models:/apples@champion", "models:/apples/1"):
+        with pytest.raises(TrackingError, match=f"{name} must be in the registry"):
+            registry.fetch(tracker.uri, name)
+
+
+def test_a_registry_that_does_not_answer_is_named_without_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(TrackingError, match=f"registry at http://127.0.0.1:{port}") as caught:
+        registry.fetch(f"http://me:hunter2@127.0.0.1:{port}", "models:/apples/1")
+    assert "hunter2" not in str(caught.value)

@@ -1,5 +1,6 @@
 """A trainable without images, torch or noise: its score climbs evenly to the height that its settings name."""
 
+import hashlib
 import json
 import os
 import socket
@@ -101,6 +102,18 @@ def prepare(data: Data, root: Path, track: Any) -> Data:
     return data
 
 
+class Source(NamedTuple):
+    name: str
+    role: Literal["training", "evaluation"]
+    digest: str
+    rows: int
+    where: str
+
+
+def sources(data: Data) -> list[Source]:
+    return [Source("heights", "training", "a1b2", 3, "nowhere"), Source("scale", "evaluation", "c3d4", 1, "nowhere")]
+
+
 def fit(spec: Spec, data: Data, folder: Path) -> Iterator[Result]:
     state, done = folder / "state.json", 0
     if state.exists():
@@ -133,13 +146,44 @@ def _result(spec: Spec, epoch: int) -> Result:
     return Result(epoch, {"score": score, "cost": spec.height**2, "world_size": world_size}, variants)
 
 
+SCRIPT = """\
+import hashlib, json
+
+
+def load(folder):
+    listed = json.loads((folder / "MANIFEST.json").read_text())
+    if any(hashlib.sha256((folder / name).read_bytes()).hexdigest() != file["sha256"] for name, file in listed.items()):
+        raise ValueError("the toy was changed")
+    height = json.loads((folder / "checkpoint" / "state.json").read_text())["height"]
+    return lambda table: table.assign(y=table["x"] * height)[["y"]]
+"""
+SIGNATURE = {
+    "inputs": [
+        {"name": "x", "type": "double", "required": True},
+        {"name": "image", "type": "binary", "required": False},
+    ],
+    "outputs": [{"name": "y", "type": "double", "required": True}],
+}
+
+
 def load(folder: Path) -> Any:
     height = json.loads((folder / "state.json").read_text())["height"]
+    return lambda table: table.assign(y=table["x"] * height)[["y"]]
 
-    def predict(table: Any) -> Any:
-        return table.assign(y=table["x"] * height)[["y"]]
 
-    return predict
+def export(folder: Path, out: Path) -> dict[str, Any]:
+    state = (folder / "state.json").read_text()
+    files = {"model.py": SCRIPT, "requirements.txt": "pandas\n", "checkpoint/state.json": state}
+    files["signature.json"] = json.dumps(SIGNATURE)
+    for name, text in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    digests = {
+        name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in files.items()
+    }
+    (out / "MANIFEST.json").write_text(json.dumps(digests))
+    return {"height": json.loads(state)["height"]}
 
 
 PUBLISHED = (

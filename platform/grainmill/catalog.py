@@ -88,6 +88,18 @@ class Assessment(Protocol):
     """What to hold the figures against."""
 
 
+class Source(Protocol):
+    """Data that models are trained or judged on."""
+
+    name: str
+    """Of its part in the whole, such as `val`."""
+    role: Literal["training", "evaluation"]
+    digest: str
+    """At most 36 characters, the same for the same data wherever they are."""
+    rows: int
+    where: str
+
+
 class Predictor(Protocol):
     """A trained model, from table to table.
 
@@ -135,12 +147,26 @@ class Trainable(Protocol):
         """Write built-in data below `root`; returns the settings to train with. Called once, before all trials."""
 
     @staticmethod
+    def sources(data: Any) -> Sequence[Source]:
+        """The parts of prepared data."""
+
+    @staticmethod
     def fit(spec: Any, data: Any, folder: Path) -> Iterator[EpochResult]:
         """Train, on every worker alike; goes on from the checkpoints in `folder`, their last result first."""
 
     @staticmethod
     def load(folder: Path) -> Predictor:
-        """The model that `fit` left in `folder`."""
+        """The model that `fit` left in `folder`, or that is the `checkpoint` of an export."""
+
+    @staticmethod
+    def export(folder: Path, out: Path) -> Mapping[str, Any]:
+        """Write the model that `fit` left in `folder` to a new folder `out` that needs none of our packages to load.
+
+        There, `model.py` holds `load(folder)`, which returns a `Predictor` and refuses, with ValueError, files that
+        are not in `MANIFEST.json` as {name: {"bytes": size, "sha256": digest}}; `requirements.txt` names what that
+        needs; `signature.json` has the columns `inputs` and `outputs`, as MLflow notes them; `checkpoint/` is a folder
+        for `load` and `evaluate`. No file is a pickle. Returns facts about the model, by name, for its users.
+        """
 
     @staticmethod
     def evaluate(folder: Path, settings: Any, out: Path) -> Assessment:
@@ -160,7 +186,8 @@ class Trainable(Protocol):
 
 _MEMBERS = (
     *("Spec", "Data", "Evaluation"),
-    *("metrics", "data_problems", "worker_problems", "prepare", "fit", "load", "evaluate", "images", "example"),
+    *("metrics", "data_problems", "worker_problems", "prepare", "sources", "fit"),
+    *("load", "export", "evaluate", "images", "example"),
 )
 
 

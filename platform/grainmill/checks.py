@@ -1,6 +1,7 @@
 """What is wrong between the sections of an experiment file, and with the points of its space."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ def between_sections(
             yield from _metric_problems({**trainable.metrics(parts["data"]), **COSTS}, parts)
     if "tracking" in parts and parts["tracking"].study is not None:
         yield from _address_problems(parts["tracking"].study)
+    if "tracking" in parts and re.search(r"://[^\s/@]*:[^\s/@]*@", parts["tracking"].uri or ""):
+        remedy = "put it into MLFLOW_TRACKING_PASSWORD, or PGPASSWORD if it is a database's"
+        yield ("tracking", "uri"), f"must not hold a password, but does; {remedy}"
     if {"search", "base"} <= parts.keys() and (parts["search"].grace_epochs or 1) > parts["base"].epochs:
         message = f"must be at most base.epochs, got {parts['search'].grace_epochs} of {parts['base'].epochs}"
         yield ("search", "grace_epochs"), message

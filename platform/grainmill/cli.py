@@ -15,6 +15,7 @@ from grainmill import catalog, experiment, runs, use
 from grainmill.console import clear_errors, out, prepare_process, track, tracking_uri
 from grainmill.errors import GrainmillError
 from grainmill.experiment import Experiment
+from grainmill.lineage import hidden
 from grainmill.space import shown
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def evaluate(
         done = evaluation.evaluate(model, settings, trainable, folder, uri, workers, address)
         _show(done.assessment)
         if done.version:
-            load = f'mlflow.settracking_uri("{uri}"); mlflow.pyfunc.load_model("{done.version.uri}")'
+            load = f'mlflow.set_tracking_uri("{hidden(uri)}"); mlflow.pyfunc.load_model("{done.version.uri}")'
             told = {"model": f"{done.version.uri}, serves {done.assessment.served}", "load": load}
         else:
             told = {"model": str(done.assessment.model.absolute())} if done.assessment.model else {}
@@ -237,7 +238,7 @@ def _summarise(checked: Experiment, outcome: "Outcome", uri: str) -> None:
         out.print(table)
     out.print(f"model     {outcome.version.uri}, alias champion", highlight=False, soft_wrap=True)
     out.print(f"report    {outcome.report}", highlight=False, soft_wrap=True)
-    where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    uri = where = hidden(uri)
     if not uri.startswith("http"):
         where = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
     out.print(f"MLflow    {where}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grainmill import catalog, registry
+from grainmill import catalog, registry, seal
 from grainmill.errors import CorpusError
 
 SCHEME = "models:/"
@@ -32,7 +32,7 @@ class Identity(NamedTuple):
     model: str
     """`models:/name/version`."""
     digest: str
-    """SHA-256 of its files."""
+    """SHA-256 of the manifest of its files."""
     dimension: int
     trainable: str
 
@@ -59,7 +59,7 @@ class Embedder:
         except KeyError as error:
             raise CorpusError(f"a model must embed images, but {model} knows no {error}; name another") from error
         assert first.embedding is not None, "the example is an image"
-        digest = registry._digest(stored.folder)
+        digest = seal.identity(stored.portable)
         self.identity = Identity(stored.version.uri, digest, len(first.embedding), stored.trainable)
 
     def __call__(self, images: Sequence[bytes]) -> list[Answer]:

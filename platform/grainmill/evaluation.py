@@ -16,6 +16,7 @@ from grainmill import catalog, group, registry, runs
 from grainmill.document import Document
 from grainmill.errors import EvaluationError, TrackingError
 from grainmill.findings import describe, errors
+from grainmill.lineage import hidden
 
 
 class Evaluated(NamedTuple):
@@ -116,9 +117,11 @@ def _record(tracking_uri: str, source: registry.Stored, assessment: catalog.Asse
         if assessment.model is None:
             return None
         assert assessment.served is not None, "a model serves a setting"
-        return registry.register_evaluated(tracking_uri, source, assessment.model, assessment.served)
+        model, served, figures = assessment.model, assessment.served, assessment.figures
+        return registry.register_evaluated(tracking_uri, source, model, served, figures)
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow at {tracking_uri} must take the figures of run {source.run_id}, but said: {error.message}; "
+            f"MLflow at {hidden(tracking_uri)} must take the figures of run {source.run_id}, but said: "
+            f"{hidden(error.message)}; "
             "the files are written, and the same command tries again"
         ) from error

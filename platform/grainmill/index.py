@@ -89,7 +89,7 @@ class Index:
         """The rows in order, `GROUP` at a time or fewer, from the block on that holds the row `start`."""
         first = 0
         for path, group, rows in self._groups:
-            if first + rows >= start:
+            if first + rows > start:
                 with _readable(path), pq.ParquetFile(path) as file:
                     table = file.read_row_group(group, columns=["id", "embedding"]).combine_chunks()
                 flat = table["embedding"].combine_chunks().flatten().to_numpy()

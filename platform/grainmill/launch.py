@@ -1,5 +1,6 @@
 """tune() and train(): from an experiment to a registered model."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from grainmill import catalog, registry, report, runs, trials, winner
+from grainmill.checks import COSTS
 from grainmill.clerk import Watch
 from grainmill.document import to_yaml
 from grainmill.errors import SearchError
 from grainmill.experiment import Budget, Experiment, Search
 from grainmill.halving import expected_epochs
+from grainmill.lineage import Interval, Lineage, machine
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import Status, Tracker
+from grainmill.tracking import PARENT, Status, Tracker, environment
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
@@ -170,21 +173,57 @@ class _Run:
             self.tracker,
             final.run_id,
             experiment.tracking.model or experiment.name,
-            plan.trainable,
             plan.checkpoints(final.number),
             self.trainable.example(self.data),
             {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
+            self._lineage(plan, chosen, final),
         )
         self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics)
         page, pictures = report.write(self.folder, experiment, search, study.records, found, chosen, version)
         self.tracker.attach(self.parent, "report.html", page.read_text())
         for picture in pictures:
-            self.tracker.attach_file(self.parent, picture, "report")
+            for run_id in (self.parent, final.run_id):
+                self.tracker.attach_file(run_id, picture, "report")
         outcome = Outcome(search.records if search else (), found, chosen, final, version, page)
         of_model = {"checkpoints": str(plan.checkpoints(final.number).relative_to(self.folder))}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
         runs.finish(self.folder, told | of_model)
         return outcome
+
+    def _lineage(self, plan: Plan, chosen: Candidate, final: Record) -> Lineage:
+        workers = " ".join(f"{amount:g} {name}" for name, amount in plan.bundle.items())
+        trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
+        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
+        places = {
+            "search": self.folder.as_uri(),
+            "search.run": self.parent,
+            "trial": trial,
+            "trial.run": runs_by_name.get(trial, "none"),
+            "training": plan.name(final.number),
+            "seed": str(final.setting.get("seed", self.experiment.base.seed)),
+        }
+        return Lineage(
+            plan.trainable,
+            _resolved(self.experiment),
+            places,
+            self.trainable.sources(self.data),
+            environment(),
+            {**machine(), "workers": f"{plan.workers} of {workers}"},
+            {name: final.cost[name] for name in COSTS if name in final.cost},
+            {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
+        )
+
+
+def _interval(name: str, value: float, chosen: Candidate) -> Interval:
+    """Of a metric, over the trainings of the winner; the value of the one that ships where nothing was repeated."""
+    estimate = chosen.estimates.get(name)
+    if estimate is None or not math.isfinite(estimate.half):
+        return Interval(value)
+    return Interval(estimate.mean, estimate.low, estimate.high)
+
+
+def _resolved(experiment: Experiment) -> str:
+    return to_yaml(experiment.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
 def _database(experiment: Experiment, folder: Path) -> tuple[str, str]:
@@ -206,6 +245,5 @@ def _parent(tracker: Tracker, experiment: Experiment, folder: Path) -> str:
     left = next(iter(tracker.tagged(FOLDER, folder.as_uri())), None)
     run_id = left or tracker.start(f"{experiment.name} {folder.name}", parameters, {FOLDER: folder.as_uri()})
     note.write_text(run_id)
-    resolved = experiment.model_dump(mode="json", by_alias=True, exclude_none=True)
-    tracker.attach(run_id, "experiment.yaml", to_yaml(resolved))
+    tracker.attach(run_id, "experiment.yaml", _resolved(experiment))
     return run_id

@@ -20,8 +20,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from grainmill import catalog, corpus, registry, trials
+from grainmill.lineage import Lineage
 from grainmill.tracking import Tracker, local_uri
-from multigrain import checkpoint, predict
+from multigrain import checkpoint
 from multigrain.model import MultiGrain
 from multigrain.spec import MultiGrainSpec
 from tests.benchmarks.embedding import FILES, Plain
@@ -61,8 +62,9 @@ def register(folder, trunk, image):
     tracker = Tracker(local_uri(folder), "benchmark", folder)
     example = pd.DataFrame({"image": [image.read_bytes()]})
     run = tracker.start("made", {}, {})
-    made = registry.register(tracker, run, "benchmark", "multigrain.trainable", folder / "model", example, {})
-    return tracker.uri, made.uri, predict.load(folder / "model").network
+    story = Lineage("multigrain.trainable", "", {}, [], {}, {}, {}, {})
+    made = registry.register(tracker, run, "benchmark", folder / "model", example, {}, story)
+    return tracker.uri, made.uri, network.eval()
 
 
 def main():

@@ -1,9 +1,9 @@
 """Training state <-> directory: whole or absent, checked by hash, loaded without pickle.
 
-`<folder>/step-00001234/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only),
-`state.json` and, written last, `MANIFEST.json` with the size and SHA-256 of each. Neither torch
-nor safetensors notices a flipped byte, so a checkpoint that does not match its manifest is passed
-over, with a warning, for the one before.
+`<folder>/step-00001234/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only; left out of
+a model that is not to be trained on), `state.json` and, written last, `MANIFEST.json` with the size and
+SHA-256 of each. Neither torch nor safetensors notices a flipped byte, so a checkpoint that does not match
+its manifest is passed over, with a warning, for the one before.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 FORMAT = 2
-FILES = {"model.safetensors", "optimizer.pt", "state.json"}
+FILES, OPTIMIZER = {"model.safetensors", "state.json"}, "optimizer.pt"
 NETWORK, AVERAGED = "network.", "ema."
 """What the names of the network's tensors begin with, and those of its running average."""
 KEEP = 2
@@ -70,7 +70,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     draft.mkdir(parents=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, draft / "model.safetensors")
-        torch.save(checkpoint.optimizer, draft / "optimizer.pt")
+        if checkpoint.optimizer:
+            torch.save(checkpoint.optimizer, draft / OPTIMIZER)
         (draft / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
         files = sorted(draft.iterdir())
         (draft / "MANIFEST.json").write_text(json.dumps({path.name: _digest(path) for path in files}, indent=1))
@@ -134,7 +135,7 @@ def _fault(directory: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
         manifest = json.loads((directory / "MANIFEST.json").read_text())
-        if not isinstance(manifest, dict) or set(manifest) != FILES:
+        if not isinstance(manifest, dict) or set(manifest) - {OPTIMIZER} != FILES:
             return f"MANIFEST.json does not list {', '.join(sorted(FILES))}"
         changed = [name for name, digest in manifest.items() if _digest(directory / name) != digest]
     except OSError as error:
@@ -155,7 +156,8 @@ def read(directory: Path) -> Checkpoint:
     state = json.loads((directory / "state.json").read_text())
     if state.pop("format", None) != FORMAT:
         raise ValueError(f"checkpoints must have format {FORMAT}, but {directory} has another; train again")
-    optimizer = torch.load(directory / "optimizer.pt", weights_only=True)
+    listed = json.loads((directory / "MANIFEST.json").read_text())
+    optimizer = torch.load(directory / OPTIMIZER, weights_only=True) if OPTIMIZER in listed else {}
     return Checkpoint(load_file(directory / "model.safetensors"), optimizer, state)
 
 

@@ -1,59 +1,58 @@
-"""A trained network, as its users call it: image bytes in, descriptor and class out."""
+"""A trained network as it answers: at the setting that it serves, images in, embedding and class out."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import pandas as pd
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from multigrain import checkpoint, serving
-from multigrain.augment import EvaluationTransform, evaluation_view
-from multigrain.model import MultiGrain
+from multigrain import checkpoint, portable, serving
+from multigrain.augment import scale
+from multigrain.model import MultiGrain, l2_normalise
 from multigrain.pooling import GeM
 from multigrain.spec import MultiGrainSpec
-from multigrain.views import decode
 from multigrain.whitening import Whitening
 
 
-class Predictor:
-    """Calls a network on tables of encoded images.
+class Answers(nn.Module):
+    """(B, 3, H, W) uint8, RGB -> embeddings (B, D) of unit norm, whitened if so served, and probabilities (B, K)."""
 
-    Input: a column `image` of bytes, any format that Pillow reads, any size. Output, row for row:
-    `descriptor` (C floats of unit norm; D of a whitening), `class_id`, `class_name`, `score` (probability in [0, 1]).
-    """
+    def __init__(self, network: MultiGrain, whitening: Whitening | None = None) -> None:
+        super().__init__()
+        self.network, self.whitened = network, whitening is not None
+        for name, tensor in (whitening.state_dict() if whitening else {}).items():
+            self.register_buffer(name, tensor)
 
-    def __init__(
-        self,
-        network: MultiGrain,
-        classes: Sequence[str],
-        transform: EvaluationTransform,
-        size: int,
-        whitening: Whitening | None = None,
-    ) -> None:
-        """
-        Args:
-            classes: names, in the order of the logits.
-            transform, size: as in `augment.evaluation_view`.
-            whitening: of the descriptors; none by default.
-        """
-        self.network, self.classes, self.transform, self.size = network.eval(), tuple(classes), transform, size
-        self.whitening = whitening
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.network.embed(scale(images))
+        whitening = Whitening.from_state(dict(self.named_buffers(recurse=False))) if self.whitened else None
+        embedding = whitening.transform(pooled) if whitening else l2_normalise(pooled)
+        return embedding, self.network.classifier(pooled).softmax(dim=1)
 
-    @torch.no_grad()
-    def __call__(self, table: pd.DataFrame) -> pd.DataFrame:
-        columns: dict[str, list[object]] = {"descriptor": [], "class_id": [], "class_name": [], "score": []}
-        for content in table["image"]:
-            image = evaluation_view(decode(io.BytesIO(content)), self.transform, self.size)
-            output = self.network(image[None])
-            score, index = output.logits[0].softmax(dim=0).max(dim=0)
-            white = self.whitening
-            descriptor = white.transform(output.embedding) if white else output.descriptor
-            columns["descriptor"].append(descriptor[0].tolist())
-            columns["class_id"].append(int(index))
-            columns["class_name"].append(self.classes[int(index)])
-            columns["score"].append(float(score))
-        return pd.DataFrame(columns)
+
+class Served(NamedTuple):
+    """A network at the setting that it serves."""
+
+    answers: Answers
+    """In evaluation mode, on the CPU."""
+    trunk: str
+    classes: Sequence[str]
+    """In the order of the probabilities."""
+    transform: str
+    """`crop` or `rect`, as in `augment.evaluation_pixels`."""
+    size: int
+    """s*, in pixels."""
+    p: float
+    """p*, the exponent."""
+    dimension: int
+    """D."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the exported model needs; an infinite exponent as the text `inf`."""
+        told = self._asdict() | {"classes": list(self.classes), "p": self.p if self.p < float("inf") else "inf"}
+        return {name: value for name, value in told.items() if name != "answers"} | {"whitened": self.answers.whitened}
 
 
 def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec]:
@@ -64,8 +63,8 @@ def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec
     return network, spec
 
 
-def load(folder: Path) -> Predictor:
-    """The newest intact checkpoint below a training folder, on the CPU.
+def read(folder: Path) -> Served:
+    """The newest intact checkpoint below a training folder.
 
     A model that an evaluation made to serve a setting answers at that one: images of that size, whole (`rect`)
     unless it is the network's own, its exponent in place of the network's, descriptors whitened if they are to be.
@@ -74,14 +73,34 @@ def load(folder: Path) -> Predictor:
         FileNotFoundError: there is none.
         ValueError: the setting to serve is damaged.
     """
-    served = serving.read(folder)
+    setting = serving.read(folder)
     saved = checkpoint.latest(folder)
     if saved is None:
         raise FileNotFoundError(f"a model needs a checkpoint, but {folder} holds none that is intact")
     network, spec = network_of(saved)
-    classes, own = saved.state["classes"], spec.evaluation_size
-    if served is None:
-        return Predictor(network, classes, spec.evaluation.transform, own)
-    network.pool = GeM(served.p)
-    transform = spec.evaluation.transform if served.size == own else "rect"
-    return Predictor(network, classes, transform, served.size, served.whitening)
+    own, transform = spec.evaluation_size, spec.evaluation.transform
+    if setting is None:
+        p = network.pool.p
+        learnt = max(1.0, p.item()) if isinstance(p, Tensor) else p  # as it counts
+        setting = serving.Serving(own, learnt, None)
+    network.pool = GeM(setting.p)
+    return Served(
+        Answers(network, setting.whitening).eval(),
+        spec.model.trunk,
+        tuple(saved.state["classes"]),
+        transform if setting.size == own else "rect",
+        setting.size,
+        setting.p,
+        setting.whitening.projection.shape[1] if setting.whitening else network.classifier.in_features,
+    )
+
+
+def load(folder: Path) -> portable.Model:
+    """The model in a training folder, as `read` finds it, without an export."""
+    served = read(folder)
+
+    @torch.no_grad()
+    def run(images: np.ndarray[Any, Any]) -> Any:
+        return tuple(output.numpy() for output in served.answers(torch.from_numpy(images)))
+
+    return portable.Model(served.facts(), run, portable.scale_by_torch)

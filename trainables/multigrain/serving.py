@@ -6,6 +6,7 @@ its SHA-256: safetensors notices no flipped byte.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,19 @@ class Serving(NamedTuple):
 
 
 def write(folder: Path, saved: checkpoint.Checkpoint, serving: Serving) -> None:
-    """Write a model to a folder that holds none yet."""
-    checkpoint.save(folder, saved)
+    """Write a model to a folder that holds none yet; it cannot be trained on."""
+    checkpoint.save(folder, saved._replace(optimizer={}))
     state = serving.whitening.state_dict() if serving.whitening else {}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / CONTENT, {"size": str(serving.size), "p": repr(float(serving.p))})
     (folder / SEAL).write_text(json.dumps({"sha256": _digest(folder)}))
+
+
+def copy(folder: Path, out: Path, saved: checkpoint.Checkpoint) -> None:
+    """Write the model in a folder, of which `saved` is the checkpoint, to one that holds none yet."""
+    checkpoint.save(out, saved._replace(optimizer={}))
+    for name in (CONTENT, SEAL) if is_served(folder) else ():
+        shutil.copyfile(folder / name, out / name)
 
 
 def is_served(folder: Path) -> bool:

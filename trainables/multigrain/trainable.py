@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from multigrain import spec as settings
 from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
+from multigrain.digests import Part, parts
 from multigrain.evaluation import Evaluation
 from multigrain.images import image_faults, image_problems
 from multigrain.intact import leave_out, write_intact
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from multigrain.assess import Assessment
-    from multigrain.bulk import InBatches
+    from multigrain.collection import Bucket, Folder
     from multigrain.fit import EpochResult
-    from multigrain.sources import Bucket, Folder
+    from multigrain.portable import Model
 
 # torch is imported when something is to be computed, not when an experiment file is checked.
 
@@ -34,11 +35,13 @@ __all__ = [
     "data_problems",
     "evaluate",
     "example",
+    "export",
     "fit",
     "images",
     "load",
     "metrics",
     "prepare",
+    "sources",
     "worker_problems",
 ]
 
@@ -112,6 +115,11 @@ def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
     return DataSettings(manifest=str(manifest))
 
 
+def sources(data: DataSettings) -> list[Part]:
+    """The parts of prepared data, each with its digest; see `multigrain.digests`."""
+    return parts(images_of(data))
+
+
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     """What keeps `spec` from running on `workers` ranks, its `model.weights` included; empty if nothing does."""
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
@@ -124,18 +132,25 @@ def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["Epo
     return multigrain.fit.fit(spec, images_of(data), folder)
 
 
-def load(folder: Path) -> "InBatches":
-    """The model that `fit` left in `folder`; see `multigrain.bulk.InBatches`."""
-    from multigrain import bulk, predict
+def load(folder: Path) -> "Model":
+    """The model that `fit` left in `folder`; see `multigrain.portable.Model`."""
+    from multigrain import predict
 
-    return bulk.InBatches(predict.load(folder))
+    return predict.load(folder)
 
 
 def images(source: str) -> "Folder | Bucket":
-    """The images of a corpus to embed; see `multigrain.sources.images`."""
-    from multigrain import sources
+    """The images of a corpus to embed; see `multigrain.collection.images`."""
+    from multigrain import collection
 
-    return sources.images(source)
+    return collection.images(source)
+
+
+def export(folder: Path, out: Path) -> Mapping[str, Any]:
+    """Write the model that `fit` left in `folder` for everybody; see `multigrain.export`."""
+    from multigrain import export
+
+    return export.export(folder, out)
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":

@@ -1,0 +1,276 @@
+"""An exported MultiGrain model: images in, embeddings and classes out.
+
+Needs NumPy, Pillow, and PyTorch or ONNX Runtime. This file is copied beside each exported model as `model.py` and
+imports nothing of the package that made it.
+
+    model = load(Path("folder"))
+    for answer in model.answers(Path("photos").glob("*.jpg")):
+        print(answer["embedding"], answer["class_name"], answer["score"], answer["error"])
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+COLUMNS = ("embedding", "class_id", "class_name", "score", "error")
+BATCH = 32
+"""Images that are read before the network sees them, those of one shape at once."""
+MOST_PIXELS = 2**27
+"""Of an image after scaling: one that is a line of pixels would fill the memory."""
+PROGRAM, NETWORK, FACTS, MANIFEST = "model.pt2", "model.onnx", "model.json", "MANIFEST.json"
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+"""(H, W, 3), RGB."""
+Run = Callable[[np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+Scale = Callable[[Pixels, int, int], Pixels]
+
+
+class Model:
+    """Answers for images: `bytes` of any format that Pillow reads, `pathlib.Path`, or arrays of uint8.
+
+    An array is (H, W, 3), RGB, or (H, W), grey. A string is refused: where requests come from a network, it would let
+    anybody name a file of this machine.
+    """
+
+    def __init__(self, facts: dict[str, Any], run: Run, scale: Scale) -> None:
+        """
+        Args:
+            facts: of `model.json`.
+            run: images (B, 3, H, W) uint8 -> embeddings (B, D) of unit norm, and probabilities (B, K).
+            scale: an image to height and width; `scale_by_torch` or, slower and the same, `scale_by_numpy`.
+        """
+        self.facts, self.run, self.scale = facts, run, scale
+
+    def answers(self, images: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """One for each image, in their order.
+
+        `embedding` (D floats of unit norm), `class_id`, `class_name`, `score` (its probability), and `error`: None,
+        or what keeps the image from being read, and then the others are None.
+        """
+        remaining = iter(images)
+        while block := list(islice(remaining, BATCH)):
+            yield from self._block(block)
+
+    def __call__(self, table: Any) -> Any:
+        """`answers` of the column `image` of a pandas table, as a table."""
+        import pandas as pd
+
+        found = list(self.answers(table["image"]))
+        return pd.DataFrame({name: pd.Series([row[name] for row in found], dtype=object) for name in COLUMNS})
+
+    def _block(self, block: list[Any]) -> list[dict[str, Any]]:
+        answers = [dict.fromkeys(COLUMNS) for _ in block]
+        shapes: dict[tuple[int, ...], list[tuple[int, Pixels]]] = defaultdict(list)
+        with ThreadPoolExecutor() as threads:
+            for place, shown in enumerate(threads.map(self._shown, block)):
+                if isinstance(shown, str):
+                    answers[place]["error"] = shown
+                else:
+                    shapes[shown.shape].append((place, shown))
+        for group in shapes.values():
+            batch = np.stack([shown.transpose(2, 0, 1) for _, shown in group])
+            for (place, _), embedding, probabilities in zip(group, *self.run(batch), strict=True):
+                best = int(probabilities.argmax())
+                answers[place] |= {"embedding": embedding.tolist(), "class_id": best}
+                answers[place] |= {"class_name": self.facts["classes"][best], "score": float(probabilities[best])}
+        return answers
+
+    def _shown(self, image: Any) -> Pixels | str:
+        """What the network is shown, or why the image is none."""
+        try:
+            return prepare(decode(image), self.facts["transform"], self.facts["size"], self.scale)
+        except Exception as error:  # Pillow raises many types, SyntaxError among them
+            return f"must be an image, but {str(error) or type(error).__name__}"
+
+
+def load(folder: Path, engine: str | None = None, device: str = "cpu") -> Model:
+    """The model in a folder, after a look at every file in it.
+
+    Args:
+        folder: with `model.json` and what it lists.
+        engine: `torch` or `onnx`; by default PyTorch if it is installed.
+        device: of PyTorch.
+    Raises:
+        ValueError: a file is not the one that was exported, or holds a pickle; it is named.
+    """
+    check(folder)
+    facts = json.loads((folder / FACTS).read_text())
+    if engine is None:
+        from importlib.util import find_spec
+
+        engine = "torch" if find_spec("torch") else "onnx"
+    if engine == "torch":
+        return Model(facts, _torch(folder / PROGRAM, device), scale_by_torch)
+    return Model(facts, _onnx(folder / NETWORK), scale_by_numpy)
+
+
+def _torch(file: Path, device: str) -> Run:
+    """Runs the exported program.
+
+    `torch.export.load` unpickles the example inputs and what the archive calls pickled, so that an archive with either
+    is refused before. That is no defence against its author: torch evaluates the sizes in a graph as Python.
+    """
+    if fault := _pickled(file):
+        raise ValueError(f"a program must not hold a pickle, but {file} does: {fault}; export the model again")
+    import torch
+
+    program = torch.export.load(file)
+    if device != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    module = program.module()
+
+    @torch.no_grad()
+    def run(images: np.ndarray[Any, Any]) -> Any:
+        return tuple(output.cpu().numpy() for output in module(torch.from_numpy(images).to(device)))
+
+    return run
+
+
+def _onnx(file: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["embedding", "probabilities"], {"images": images})
+
+
+def check(folder: Path) -> None:
+    """Compare every file below a folder with the manifest in it.
+
+    Raises:
+        ValueError: naming the files that are changed, missing, or not listed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"a model must have a readable {MANIFEST}, but in {folder}: {error}; fetch it again"
+        ) from error
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {name for name in found - {MANIFEST} if "__pycache__" not in name}
+    wrong = [f"{name} is missing" for name in manifest.keys() - found]
+    wrong += [f"{name} is not listed" for name in found - manifest.keys()]
+    wrong += [f"{name} was changed" for name in found & manifest.keys() if manifest[name] != digest(folder / name)]
+    if wrong:
+        told = ", ".join(sorted(wrong))
+        raise ValueError(f"a model's files must match its {MANIFEST}, but in {folder} {told}; fetch it again")
+
+
+def digest(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def _pickled(program: Path) -> str | None:
+    """What in an archive of `torch.export` would be unpickled, or run as machine code; None if nothing would."""
+    with zipfile.ZipFile(program) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if len(entries) < len(archive.infolist()):
+            return "two entries of one name"
+        for entry in filter(lambda entry: entry.file_size, entries.values()):
+            name = entry.filename.partition("/")[2]  # the archive's own name comes first
+            if name.startswith("data/") and name.endswith("_config.json"):
+                if any(payload["use_pickle"] for payload in json.loads(archive.read(entry))["config"].values()):
+                    return f"{entry.filename} names pickled tensors"
+            elif not (name in _PLAIN or name.endswith(".json") or re.fullmatch(_RAW, name)):
+                return entry.filename
+    return None
+
+
+_PLAIN = {"archive_format", "archive_version", "byteorder", ".data/serialization_id", ".data/version"}
+_RAW = r"data/(weights/weight|constants/tensor)_\d+"
+
+
+def decode(image: Any) -> Pixels:
+    """Pixels of an encoded image, a file, or an array.
+
+    Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+            raise ValueError(f"an array has to be uint8, (H, W, 3) or (H, W), got {image.dtype}, {image.shape}")
+        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+    if isinstance(image, os.PathLike):
+        image = Path(image).read_bytes()
+    if not isinstance(image, bytes | bytearray | memoryview):
+        raise TypeError(f"only bytes, a pathlib.Path or an array of uint8 can be one, got {type(image).__name__}")
+    try:
+        opened = Image.open(io.BytesIO(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"Pillow knows no format of these {len(image)} bytes") from None
+    with opened:
+        if opened.mode.startswith("I"):
+            return np.repeat((np.asarray(opened) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        if "transparency" in opened.info:
+            return np.asarray(opened.convert("RGBA").convert("RGB"))
+        return np.asarray(opened.convert("RGB"))
+
+
+def prepare(image: Pixels, transform: str, size: int, scale: Scale) -> Pixels:
+    """What the network is shown: (H, W, 3) -> (h, w, 3).
+
+    `crop`: smaller side to int(256/224 size), the central square of `size` out of it. `rect`: larger side to
+    `size`, proportions kept.
+    """
+    height, width = image.shape[:2]
+    if transform == "rect":
+        longer = max(height, width)
+        return scale(image, max(1, height * size // longer), max(1, width * size // longer))
+    side, shorter = int(size * 256 / 224), min(height, width)
+    height, width = int(side * height / shorter), int(side * width / shorter)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"an image must have at most {MOST_PIXELS} pixels when scaled, got {width} x {height}")
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return scale(image, height, width)[top : top + size, left : left + size]
+
+
+def scale_by_torch(image: Pixels, height: int, width: int) -> Pixels:
+    """(H, W, 3) -> (height, width, 3), bilinear with antialiasing."""
+    import torch
+
+    pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()
+
+
+def scale_by_numpy(image: Pixels, height: int, width: int) -> Pixels:
+    """`scale_by_torch`, bit for bit, in whole numbers as there."""
+    across = _scale_rows(np.ascontiguousarray(image.transpose(1, 0, 2)), width)
+    return _scale_rows(np.ascontiguousarray(across.transpose(1, 0, 2)), height)
+
+
+def _scale_rows(image: Pixels, count: int) -> Pixels:
+    """The first axis to `count`: weights of 16 bits, as many of them after the point as the largest allows."""
+    length = len(image)
+    if length == count:
+        return image
+    scale = length / count
+    support = max(scale, 1.0)
+    centre = scale * (np.arange(count) + 0.5)
+    first = np.maximum((centre - support + 0.5).astype(int), 0)
+    last = np.minimum((centre + support + 0.5).astype(int), length)
+    places = first[:, None] + np.arange((last - first).max())
+    weights = np.maximum(0, 1 - np.abs((places - centre[:, None] + 0.5) / support)) * (places < last[:, None])
+    weights /= weights.sum(axis=1, keepdims=True)
+    precision = 0
+    while precision < 22 and int(0.5 + weights.max() * 2 ** (precision + 1)) < 2**15:
+        precision += 1
+    whole = (0.5 + weights * 2**precision).astype(np.int32)
+    total = np.full((count, *image.shape[1:]), 1 << precision >> 1, np.int32)
+    for place, weight in zip(np.minimum(places, length - 1).T, whole.T, strict=True):
+        total += image[place] * weight[:, None, None]
+    return np.clip(total >> precision, 0, 255).astype(np.uint8)
