@@ -53,22 +53,24 @@ def test_where_there_are_no_copies_next_to_nothing_is_listed(kind, seed):
     assert len(listed(rows, 0.9)) <= 2
 
 
-def test_the_expected_number_of_false_pairs_is_that_of_the_formula():
-    tails = copies.Null(np.array([0.5, 0.4]), np.array([0.1, 0.05]), 1000)
-    score = 0.7
-    expected = np.mean([6 * np.exp(-(score - 0.5) / 0.1), 6 * np.exp(-(score - 0.4) / 0.05)]) * 1000 / 2
-    assert tails.false_pairs(np.array([score, 0.9]))[0] == pytest.approx(expected, rel=1e-3)
-    step = tails.score_of(50)
-    assert tails.false_pairs(np.array([step]))[0] <= 50 < tails.false_pairs(np.array([step - 0.002]))[0]
+def test_the_expected_number_of_false_pairs_grows_as_a_power_of_the_distance():
+    # Six neighbours within the distance of score 0.8 and 0.9; 1 - score is half of the squared distance.
+    tails = copies.Null(copies.depth(np.array([0.8, 0.9])), np.array([2 / 10, 2 / 4]), 1000)
+    halved = 1 - 0.2 / 4, 1 - 0.1 / 4  # the scores at half of these distances
+    first = np.mean([6 * 0.5**10, 6 * (0.05 / 0.1) ** 2]) * 1000 / 2
+    second = np.mean([6 * (0.025 / 0.2) ** 5, 6 * 0.5**4]) * 1000 / 2
+    assert tails.false_pairs(np.array(halved)) == pytest.approx([first, second], rel=1e-6)
+    floor = tails.score_of(50)
+    assert tails.false_pairs(np.array([floor]))[0] <= 50 < tails.false_pairs(np.array([1 - (1 - floor) * 1.02]))[0]
 
 
 def test_precision_falls_down_the_list_and_equal_scores_share_it():
-    tails = copies.Null(np.array([0.5]), np.array([0.02]), 100)
-    scores = np.array([1.0, 0.9, 0.9, 0.7, 0.6, 0.55], "f4")
+    tails = copies.Null(copies.depth(np.array([0.5])), np.array([2 / 10]), 100)
+    scores = np.array([1.0, 0.95, 0.95, 0.9, 0.8, 0.7], "f4")
     found = copies.precision(scores, tails)
     assert found[1] == found[2]
     assert (np.diff(found) <= 0).all()
-    false = 6 * np.exp(-(0.7 - 0.5) / 0.02) * 100 / 2
+    false = 6 * (0.1 / 0.5) ** 5 * 100 / 2
     assert found[3] == pytest.approx(1 - false / 4, abs=1e-3)
     assert found[-1] == 0
 

@@ -91,9 +91,9 @@ def duplicates(
     """List pairs of images of an index that are copies of each other.
 
     All pairs are compared. The precision is estimated from the index alone: of each image, the 6th to 50th nearest
-    neighbours are taken for different images, and an exponential tail is fitted to their scores, scaled so that it
-    explains the nearest neighbour of the median image. It tells how many pairs of different images score as high as
-    those that are listed; the others count as copies. The estimate is meant to be too low rather than too high, but a
+    neighbours are taken for different images. How fast their number grows with the distance, scaled so that it explains
+    the nearest neighbour of the median image, tells how many pairs of different images score as high as those that are
+    listed; the others count as copies. The estimate is meant to be too low rather than too high, but a
     short series of nearly equal pictures counts as copies.
     """
     with clear_errors():
