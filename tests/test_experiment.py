@@ -353,7 +353,7 @@ BAD = {
         more("tracking: {uri: 'https://me:secret@host'}"),
         4,
         "tracking.uri",
-        ["must not hold a password", "MLFLOW_TRACKING_PASSWORD"],
+        ["must not hold a user or a password", "MLFLOW_TRACKING_USERNAME"],
     ),
     "study in a strange database": Bad(
         more("tracking: {study: 'mysql://host/name'}"), 4, "tracking.study", ["postgresql://", "got mysql"]

@@ -256,6 +256,10 @@ def _ripple(value: float, count: int) -> list[float]:
     return [value + 0.01 * ((7 * query + round(1000 * value)) % 11 - 5) for query in range(count)]
 
 
+def images(source: str) -> Any:
+    raise ValueError("a toy has no images")
+
+
 def example(data: Data) -> Any:
     import pandas as pd
 

@@ -129,9 +129,23 @@ class Source(Protocol):
 
 
 class Predictor(Protocol):
-    """A trained model, from table to table."""
+    """A trained model, from table to table.
+
+    One that embeds takes a column `image` of bytes, and answers, row for row, with `embedding` (floats of unit norm),
+    `class_id`, `class_name`, `score`, and `error`: why a row has no answer, None where it has one.
+    """
 
     def __call__(self, table: Any) -> Any: ...
+
+
+class Images(Protocol):
+    """The images of a corpus; it can be pickled."""
+
+    def names(self) -> Sequence[str]:
+        """Each image once, in a fixed order. Raises ValueError if they cannot be listed."""
+
+    def read(self, name: str) -> bytes:
+        """The content of an image, in any thread. Raises ValueError with the reason why it cannot be read."""
 
 
 class Trainable(Protocol):
@@ -190,6 +204,10 @@ class Trainable(Protocol):
         """
 
     @staticmethod
+    def images(source: str) -> Images:
+        """The images of a corpus. Raises ValueError if `source` names none."""
+
+    @staticmethod
     def example(data: Any) -> Any:
         """A small table that a `Predictor` takes."""
 
@@ -197,7 +215,7 @@ class Trainable(Protocol):
 _MEMBERS = (
     *("Spec", "Data", "Evaluation"),
     *("metrics", "data_problems", "worker_problems", "prepare", "sources", "fit"),
-    *("load", "export", "evaluate", "example"),
+    *("load", "export", "evaluate", "images", "example"),
 )
 
 

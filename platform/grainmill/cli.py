@@ -1,4 +1,4 @@
-"""The command `grainmill`; it, `console` and `champion` alone print, exit or read the environment."""
+"""The command `grainmill`; it, `champion`, `use` and `console` alone print, exit or read the environment."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import typer
 from rich.live import Live
 from rich.table import Column, Table
 
-from grainmill import catalog, champion, experiment, runs
+from grainmill import catalog, champion, experiment, runs, use
 from grainmill.console import clear_errors, out, prepare_process, track, tracking_uri
 from grainmill.errors import GrainmillError, hidden
 from grainmill.experiment import Experiment
@@ -28,6 +28,9 @@ app = typer.Typer(
 )
 app.command()(champion.promote)
 app.command()(champion.rollback)
+app.command()(use.embed)
+app.command()(use.find)
+app.command()(use.duplicates)
 
 File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
 Overrides = Annotated[

@@ -9,7 +9,8 @@ GrainmillError
 ├── TrackingError      MLflow cannot be reached
 ├── SearchError        no trial came through
 ├── EvaluationError    there is no model, or nothing to evaluate it on
-└── PromotionError     a version does not become the champion
+├── PromotionError     a version does not become the champion
+└── CorpusError        images or an index cannot be used
 """
 
 import re
@@ -75,6 +76,10 @@ class EvaluationError(GrainmillError):
 
 class PromotionError(GrainmillError):
     """The champion stays as it is."""
+
+
+class CorpusError(GrainmillError):
+    """There are no images to embed, or the index is of no use for what is asked."""
 
 
 def hidden(text: str) -> str:

@@ -19,6 +19,7 @@ from multigrain.trainable import (  # noqa: F401 - all but its settings and how 
     evaluate,
     example,
     export,
+    images,
     images_of,
     load,
     metrics,

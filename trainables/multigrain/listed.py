@@ -88,7 +88,7 @@ class _Table(Reader):
 
     def records(self) -> list[tuple[int, list[str]]]:
         """The names of the columns as row 0, then the rows from 1; text of every value."""
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow.parquet
 
         try:
             table = pyarrow.parquet.read_table(self.file)

@@ -71,7 +71,7 @@ class Reader:
         self.stop_if_wrong()
         return found
 
-    def check_header(self, line: int, header: Sequence[str]) -> None:
+    def check_header(self, line: int, header: Sequence[str], required: Sequence[str] = REQUIRED) -> None:
         for name in dict.fromkeys(header):
             if header.count(name) > 1:
                 self.add(line, f"each column may come once, but {name!r} comes {header.count(name)} times")
@@ -79,7 +79,7 @@ class Reader:
                 near = difflib.get_close_matches(name, COLUMNS, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COLUMNS)}, with commas between"
                 self.add(line, f"unknown column {name!r}; {hint}")
-        for name in REQUIRED:
+        for name in required:
             if name not in header:
                 self.add(line, f"the column {name!r} is required, found {', '.join(header)}")
 

@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,12 @@ class Model:
     def _block(self, block: list[Any]) -> list[dict[str, Any]]:
         answers = [dict.fromkeys(COLUMNS) for _ in block]
         shapes: dict[tuple[int, ...], list[tuple[int, Pixels]]] = defaultdict(list)
-        for place, image in enumerate(block):
-            try:
-                shown = prepare(decode(image), self.facts["transform"], self.facts["size"], self.scale)
-            except Exception as error:  # Pillow raises many types, SyntaxError among them
-                answers[place]["error"] = f"must be an image, but {str(error) or type(error).__name__}"
-            else:
-                shapes[shown.shape].append((place, shown))
+        with ThreadPoolExecutor() as threads:
+            for place, shown in enumerate(threads.map(self._shown, block)):
+                if isinstance(shown, str):
+                    answers[place]["error"] = shown
+                else:
+                    shapes[shown.shape].append((place, shown))
         for group in shapes.values():
             batch = np.stack([shown.transpose(2, 0, 1) for _, shown in group])
             for (place, _), embedding, probabilities in zip(group, *self.run(batch), strict=True):
@@ -86,6 +86,13 @@ class Model:
                 answers[place] |= {"embedding": embedding.tolist(), "class_id": best}
                 answers[place] |= {"class_name": self.facts["classes"][best], "score": float(probabilities[best])}
         return answers
+
+    def _shown(self, image: Any) -> Pixels | str:
+        """What the network is shown, or why the image is none."""
+        try:
+            return prepare(decode(image), self.facts["transform"], self.facts["size"], self.scale)
+        except Exception as error:  # Pillow raises many types, SyntaxError among them
+            return f"must be an image, but {str(error) or type(error).__name__}"
 
 
 def load(folder: Path, engine: str | None = None) -> Model:

@@ -58,11 +58,11 @@ def local(source: str, cache: Path) -> Path:
     """
     if not source.startswith(_SCHEME):
         return Path(source)
-    bucket, key = _parsed(source)
-    with _client(source) as client, _claimed(source, cache, bucket) as books:
-        with _told(source, client):
-            prefix = _prefix(client, bucket, key)
-            objects = _listed(client, bucket, prefix)
+    bucket, key = parsed(source)
+    with connect(source) as client, _claimed(source, cache, bucket) as books:
+        with told(source, client):
+            prefix = prefix_of(client, bucket, key)
+            objects = listed(client, bucket, prefix)
         if not objects:
             raise DataError([f"{source} must be an object or hold some, but there are none; check bucket and prefix"])
         _check_keys(bucket, objects)
@@ -79,7 +79,7 @@ def local(source: str, cache: Path) -> Path:
     return mirror / key
 
 
-def _parsed(source: str) -> tuple[str, str]:
+def parsed(source: str) -> tuple[str, str]:
     """Bucket and key. What is no bucket's name is not told: it may hold credentials."""
     bucket, _, key = source.removeprefix(_SCHEME).partition("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
@@ -98,7 +98,8 @@ def _strange(key: str) -> bool:
 
 
 @contextmanager
-def _client(source: str) -> Iterator[Any]:
+def connect(source: str) -> Iterator[Any]:
+    """A client for the bucket of a source; threads may share it."""
     import boto3.session  # type: ignore[import-untyped]
     from botocore.config import Config  # type: ignore[import-untyped]
 
@@ -109,7 +110,7 @@ def _client(source: str) -> Iterator[Any]:
         max_pool_connections=_READERS,
     )
     try:
-        with _told(source):
+        with told(source):
             client = boto3.session.Session().client("s3", config=config)
     except DataError:
         raise
@@ -137,7 +138,7 @@ def _claimed(source: str, cache: Path, bucket: str) -> Iterator[Path]:
         yield books
 
 
-def _prefix(client: Any, bucket: str, key: str) -> str:
+def prefix_of(client: Any, bucket: str, key: str) -> str:
     """What the keys of a source begin with: the folder that its key is, or lies in if it is an object's."""
     if not key or key.endswith("/"):
         return key
@@ -145,7 +146,7 @@ def _prefix(client: Any, bucket: str, key: str) -> str:
     return key[: key.rfind("/") + 1] if first and first[0]["Key"] == key else f"{key}/"
 
 
-def _listed(client: Any, bucket: str, prefix: str) -> list[_Stored]:
+def listed(client: Any, bucket: str, prefix: str) -> list[_Stored]:
     """The objects below a prefix, without those that only stand for a folder."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return [
@@ -228,7 +229,7 @@ def _read(client: Any, bucket: str, missing: Sequence[_Stored], mirror: Path, bo
                     one = waiting.popleft()
                 except IndexError:  # another reader was faster
                     return
-                with _told(f"{_SCHEME}{bucket}/{one.key}", client):
+                with told(f"{_SCHEME}{bucket}/{one.key}", client):
                     _download(manager, bucket, one, draft)
                 record = [*one, draft.stat().st_mtime_ns]
                 target = mirror / one.key
@@ -271,7 +272,7 @@ _RULES = {code: rule for rule, codes in _CODES.items() for code in codes.split()
 
 
 @contextmanager
-def _told(name: str, client: Any = None) -> Iterator[None]:
+def told(name: str, client: Any = None) -> Iterator[None]:
     """What goes wrong with an object or a prefix, in our words: botocore's may show URLs with passwords."""
     from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
     from botocore import exceptions  # type: ignore[import-untyped]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from multigrain.assess import Assessment
+    from multigrain.collection import Bucket, Folder
     from multigrain.fit import EpochResult
     from multigrain.portable import Model
 
@@ -36,6 +37,7 @@ __all__ = [
     "example",
     "export",
     "fit",
+    "images",
     "load",
     "metrics",
     "prepare",
@@ -135,6 +137,13 @@ def load(folder: Path) -> "Model":
     from multigrain import predict
 
     return predict.load(folder)
+
+
+def images(source: str) -> "Folder | Bucket":
+    """The images of a corpus to embed; see `multigrain.collection.images`."""
+    from multigrain import collection
+
+    return collection.images(source)
 
 
 def export(folder: Path, out: Path) -> Mapping[str, Any]:

@@ -1,0 +1,94 @@
+"""Images a second into an index: `grainmill embed` on one worker against a plain loop of torch.
+
+    python -m tests.benchmarks.corpus [--images 1500] [--rounds 3] [--trunk resnet18]
+
+500 x 375 JPEGs of some 75 kB at 224 pixels. Both have the same network. The plain loop reads by a DataLoader with as
+many processes as there are cores, Pillow and the transforms of torchvision's examples, in batches of 64, and keeps the
+embeddings in memory. Of both, the time from their first answer to their last counts, without the start of processes.
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+
+from grainmill import catalog, corpus, registry, trials
+from grainmill.lineage import Lineage
+from grainmill.tracking import Tracker, local_uri
+from multigrain import checkpoint
+from multigrain.model import MultiGrain
+from multigrain.spec import MultiGrainSpec
+from tests.benchmarks.embedding import FILES, Plain
+from tests.benchmarks.loader import photo
+from tests.benchmarks.table import Goal, compare, machine, report
+
+BATCH = 64
+OURS, PLAIN = "grainmill embed, one worker", "plain torch loop"
+
+
+def plain(network, paths):
+    """Images a second."""
+    batches = DataLoader(Plain(paths), BATCH, num_workers=len(os.sched_getaffinity(0)))
+    started, found = None, []
+    with torch.no_grad():
+        for images in batches:
+            found.append(network(images).descriptor.numpy())
+            started = started or time.perf_counter()
+    assert len(np.concatenate(found)) == len(paths)
+    return (len(paths) - BATCH) / (time.perf_counter() - started)
+
+
+def ours(uri, model, source, out):
+    """Images a second, with Ray started before."""
+    done = corpus.embed(uri, model, str(source), out, 1, None, catalog.untracked)
+    assert not done.faults
+    return done.steady / done.seconds
+
+
+def register(folder, trunk, image):
+    """A network with random weights as a registered model, and itself."""
+    spec = MultiGrainSpec.model_validate({"model": {"trunk": trunk}})
+    network, classes = MultiGrain(trunk, 1000, spec.model.p), [str(number) for number in range(1000)]
+    state = {"steps": 1, "spec": spec.model_dump(), "classes": classes}
+    model = {f"{checkpoint.NETWORK}{name}": tensor for name, tensor in network.state_dict().items()}
+    checkpoint.save(folder / "model", checkpoint.Checkpoint(model, {}, state))
+    tracker = Tracker(local_uri(folder), "benchmark", folder)
+    example = pd.DataFrame({"image": [image.read_bytes()]})
+    run = tracker.start("made", {}, {})
+    story = Lineage("multigrain.trainable", "", {}, [], {}, {}, {}, {})
+    made = registry.register(tracker, run, "benchmark", folder / "model", example, {}, story)
+    return tracker.uri, made.uri, network.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trunk", default="resnet18")
+    options = parser.parse_args()
+    before, rng, rounds = machine(), np.random.default_rng(0), itertools.count()
+    with tempfile.TemporaryDirectory() as name, trials.cluster(None):
+        folder = Path(name)
+        (folder / "images").mkdir()
+        photos = [photo(rng) for _ in range(FILES)]
+        paths = [folder / "images" / f"{number:06d}.jpg" for number in range(options.images)]
+        for path, content in zip(paths, itertools.cycle(photos), strict=False):
+            path.write_bytes(content)
+        uri, model, network = register(folder, options.trunk, paths[0])
+        contestants = {
+            OURS: lambda: ours(uri, model, folder / "images", folder / f"index-{next(rounds)}"),
+            PLAIN: lambda: plain(network, paths),
+        }
+        figures = compare(contestants, options.rounds)
+    report("corpus", figures, [Goal(OURS, PLAIN, 0.95)], before, "images a second")
+
+
+if __name__ == "__main__":
+    main()
