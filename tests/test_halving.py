@@ -1,12 +1,13 @@
 """Which trials go on, and which of them win."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import toy
 
 from grainmill.experiment import experiment_model
-from grainmill.halving import Halving, expected_epochs
+from grainmill.halving import Halving, expected_epochs, forecast
 from grainmill.study import Record
 
 
@@ -114,3 +115,10 @@ def test_expected_epochs_are_those_of_ideal_halving():
     checked = experiment(search={"trials": 10, "grace_epochs": 1, "reduction": 3})
     assert math.isclose(expected_epochs(checked), 9 + 9 * (1 + 2 / 3 + 6 / 9))
     assert expected_epochs(experiment(search={"trials": 10, "scheduler": "none"})) == 90
+
+
+def test_forecast_takes_each_epoch_for_as_dear_as_those_of_the_trial():
+    # 9 epochs took 1,800 seconds; 90 epochs take 18,000, which are 5 hours.
+    checked = experiment(search={"trials": 10, "scheduler": "none"})
+    known = replace(record(3, {9: 1.0}), cost={"cpu_seconds": 1800.0, "gpu_seconds": 0.0})
+    assert forecast(checked, known) == "by trial 3, all 10 take about 5 CPU-hours"

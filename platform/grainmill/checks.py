@@ -15,6 +15,8 @@ from grainmill.space import Parameter, Setting, Space, extremes, grid_problems, 
 
 COSTS: Mapping[str, catalog.Direction] = {"cpu_seconds": "min", "gpu_seconds": "min"}
 """Metrics of every trial, whatever is trained: seconds times what was reserved, up to the epoch."""
+HOURS: Mapping[str, str] = {"cpu_seconds": "CPU-hours", "gpu_seconds": "accelerator-hours"}
+"""Names of the costs, in hours."""
 
 
 def between_sections(

@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
-from grainmill.halving import Halving
+from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
 from grainmill.study import Record, Study
 from grainmill.worker import Plan
@@ -76,6 +76,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """What the workers of a trial's group occupy."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
+        self.forecast = ""
+        """Of the cost; empty before the first trial is complete."""
         for record in records:
             outbox.put(record, works=False)
 
@@ -154,7 +156,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if record.state != "paused":
             self.study.close(number, failed=record.cause is not None)
         self._tell(number)
-        self._stop_if_hopeless(self.study.record(number))
+        record = self.study.record(number)
+        if record.state == "complete" and not self.forecast and self.study.trials > 1:
+            self.forecast = forecast(self.study.experiment, record)
+            self.watch.note(self.forecast)
+        self._stop_if_hopeless(record)
 
     def _stop_if_hopeless(self, record: Record) -> None:
         if record.state != "failed":

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from grainmill import pareto
+from grainmill.checks import HOURS
 from grainmill.experiment import Experiment
 from grainmill.study import Record
 
@@ -91,3 +92,10 @@ def expected_epochs(experiment: Experiment) -> float:
         for rung, (start, end) in enumerate(zip([0, *levels], [*levels, epochs], strict=True))
     )
     return epochs + (search.trials - 1) * rest
+
+
+def forecast(experiment: Experiment, record: Record) -> str:
+    """What all trials of a search cost together if each epoch costs what those of one trial did, in words."""
+    share = expected_epochs(experiment) / record.metrics["epoch"] / 3600
+    hours = [f"{record.cost[name] * share:.3g} {unit}" for name, unit in HOURS.items() if record.cost.get(name)]
+    return f"by trial {record.number}, all {experiment.search.trials} take about {' and '.join(hours)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from grainmill import plots, winner
 from grainmill.charts import Picture
+from grainmill.checks import HOURS
 from grainmill.experiment import Bound, Experiment
 from grainmill.registry import Version
 from grainmill.space import shown
@@ -17,8 +18,6 @@ from grainmill.winner import Candidate
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
-HOURS = {"cpu_seconds": "CPU-hours", "gpu_seconds": "accelerator-hours"}
-"""Names of the costs, in hours."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
