@@ -162,7 +162,8 @@ def _answers(
         **_share(workers),
     )
     try:
-        yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
+        # Fetching one ahead would hold each table back until the next is there.
+        yield from data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         told = str(error).strip().splitlines()[-1]
         rule = "every worker must load the model and answer, but one did not"
