@@ -96,7 +96,9 @@ def register(tracker: Any, folder: Path, bias: float, name: str = "shades") -> s
     (folder / "state.json").write_text(json.dumps({"bias": bias}))
     run = tracker.start("made", {}, {})
     story = Lineage("shades", "", {}, sources(Data()), {}, {}, {}, {})
-    return registry.register(tracker, run, name, folder, example(Data()), {}, story).uri
+    made = registry.register(tracker, run, name, folder, example(Data()), {}, story)
+    tracker.client.set_registered_model_alias(name, registry.CHAMPION, made.number)
+    return made.uri
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> list[str]:

@@ -14,6 +14,7 @@ import toy
 import yaml
 from conftest import TrackingServer
 from moto.server import ThreadedMotoServer
+from test_evaluation import STORY
 
 from grainmill import evidence, promotion, registry
 from grainmill.errors import TrackingError
@@ -125,7 +126,7 @@ def test_the_same_calls_as_with_sqlite_register_promote_and_load_a_model(served,
         folder = tmp_path / str(height)
         list(toy.fit(toy.Spec(height=height), toy.Data(), folder))
         run_id = tracker.start(f"run of {height}", {"height": height}, {})
-        version = registry.register(tracker, run_id, "apples", "toy", folder, toy.example(toy.Data()), {})
+        version = registry.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {}, STORY)
         evidence.keep(tracker.client, version, run_id, [toy.Sample("copies/map", "same", [height] * 20, False)])
     promotion.promote(server.uri, "models:/apples@challenger", ["metric=copies/map"], print)
     assert promotion.rollback(server.uri, "apples", print).champion.number == "1"

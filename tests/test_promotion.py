@@ -14,6 +14,7 @@ import pytest
 import toy
 from conftest import TESTS
 from mlflow import MlflowClient
+from test_evaluation import STORY
 
 from grainmill import evidence, lease, promotion, registry
 from grainmill.errors import ExperimentError, PromotionError, TrackingError
@@ -201,7 +202,7 @@ def test_size_and_latency_are_measured_on_the_model_itself(uri, tmp_path):
     tracker = Tracker(uri, "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {}, {})
-    registry.register(tracker, run_id, "apples", "toy", tmp_path / "model", toy.example(toy.Data()), {})
+    registry.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, STORY)
     evidence.keep(tracker.client, Version("apples", "1"), run_id, [toy.Sample(METRIC, "data", spread(0.5), False)])
     gates = [*GATE, "megabytes=1e-6", "milliseconds=1e-6"]
     tracker.client.delete_registered_model_alias("apples", "champion")
