@@ -69,12 +69,13 @@ def watch():
 class Umpire:
     """Hears of each process of the toy before it keeps an epoch, and does to it what `rule` says.
 
-    `rule(name, epoch, rank, pid)` returns True to leave the process without an answer.
+    `rule(name, epoch, rank, pid)` returns True to leave the process without an answer. What it raises is raised at the
+    end; the process gets its answer.
     """
 
     def __init__(self):
         self.rule = lambda *_: None
-        self.heard, self._unanswered = [], []
+        self.heard, self._unanswered, self._errors = [], [], []
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -91,7 +92,12 @@ class Umpire:
                 continue
             place = (words[0], *map(int, words[1:]))
             self.heard.append(place)
-            if self.rule(*place):
+            try:
+                silent = self.rule(*place)
+            except Exception as error:
+                self._errors.append(error)
+                silent = False
+            if silent:
                 self._unanswered.append(line)
             else:
                 line.close()
@@ -103,6 +109,8 @@ class Umpire:
         self._thread.join()
         for line in self._unanswered:
             line.close()
+        if self._errors:
+            raise self._errors[0]
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ def fitted(trainer: Any) -> Any:
         return trainer.fit()
 
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    return ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": address})(fit).remote()
+    # After its one call the process ends, and with it Ray Train's own actors.
+    return ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env={"env_vars": address})(fit).remote()
 
 
 def scarcity(bundle: Mapping[str, float], workers: int) -> str:
