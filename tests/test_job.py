@@ -213,12 +213,16 @@ def test_head_that_is_not_there_is_told():
 
 
 CLUSTER = """
-    import sys, ray
-    own = {"num_cpus": 2, "include_dashboard": True, "object_store_memory": 128 * 2**20, "log_to_driver": False}
-    context = ray.init("local", **own)
-    print("http://" + context.dashboard_url, flush=True)
+    import socket, sys
+    from ray.cluster_utils import Cluster
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port, "object_store_memory": 128 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=head)  # beside another Ray, it takes ports of its own
+    print(f"http://127.0.0.1:{port}", flush=True)
     sys.stdin.read()
-    ray.shutdown()
+    cluster.shutdown()
 """
 """A head that ends with its input."""
 
@@ -313,9 +317,8 @@ def test_jobs_on_a_cluster_that_wants_a_token(guarded, umpire, tmp_path, monkeyp
 
     umpire.rule = hold
     first = start(words, tmp_path / "work", mark)
-    if not waits.wait(240):
-        first.kill()
-        raise AssertionError(first.communicate()[0])
+    while not waits.wait(1):
+        assert first.poll() is None, first.communicate()[0]
     told, code = submit()
     assert (code, "grainmill-apples-1 is running; wait for it" in told) == (1, True), told
     first.send_signal(signal.SIGINT)
