@@ -220,7 +220,8 @@ CLUSTER = """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port, "object_store_memory": 128 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)  # beside another Ray, it takes ports of its own
+    head["dashboard_agent_listen_port"] = 0  # any: what takes the jobs; another Ray on this machine has its default
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     print(f"http://127.0.0.1:{port}", flush=True)
     sys.stdin.read()
     cluster.shutdown()

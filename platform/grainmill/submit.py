@@ -3,8 +3,9 @@
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,19 +53,24 @@ def submit(
         _say(f"sending {packed.files} files, {job.megabytes(packed.bytes)}; left out: {left_out or 'nothing'}")
         line = job.line(address, name, packed, verb, file, overrides or ())
         _say(shlex.join(line))
-        try:
-            subprocess.run(line, check=False)
-            state = job.state(client, name)
-        except KeyboardInterrupt:
-            err.print(f"{name} is left as it is", style="yellow", markup=False, highlight=False)
-            _say(job.advice(address, name))
-            raise typer.Exit(INTERRUPTED) from None
-        if state == "SUCCEEDED":
-            return
-        if not state.is_terminal():
-            err.print(f"{name} is {state.lower()}, but could not be followed", style="yellow", markup=False)
-            _say(job.advice(address, name))
-        raise typer.Exit(FAILURE)
+        _run(line, name, lambda: job.state(client, name), job.advice(address, name))
+
+
+def _run(line: list[str], name: str, state_of: Callable[[], Any], advice: str) -> None:
+    """Submit a job, follow it, and end with its code; say how to go on where it is not at its end."""
+    try:
+        subprocess.run(line, check=False)  # its own code is 0 for a job that was stopped, too
+        state = state_of()
+    except KeyboardInterrupt:
+        err.print(f"{name} is left as it is", style="yellow", markup=False, highlight=False)
+        _say(advice)
+        raise typer.Exit(INTERRUPTED) from None
+    if state == "SUCCEEDED":
+        return
+    if not state.is_terminal():
+        err.print(f"{name} is {state.lower()}, but could not be followed", style="yellow", markup=False)
+        _say(advice)
+    raise typer.Exit(FAILURE)
 
 
 def _say(text: str) -> None:
