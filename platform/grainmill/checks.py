@@ -20,10 +20,13 @@ HOURS: Mapping[str, str] = {"cpu_seconds": "CPU-hours", "gpu_seconds": "accelera
 
 
 def between_sections(
-    trainable: catalog.Trainable, parts: Mapping[str, Any], track: catalog.Track
+    trainable: catalog.Trainable, parts: Mapping[str, Any], track: catalog.Track, here: bool
 ) -> Iterator[tuple[Location, str]]:
-    """What is wrong between sections, as far as the sections themselves are right."""
-    if "data" in parts:
+    """What is wrong between sections, as far as the sections themselves are right.
+
+    What only the machine can tell that sees the files named there is left out unless it is `here`.
+    """
+    if here and "data" in parts:
         messages = trainable.data_problems(parts["data"], track)
         yield from ((("data",), message) for message in messages)
         if not messages:
@@ -50,7 +53,7 @@ def between_sections(
         yield from _search_problems(parts["search"], space)
         if parts["search"].sampler == "grid":
             yield from grid_problems(space, published, parts["search"].trials)
-        if "tracking" in parts and parts["search"].warm_start is not None and parts["tracking"].study is None:
+        if here and "tracking" in parts and parts["search"].warm_start is not None and parts["tracking"].study is None:
             yield from _warm_start_problems(Path(parts["search"].warm_start))
     if "base" in parts:
         yield from _setting_problems(trainable, parts)

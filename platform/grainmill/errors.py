@@ -10,7 +10,8 @@ GrainmillError
 ├── SearchError        no trial came through
 ├── EvaluationError    there is no model, or nothing to evaluate it on
 ├── PromotionError     a version does not become the champion
-└── CorpusError        images or an index cannot be used
+├── CorpusError        images or an index cannot be used
+└── SubmissionError    a cluster does not get a job
 """
 
 import re
@@ -80,6 +81,10 @@ class PromotionError(GrainmillError):
 
 class CorpusError(GrainmillError):
     """There are no images to embed, or the index is of no use for what is asked."""
+
+
+class SubmissionError(GrainmillError):
+    """A cluster cannot be given a job, or must not be."""
 
 
 def hidden(text: str) -> str:

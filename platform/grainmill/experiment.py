@@ -199,13 +199,16 @@ def json_schema(trainable: catalog.Trainable) -> dict[str, Any]:
     return experiment_model(trainable).model_json_schema()
 
 
-def load(file: Path, overrides: Sequence[str] = (), track: catalog.Track = catalog.untracked) -> Experiment:
+def load(
+    file: Path, overrides: Sequence[str] = (), track: catalog.Track = catalog.untracked, here: bool = True
+) -> Experiment:
     """Read and check an experiment file, the data that it names included; starts and writes nothing.
 
     Args:
         file: the YAML file.
         overrides: `a.b=value`, applied to the file's content; the value is read as YAML.
         track: shows the progress of long checks.
+        here: whether this machine sees the data and the earlier runs that the file names; else they are not checked.
     Raises:
         ExperimentError: with all problems found.
     """
@@ -221,7 +224,7 @@ def load(file: Path, overrides: Sequence[str] = (), track: catalog.Track = catal
         document.stop_if_wrong()
     model = experiment_model(trainable)
     parts = _validated_parts(model, document)
-    for location, message in checks.between_sections(trainable, parts, track):
+    for location, message in checks.between_sections(trainable, parts, track, here):
         document.add(location, message)
     document.stop_if_wrong()
     return model.model_validate(document.tree)
