@@ -67,6 +67,16 @@ def test_both_networks_answer_as_the_trained_one_at_any_size(kind, engine, reque
             np.testing.assert_allclose(found, right, atol=1e-5)
 
 
+def test_a_network_for_images_of_one_position_answers_for_larger_ones_too(tmp_path):
+    network = MultiGrain("resnet18", 3, 3.0).eval()
+    save(tmp_path / "run", 1, {"model": {"trunk": "resnet18"}, "image_size": 32}, network=network)
+    export(tmp_path / "run", tmp_path / "model")
+    images = np.random.default_rng(0).integers(0, 256, (1, 3, 70, 32), dtype=np.uint8)
+    answers = portable.load(tmp_path / "model", "torch").run(images)
+    for found, right in zip(answers, expected(network, images, 3.0), strict=True):
+        np.testing.assert_allclose(found, right, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["plain", "whitened"])
 def test_a_table_of_images_has_the_same_answers_in_every_way_of_loading(kind, request, files):  # noqa: F811
     _, run, folder, _ = request.getfixturevalue(kind)

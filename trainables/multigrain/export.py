@@ -75,7 +75,8 @@ def _side(size: int) -> int:
 
 
 def _programs(served: predict.Served, out: Path) -> None:
-    side, free = _side(served.size), Dim.DYNAMIC
+    # At 32 pixels the map of a trunk is 1 x 1, which would be taken for its size whatever the image's.
+    side, free = max(64, _side(served.size)), Dim.DYNAMIC
     images = torch.zeros(2, 3, side, side + 32, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(served.answers, (images,), dynamic_shapes=({0: free, 2: free, 3: free},))
