@@ -182,7 +182,8 @@ def curves(subject: Subject) -> Picture:
         ax.set(xlabel="epoch", ylabel=axis(experiment, metric))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(figure, kinds(subject, "-") | ({"rung": ("", ":", "#52606d")} if rungs else {}))
-    told = f" Trials are judged at the rungs, epochs {', '.join(map(str, rungs))}." if rungs else ""
+    levels = f"epoch{'s' * (len(rungs) > 1)} {', '.join(map(str, rungs))}"
+    told = f" Trials are judged after {levels}." if rungs else ""
     return Picture("curves", "Learning curves", f"Each line ends where its trial did.{told}", png(figure))
 
 

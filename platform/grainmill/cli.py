@@ -205,7 +205,7 @@ class Screen:
 
     def note(self, message: str) -> None:
         """A step of the whole begins."""
-        out.print(message, style="bold")
+        out.print(message, style="bold", soft_wrap=True)
 
     def trial(self, name: str, record: "Record") -> None:
         """A trial began, finished an epoch, or ended."""
