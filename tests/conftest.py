@@ -24,6 +24,11 @@ from multigrain.demo import write_builtin
 TESTS = Path(__file__).parent
 
 
+def pytest_runtest_setup():
+    """What MLflow's set_tracking_uri left of another test is no user's: a command would take it for that."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
     """40 drawn images of 32 pixels in 8 classes, 26 of them for training, with a copy-detection set; read only."""

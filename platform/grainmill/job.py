@@ -215,8 +215,9 @@ def _announce(installed: Distribution, root: Path) -> None:
     """Make a distribution known below a source root, as if it were installed there."""
     place = root / f"{installed.name.replace('-', '_')}-{installed.version}.dist-info"
     place.mkdir(parents=True, exist_ok=True)
-    for name in ("METADATA", "entry_points.txt"):
-        (place / name).write_text(installed.read_text(name) or "")
+    told = installed.read_text("METADATA") or installed.read_text("PKG-INFO")  # a source tree's has the other name
+    (place / "METADATA").write_text(told or "")
+    (place / "entry_points.txt").write_text(installed.read_text("entry_points.txt") or "")
 
 
 def megabytes(count: int) -> str:
