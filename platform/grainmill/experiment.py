@@ -114,8 +114,8 @@ class Resources(Section):
     """What a trial gets from the cluster."""
 
     workers: Workers = 1
-    """Workers of one trial; more than one train together through Ray Train. With [min, max], a trial has as many as
-    there is room for, whenever a node comes or goes; so many share its batch."""
+    """Workers of one trial; more than one train together through Ray Train. With [min, max], as many as there is room
+    for, when a node has come or gone, too; they share the same batch."""
     retrain_workers: Workers = 1
     """Workers that train the winner again, likewise."""
     placement: Literal["pack", "spread"] = "pack"
