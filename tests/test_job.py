@@ -19,7 +19,7 @@ from conftest import TESTS
 from ray.job_submission import JobStatus
 from test_cli import left_behind, start
 
-from grainmill import catalog, experiment, job
+from grainmill import catalog, experiment, job, origin
 from grainmill.errors import ExperimentError, SubmissionError
 
 DEMO = TESTS.parent / "search_spaces" / "demo.yaml"
@@ -87,18 +87,43 @@ def files(folder):
 
 
 def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
-    (tmp_path / "job" / "old").mkdir(parents=True)
     packed = job.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
     source = Path(job.__file__).parent
     mill = {f"platform/grainmill/{path.name}" for path in source.iterdir() if path.suffix == ".py"}
     own = {"my own.yaml", "trainables/apples/__init__.py", "trainables/apples/red.py", "trainables/apples/parts/x.txt"}
     found = files(packed.folder)
-    assert {name for name in found if ".dist-info/" not in name} == mill | own
+    assert {name for name in found if ".dist-info/" not in name} == mill | own | {"commit.json"}
     assert packed.files == len(mill) + len(own)
     assert packed.bytes == 1011 + sum(path.stat().st_size for path in source.glob("*.py"))
     left_out = {name: count for name, count in packed.left_out.items() if name in (".git", ".venv", "grainmill-runs")}
     assert left_out == {".git": 1, ".venv": 1, "grainmill-runs": 1}
-    assert not (packed.folder / "old").exists()
+
+
+def test_what_was_sent_before_under_a_name_is_dropped(tmp_path):
+    for name in ("grainmill-demo-2", "grainmill-demo-10", "grainmill-demo-2-3", "grainmill-demos-1", "demo-1"):
+        (tmp_path / name / "platform").mkdir(parents=True)
+    job.drop_ended(tmp_path, "demo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-1", "grainmill-demo-2-3", "grainmill-demos-1"]
+    job.drop_ended(tmp_path / "none", "demo")
+
+
+def test_commit_travels_with_the_code(apples, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "commit", lambda: {"mlflow.source.git.commit": "abc", "git.dirty": "false"})
+    packed = job.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
+    monkeypatch.chdir(packed.folder)
+    assert origin.commit() == {"mlflow.source.git.commit": "abc", "git.dirty": "false"}
+
+
+@pytest.mark.parametrize("lost", ["typer", "mlflow"], ids=["at once", "later"])
+def test_image_that_lacks_a_requirement_is_told(tmp_path, lost):
+    packed = job.pack(DEMO, "toy", catalog.find("toy"), tmp_path / "job")
+    (packed.folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{lost!r}] = None\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packed.folder), "platform", "trainables"])}
+    words = [sys.executable, "-m", "grainmill", "tune", "demo.yaml", "--set", f"storage={tmp_path}"]
+    ran = subprocess.run(words, cwd=packed.folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert f"has no module {lost}; use an image" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_module_that_is_no_package_travels_as_its_file(tmp_path):

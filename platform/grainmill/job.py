@@ -21,6 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from grainmill.catalog import Trainable
 from grainmill.errors import SubmissionError, hidden
 from grainmill.experiment import Experiment
+from grainmill.origin import CARRIED, commit
 
 LIMIT_BYTES = 100 * 2**20
 """Of all that is sent. Ray takes a few times as much, but what is larger is no code."""
@@ -100,8 +101,7 @@ def new_id(client: JobSubmissionClient, address: str, name: str) -> str:
     Raises:
         SubmissionError: a job of this name is not at its end.
     """
-    form = re.compile(rf"grainmill-{re.escape(name)}-(\d+)")
-    last = 0
+    form, last = _form(name), 0
     for job in client.list_jobs():
         if found := form.fullmatch(job.submission_id or ""):
             if not job.status.is_terminal():
@@ -111,6 +111,17 @@ def new_id(client: JobSubmissionClient, address: str, name: str) -> str:
                 )
             last = max(last, int(found[1]))
     return f"grainmill-{name}-{last + 1}"
+
+
+def _form(name: str) -> re.Pattern[str]:
+    return re.compile(rf"grainmill-{re.escape(name)}-(\d+)")
+
+
+def drop_ended(jobs: Path, name: str) -> None:
+    """Delete what was sent for a name before, once `new_id` has found that all its jobs are at their end."""
+    for folder in jobs.glob("grainmill-*"):
+        if _form(name).fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def state(client: JobSubmissionClient, job: str) -> JobStatus:
@@ -150,7 +161,7 @@ def check_storage(experiment: Experiment) -> None:
 
 
 def pack(file: Path, name: str, trainable: Trainable, folder: Path) -> Pack:
-    """Put an experiment file, the mill and a trainable's top-level package into a folder, in place of what is there.
+    """Put an experiment file, the mill and a trainable's top-level package into a new folder.
 
     Args:
         file: lies there under its own name, whatever its folder was.
@@ -174,12 +185,12 @@ def pack(file: Path, name: str, trainable: Trainable, folder: Path) -> Pack:
             f"a job must be at most {megabytes(LIMIT_BYTES)}, got {megabytes(total)}: {told}; "
             "keep data out of the package, where all nodes see them"
         )
-    shutil.rmtree(folder, ignore_errors=True)
     for target, path in found.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / target)
     for one in _distributions(name):
         _announce(one, folder / SOURCE_ROOTS[0])
+    (folder / CARRIED).write_text(json.dumps(commit()))
     return Pack(folder, len(found), total, left_out)
 
 

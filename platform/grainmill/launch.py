@@ -15,9 +15,10 @@ from grainmill.errors import SearchError, TrackingError
 from grainmill.experiment import Budget, Experiment, Search, Workers
 from grainmill.halving import expected_epochs
 from grainmill.lineage import Interval, Lineage, machine
+from grainmill.origin import environment
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import PARENT, Tracker, clear, environment, reach
+from grainmill.tracking import PARENT, Tracker, clear, reach
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
