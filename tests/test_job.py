@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from conftest import TESTS
 from ray.job_submission import JobStatus
@@ -188,8 +189,10 @@ def test_data_of_the_cluster_need_not_be_here(tmp_path):
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(self.server.code)
-        self.send_header("Content-Length", "0")
+        told = json.dumps({"version": "4", "ray_version": self.server.ray}).encode()
+        self.send_header("Content-Length", str(len(told)))
         self.end_headers()
+        self.wfile.write(told)
 
     def log_message(self, *_):
         pass
@@ -197,9 +200,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def door():
-    """A server that answers everybody with its `code`."""
+    """A server that answers everybody with its `code` and the version of its `ray`."""
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-    server.code = 200
+    server.code, server.ray = 200, ray.__version__
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -210,15 +213,26 @@ def door():
 
 def test_open_cluster_is_taken_on_this_machine_alone(door, monkeypatch):
     address = f"http://127.0.0.1:{door.server_port}"
-    monkeypatch.setattr(job, "JobSubmissionClient", lambda place: place)
-    assert job.reach(address) == address
+    client = types.SimpleNamespace(_server_ray_version=ray.__version__)
+    monkeypatch.setattr(job, "JobSubmissionClient", lambda _: client)
+    assert job.reach(address) == client
     monkeypatch.setattr(job, "_is_loopback", lambda _: False)  # what follows is one far away
     with pytest.raises(
         SubmissionError, match=r"must ask for a token, but whoever reaches http://127.* RAY_AUTH_MODE=token"
     ):
         job.reach(address)
     door.code = 401
-    assert job.reach(address) == address
+    assert job.reach(address) == client
+
+
+def test_head_of_another_ray_is_refused_with_both_versions(door):
+    address = f"http://127.0.0.1:{door.server_port}"
+    assert job.reach(address).get_address() == address
+    door.ray = "2.59.1"
+    with pytest.raises(
+        SubmissionError, match=rf"this command, {ray.__version__}, but the head at {address} has 2\.59\.1"
+    ):
+        job.reach(address)
 
 
 def test_loopback_is_told_from_the_rest():

@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeVar
 
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
@@ -72,7 +71,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.costs = {record.number: dict(record.cost) for record in records}
         self.causes: Counter[str] = Counter()
         self.ended_well = 0
-        self.places: dict[int, PlacementGroup] = {}
+        self.places: dict[int, group.Place] = {}
         """What the workers of a trial's group occupy."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
@@ -205,9 +204,9 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self.watch.note(f"{self.plan.name(number)}: {workers} of up to {self.plan.most} workers")
 
     def _vacate(self, number: int) -> None:
-        """Free what workers without a leader occupy: Ray Train does only where it can ask a dashboard for the dead."""
+        """Free what workers without a leader occupy."""
         if place := self.places.pop(number, None):
-            remove_placement_group(place)
+            group.vacate(place)
 
     def end_unfinished(self) -> None:
         """No process works on the trials any more that were interrupted; they stay to be carried on."""

@@ -5,8 +5,9 @@ Kept light, for it is imported in every worker: no MLflow, and Ray only where th
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grainmill import catalog
 from grainmill.errors import EvaluationError, ResourceError
@@ -108,6 +109,34 @@ def fitted(trainer: Any) -> Any:
     }
     # After its one call the process ends, and with it Ray Train's own actors.
     return ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(fit).remote()
+
+
+class Place(NamedTuple):
+    """What the workers of a group occupy."""
+
+    bundles: Any
+    """Ray's placement group."""
+    request: str
+    """The name under which Ray Train has asked for room, for three minutes at a time."""
+
+
+def place() -> Place:
+    """That of the worker which asks."""
+    from ray.train.v2._internal.execution.context import get_train_context
+    from ray.util.placement_group import get_current_placement_group
+
+    return Place(get_current_placement_group(), f"train-{get_train_context().train_run_context.run_id}")
+
+
+def vacate(left: Place) -> None:
+    """Free what workers leave behind that were ended from outside; Ray Train does only for those that it ends."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(left.bundles)
+    with suppress(ValueError):  # nobody is asked
+        coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
+        coordinator.cancel_request.remote(left.request)
 
 
 def hosts(bundle: Mapping[str, float]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
+import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -49,7 +50,8 @@ def reach(address: str) -> JobSubmissionClient:
     """The client of a cluster.
 
     Raises:
-        SubmissionError: no head answers there, it does not take the token, or it takes anybody's jobs from anywhere.
+        SubmissionError: no head answers there, it does not take the token, it takes anybody's jobs from anywhere, or
+            its Ray is another one.
     """
     place = urlsplit(address)
     if place.scheme not in ("http", "https") or not place.hostname or "@" in place.netloc:
@@ -61,7 +63,7 @@ def reach(address: str) -> JobSubmissionClient:
             "start its head with RAY_AUTH_MODE=token, or let only this machine reach it, through a tunnel to 127.0.0.1"
         )
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except AuthenticationError as error:
         came = "was wrong" if "Authentication failed" in str(error) else "is missing"
         raise SubmissionError(
@@ -70,6 +72,12 @@ def reach(address: str) -> JobSubmissionClient:
         ) from None
     except (ConnectionError, RuntimeError) as error:
         raise SubmissionError(f"{address} must be the dashboard of a Ray cluster, but said: {error}") from error
+    if (theirs := client._server_ray_version) != ray.__version__:
+        raise SubmissionError(
+            f"a cluster must have the Ray of this command, {ray.__version__}, but the head at {address} has {theirs}; "
+            "install that one here, or this one there"
+        )
+    return client
 
 
 def _is_open(address: str) -> bool:

@@ -17,12 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.tune
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import placement_group_table
 
 from grainmill import group
 from grainmill.network import Network
@@ -61,25 +56,25 @@ class _Desk:
             self.failures = self.workers = self.epoch = 0
             self.changed.notify_all()
 
-    async def take(self, done: int, group: str, workers: int, place: PlacementGroup | None) -> tuple[int, Job]:
+    async def take(self, done: int, name: str, workers: int, place: group.Place) -> tuple[int, Job]:
         """The next job for a worker that has done those up to `done`; one that was begun too often is not given.
 
         Args:
             done: the number of a job.
-            group: of the worker.
-            workers: of its group.
+            name: of the worker's group.
+            workers: of the group.
             place: what they occupy.
         """
         async with self.changed:
             while True:
                 await self.changed.wait_for(lambda: self.number > done and not self.over)
                 assert self.job, "was waited for"
-                if group in self.causes:
+                if name in self.causes:
                     return self.number, self.job
                 # A group of another size is there because a node came or went: the job is not to blame.
                 self.failures += workers == self.workers
                 if self.failures <= RESTARTS:
-                    self.causes[group], self.workers = "a worker died", workers
+                    self.causes[name], self.workers = "a worker died", workers
                     await self.reports.put({"workers": workers, "place": place})
                     return self.number, self.job
                 self.over = True
@@ -145,14 +140,14 @@ class Group:
             torch_config=Network(),
         )
         self.end = group.fitted(trainer)
-        self.place: PlacementGroup | None = None
+        self.place: group.Place | None = None
         """What the workers occupy, as far as they have told."""
 
     def close(self) -> None:
         """End the workers, and free what they occupy."""
         ray.cancel(self.end, force=True)
         if self.place:
-            remove_placement_group(self.place)
+            group.vacate(self.place)
 
     @property
     def gone(self) -> bool:
@@ -197,7 +192,7 @@ class Group:
 
     def _stands(self) -> bool:
         """Whether the workers have the place that they told: they lose it with a node, or when they fail."""
-        return self.place is not None and placement_group_table(self.place).get("state") == "CREATED"
+        return self.place is not None and placement_group_table(self.place.bundles).get("state") == "CREATED"
 
 
 def _serve(config: Mapping[str, Any]) -> None:
@@ -214,7 +209,7 @@ def _serve(config: Mapping[str, Any]) -> None:
         distributed.broadcast_object_list(box)
         return box[0]
 
-    place, workers = get_current_placement_group(), distributed.get_world_size()
+    place, workers = group.place(), distributed.get_world_size()
     name, number = agreed(str(uuid4())), 0
     while True:
         number, job = ray.get(desk.take.remote(number, name, workers, place))
