@@ -13,7 +13,7 @@ from ray import tune as ray_tune
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from grainmill import group
+from grainmill import group, pulse
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
@@ -62,8 +62,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     included.
     """
 
-    def __init__(self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch) -> None:
+    def __init__(
+        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: pulse.Listener
+    ) -> None:
         self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
+        self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
         self.began: dict[int, tuple[float, Mapping[str, float]]] = {}
@@ -98,8 +101,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def goes_on(self, trial: Trial, result: Mapping[str, Any]) -> bool:
         """Take down an epoch, or the cause of a failure; whether the trial goes on after it."""
         number = trial.config["number"]
-        if "waiting" in result:
-            self.watch.note(result["waiting"])
+        if note := self._note(number, result):
+            self.watch.note(note)
             return True
         if "cause" in result:
             self.study.note(number, "cause", result["cause"])
@@ -125,6 +128,13 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self.study.note(number, "paused", True)
         return verdict == "continue"
 
+    def _note(self, number: int, result: Mapping[str, Any]) -> str | None:
+        """What the user hears where a trial reports no epoch."""
+        if "left" not in result:
+            return result.get("waiting")
+        epoch = len(self.study.record(number).history) + 1
+        return f"{self.plan.name(number)}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere"
+
     @_fatal
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close it, unless it waits for another chance."""
@@ -141,6 +151,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """End the search here, where Tune passes errors on; say so if it waits for others to leave the cluster."""
         if self.fatal:
             raise self.fatal
+        for message in self.listener.heard():
+            self.watch.note(message)
         now = time.monotonic()
         if any(trial.status == Trial.RUNNING for trial in trials):
             self.busy_at = now

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 Beat = Callable[[], bool]
-"""Called after each step, and between the batches of an evaluation; True: save a checkpoint at once, and end."""
+"""Called after each step, and between the batches of an evaluation.
+
+True, and it stays so: save a checkpoint at once, and end.
+"""
 
 
 def undisturbed() -> bool:

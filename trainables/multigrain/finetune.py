@@ -14,8 +14,8 @@ from torch.optim import SGD
 from torch.utils import data as torch_data
 
 from multigrain import checkpoint
-from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.augment import evaluation_pixels, scale
+from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.data import Dataset
 from multigrain.evaluate import evaluate
 from multigrain.exponent import Spec

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from multigrain import group
-from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.augment import EvaluationTransform, scale
+from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.model import MultiGrain, l2_normalise
 from multigrain.pooling import gem_all
 from multigrain.views import Source, evaluation_batches, readable

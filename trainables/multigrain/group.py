@@ -55,7 +55,7 @@ class Ending:
     def __init__(self, beat: Beat, device: torch.device) -> None:
         self.beat, self.device = beat, device
         # Not the stream of the steps: to read the answer would be to wait for the step that runs.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._asked: tuple[Tensor, distributed.Work] | None = None
 
     def after_step(self) -> bool:

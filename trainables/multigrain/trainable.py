@@ -126,9 +126,7 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
-def fit(
-    spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed
-) -> Iterator["EpochResult"]:
+def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.fit.fit`."""
     import multigrain.fit
 

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from multigrain import checkpoint
 from multigrain.augment import colour, paints, scale
-from multigrain.beat import undisturbed
 from multigrain.batches import RepeatedAugmentationBatches
+from multigrain.beat import undisturbed
 from multigrain.data import Dataset
 from multigrain.group import Ending
 from multigrain.model import MultiGrain, freeze_batchnorm
