@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Data(BaseModel):
     """A file that gets a line for each step that is really computed, counted over all epochs."""
     gate: str | None = None
     """A named pipe: from the second epoch on, a new process waits until someone opens it for writing."""
+    hold: str | None = None
+    """A step, `trial-0001 5`, that lasts until a beat says that the toy must end."""
     umpire: int | None = None
     """A port of this machine: in each step, each process says there where it is, and waits for an answer."""
 
@@ -142,6 +145,8 @@ def fit(spec: Spec, data: Data, folder: Path, beat: Callable[[], bool] = lambda:
         yield _result(spec, done // spec.steps)
     for step in range(done + 1, spec.epochs * spec.steps + 1):
         _compute(spec, data, folder.name, step, rank)
+        while data.hold == f"{folder.name} {step}" and not beat():
+            time.sleep(0.05)
         ends = _highest(beat())
         if rank == 0 and (ends or step % spec.steps == 0):
             folder.mkdir(parents=True, exist_ok=True)
