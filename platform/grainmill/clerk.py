@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
 
-from grainmill import group
+from grainmill import group, pulse
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
@@ -61,8 +61,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     included.
     """
 
-    def __init__(self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch) -> None:
+    def __init__(
+        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: pulse.Listener
+    ) -> None:
         self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
+        self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
         self.began: dict[int, tuple[float, Mapping[str, float], int]] = {}
@@ -123,8 +126,13 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if "cause" in result:
             self.study.note(number, "cause", result["cause"])
             return False
-        self._work(number, result.get("workers", 0))
-        if "waiting" in result:
+        if "workers" in result or self.plan.most > 1:
+            self._work(number, result.get("workers", 0))
+        if "left" in result:
+            epoch = len(self.study.record(number).history) + 1
+            name = self.plan.name(number)
+            self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
+        elif "waiting" in result:
             self.watch.note(result["waiting"])
         else:
             self.places[number] = result["place"]
@@ -146,6 +154,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """End the search here, where Tune passes errors on; say so if it waits for others to leave the cluster."""
         if self.fatal:
             raise self.fatal
+        for message in self.listener.heard():
+            self.watch.note(message)
         now = time.monotonic()
         if any(trial.status == Trial.RUNNING for trial in trials):
             self.busy_at = now

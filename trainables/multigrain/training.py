@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from multigrain import checkpoint
 from multigrain.augment import colour, paints, scale
 from multigrain.batches import RepeatedAugmentationBatches
+from multigrain.beat import undisturbed
 from multigrain.data import Dataset
+from multigrain.group import Ending
 from multigrain.model import MultiGrain, freeze_batchnorm
 from multigrain.objective import Objective, Step, average
 from multigrain.optim import build_optimizers, follow, rate_factor, set_rates
@@ -113,8 +115,14 @@ class Training:
         self.seconds = self.waited = 0.0
         self._first_bad = torch.full((), torch.inf, device=self.device)
 
-    def train_epoch(self, save: Callable[[checkpoint.Checkpoint], None]) -> dict[str, float]:
-        """What is left of the epoch, with a checkpoint every so many steps and at its end; its course."""
+    def train_epoch(
+        self, save: Callable[[checkpoint.Checkpoint], None], ending: Ending | None = None
+    ) -> dict[str, float] | None:
+        """What is left of the epoch, with a checkpoint every so many steps and at its end; its course.
+
+        None where `ending` said after a step that all is to end: then a checkpoint is of that step.
+        """
+        ending = ending or Ending(undisturbed, self.device)
         self.batches.load_state_dict({"seed": self.spec.seed, "epoch": self.epoch, "step": self.step})
         self.views.set_epoch(self.epoch)
         self.objective.train()
@@ -129,10 +137,13 @@ class Training:
             self.seconds += time.perf_counter() - started
             if self.step % CHECK_STEPS == 0:
                 self._check()
-            if self.steps % self.spec.compute.checkpoint_steps == 0 and self.step < len(self.batches):
+            ends, last = ending.after_step(), self.step == len(self.batches)
+            if last or ends or self.steps % self.spec.compute.checkpoint_steps == 0:
                 save(self._checkpoint())
-        if left:
-            save(self._checkpoint())
+            if ends and not last:
+                return None
+        if ending.settled():
+            return None
         return self._course()
 
     def _train_step(self, batch: Views) -> None:

@@ -1,0 +1,320 @@
+"""Who trains is alive, and hears that its node is to be taken away.
+
+Every process that trains, or leads those that do, has a pulse: a thread that tells the study's ward every few seconds
+how it is. The ward is an actor beside the driver. It answers when one of the processes of a trial is on a node that
+is being drained: then the whole trial must leave. It ends processes that hang: those whose thread is silent, as when
+they are stopped, and those that make no step for far longer than they ever took; their stacks come into their logs.
+
+The one place that asks Ray for drained nodes, which it offers as private API alone. Light, for it is in every worker.
+"""
+
+import asyncio
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from grainmill.worker import Job, LeftError
+
+TELL_SECONDS = 5.0
+"""Between two words of a process to the ward."""
+LOOK_SECONDS = 1.0
+"""Between two looks of the ward at nodes and processes."""
+SILENCE_SECONDS = 40.0
+"""Without a word, before a process is taken to be frozen."""
+STEP_SECONDS, LONGER = 600.0, 20
+"""Without a step, before a training is taken to hang: so many seconds, and so many times its longest step so far."""
+DUMP_SECONDS = 10.0
+"""For a process to write down its stacks."""
+DUMP = signal.SIGUSR1
+
+
+class Process(NamedTuple):
+    """A process of the cluster; never taken for a later one with the same number."""
+
+    node: str
+    pid: int
+    began: int
+    """In clock ticks since its machine did."""
+
+    @classmethod
+    def this(cls) -> "Process":
+        """The one that calls."""
+        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), _began(os.getpid()))
+
+    @property
+    def here(self) -> bool:
+        """Whether it is alive, asked on its node."""
+        with suppress(FileNotFoundError, ProcessLookupError):
+            return _began(self.pid) == self.began
+        return False
+
+
+def _began(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+class State(NamedTuple):
+    """How a process is."""
+
+    name: str = ""
+    """The trial that it works on, for people; empty between trials."""
+    attempt: str = ""
+    """What it has in common with the other processes that work on the trial now."""
+    still: float = 0.0
+    """Seconds since its last step; 0 while no step is to come from it."""
+    longest: float = 0.0
+    """Seconds that a step of this trial took."""
+
+
+class Pulse:
+    """Of the process that makes it, which must make one alone."""
+
+    def __init__(self, ward: Any) -> None:
+        self.leave = False
+        """Whether it must leave; once True, it stays so."""
+        self._ward, self._process = ward, Process.this()
+        self._name = self._attempt = ""
+        self._at: float | None = None
+        """When the last step was done, in seconds; None while none is to come."""
+        self._longest = 0.0
+        faulthandler.register(DUMP)
+        threading.Thread(target=self._tell, name="pulse", daemon=True).start()
+
+    def beat(self) -> bool:
+        """The training's; see `catalog.Beat`."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._at if self._at else 0)
+        self._at = now
+        return self.leave
+
+    @contextmanager
+    def of(self, job: Job, trains: bool = True) -> Iterator[None]:
+        """While this process works on a job: trains it, or leads those that do.
+
+        Raises:
+            LeftError: it must leave already.
+        """
+        if self.leave:
+            raise LeftError
+        self._name, self._attempt, self._longest = job.name, job.attempt, 0.0
+        self._at = time.monotonic() if trains else None
+        try:
+            yield
+        finally:
+            self._name, self._attempt, self._at = "", "", None
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While this process waits for somebody else, so that no step is to come."""
+        self._at = None
+        try:
+            yield
+        finally:
+            self._at = time.monotonic()
+
+    def _tell(self) -> None:
+        while True:
+            at = self._at
+            state = State(self._name, self._attempt, time.monotonic() - at if at else 0.0, self._longest)
+            try:
+                self.leave |= ray.get(self._ward.hear.remote(self._process, state))
+            except RayError:  # it is being started again
+                time.sleep(LOOK_SECONDS)
+            if self.leave:  # is answered at once from now on
+                time.sleep(TELL_SECONDS)
+
+
+_own: Pulse | None = None
+
+
+def own(ward: Any) -> Pulse:
+    """The pulse of this process."""
+    global _own  # noqa: PLW0603  # a process has one
+    _own = _own or Pulse(ward)
+    return _own
+
+
+class Ward:
+    """Hears of all processes of a study; an actor."""
+
+    def __init__(self, silence: float) -> None:
+        """
+        Args:
+            silence: seconds without a word, before a process is taken to be frozen.
+        """
+        self.silence = silence
+        self.heard: dict[Process, tuple[float, State]] = {}
+        """When last, in seconds, and what."""
+        self.drained: set[str] = set()
+        """Nodes that are to be taken away."""
+        self.leaving: set[str] = set()
+        """Attempts with a process on such a node."""
+        self.changed = asyncio.Condition()
+        self.news: asyncio.Queue[str] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def hear(self, process: Process, state: State) -> bool:
+        """How a process is; whether it must leave. Is answered when it must, or after a while."""
+        if not self._tasks:
+            self._start(self._look())
+        self.heard[process] = time.monotonic(), state
+        if process.node in self.drained:
+            await self._warn(self.drained, {state.attempt})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TELL_SECONDS), self.changed:
+                await self.changed.wait_for(lambda: self._must_leave(process, state))
+        return self._must_leave(process, state)
+
+    async def told(self) -> str:
+        """The next that the user should hear; waits for it."""
+        return await self.news.get()
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _must_leave(self, process: Process, state: State) -> bool:
+        return process.node in self.drained or state.attempt in self.leaving
+
+    async def _warn(self, nodes: set[str], attempts: set[str]) -> None:
+        """These nodes are to be taken away, and all that work on these attempts must leave."""
+        attempts = attempts - self.leaving - {""}
+        if attempts or nodes != self.drained:
+            self.drained, self.leaving = nodes, self.leaving | attempts
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def _look(self) -> None:
+        """Again and again: which nodes are drained, and who hangs."""
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(LOOK_SECONDS)
+            nodes = await asyncio.to_thread(_drained)
+            await self._warn(nodes, {state.attempt for one, (_, state) in self.heard.items() if one.node in nodes})
+            now = time.monotonic()
+            if now - began > self.silence / 2:  # what was not heard while the ward itself slept tells nothing
+                self.heard = {process: (now, state) for process, (_, state) in self.heard.items()}
+            for process, why in hanging(self.heard, now, self.silence).items():
+                _, state = self.heard.pop(process)
+                self._start(self._end(process, state, why))
+
+    async def _end(self, process: Process, state: State, why: str) -> None:
+        """End a process that hangs, after those of its trial, and it, have written down their stacks."""
+        others = [one for one, (_, its) in self.heard.items() if state.attempt and its.attempt == state.attempt]
+        stacks, *_ = await asyncio.gather(
+            _on_node(_examined, process, True), *(_on_node(_examined, other, False) for other in others)
+        )
+        if stacks:  # else it is gone, which is no news
+            what = f"it was ended and goes on from its checkpoint. {stacks}"
+            await self.news.put(f"{state.name or 'a process between trials'}: {why}; {what}")
+
+
+def hanging(heard: dict[Process, tuple[float, State]], now: float, silence: float) -> dict[Process, str]:
+    """Which processes hang, and why one thinks so.
+
+    Args:
+        heard: when each was heard of, in seconds, and what.
+        now: in seconds.
+        silence: seconds without a word, before a process is taken to be frozen.
+    """
+    found = {}
+    for process, (at, state) in heard.items():
+        limit = max(STEP_SECONDS, LONGER * state.longest)
+        if now - at > silence:
+            found[process] = f"its process {process.pid} has been silent for {now - at:.0f} s"
+        elif state.still > limit:
+            found[process] = (
+                f"no step of its process {process.pid} for {state.still:.0f} s, "
+                f"where the longest took {state.longest:.1f} s"
+            )
+    return found
+
+
+def ward() -> Any:
+    """The ward of a study, beside the driver, which calls this; it ends with its handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    made = ray.remote(Ward).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000, scheduling_strategy=here)
+    return made.remote(SILENCE_SECONDS)
+
+
+class Listener:
+    """The user's ear at a ward."""
+
+    def __init__(self, ward: Any) -> None:
+        self._ward, self._next = ward, ward.told.remote()
+
+    def heard(self) -> Iterator[str]:
+        """What the user should hear since the last time; does not wait."""
+        while ray.wait([self._next], timeout=0)[0]:
+            with suppress(RayError):  # the ward is being started again
+                yield ray.get(self._next)
+            self._next = self._ward.told.remote()
+
+
+def _drained() -> set[str]:
+    """Nodes of this cluster that are to be taken away."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+async def _on_node(work: Any, process: Process, *rest: Any) -> str:
+    """What a function returns on the node of a process; empty if that node does not answer."""
+    there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+    with suppress(RayError, TimeoutError):
+        async with asyncio.timeout(3 * DUMP_SECONDS):
+            return (
+                await ray.remote(work)
+                .options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+                .remote(process, *rest)
+            )
+    return ""
+
+
+def _examined(process: Process, end: bool) -> str:
+    """Have a process of this node write its stacks to its log, and end it if so asked.
+
+    Returns:
+        Where it was, and the log; empty if the process is gone.
+    """
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if not process.here:
+            return ""
+        log = Path(f"/proc/{process.pid}/fd/2").resolve()
+        before = log.stat().st_size
+        os.kill(process.pid, signal.SIGCONT)  # a stopped one could not write
+        os.kill(process.pid, DUMP)
+        stacks = _written(log, before)
+        if end:
+            os.kill(process.pid, signal.SIGKILL)
+        return f"It was at {_place(stacks)}; all stacks are in {log}"
+    return ""
+
+
+def _place(stacks: str) -> str:
+    """Where, by what faulthandler wrote, the thread was that trains, or else any."""
+    threads = [[line.strip() for line in one.splitlines()[1:]] for one in stacks.split("Thread 0x")[1:]]
+    trains = [lines for lines in threads if any(line.endswith("in epochs") for line in lines)]
+    return next((lines[0] for lines in (*trains, *threads) if lines), "an unknown place")
+
+
+def _written(log: Path, before: int) -> str:
+    """What comes to the end of a log, as soon as nothing more comes."""
+    until, size = time.monotonic() + DUMP_SECONDS, before
+    while time.monotonic() < until:
+        time.sleep(0.2)
+        last, size = size, log.stat().st_size
+        if size == last > before:
+            break
+    with log.open("rb") as file:
+        file.seek(before)
+        return file.read().decode(errors="replace")
