@@ -77,6 +77,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.ended_well = 0
         self.places: dict[int, PlacementGroup] = {}
         """What the workers of a trial's group occupy."""
+        self.left: set[int] = set()
+        """Trials that left a node, and are to begin again elsewhere."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
         self.forecast = ""
@@ -91,8 +93,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It runs."""
         number = trial.config["number"]
-        if number in self.began:  # its process died, and Tune began it again
+        if number in self.began:  # Tune began it again
             self._vacate(number)
+            if number not in self.left:
+                self.watch.note(f"{self.plan.name(number)}: its process died; goes on from its last checkpoint")
+            self.left.discard(number)
             return
         self.began[number] = time.monotonic(), self.study.record(number).cost
         self._tell(number)
@@ -132,6 +137,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """What the user hears where a trial reports no epoch."""
         if "left" not in result:
             return result.get("waiting")
+        self.left.add(number)
         epoch = len(self.study.record(number).history) + 1
         return f"{self.plan.name(number)}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere"
 

@@ -83,11 +83,11 @@ class _Desk:
             self.over = True
             await self.reports.put(None)
 
-    async def leave(self, number: int) -> None:
+    async def leave(self, number: int, place: Mapping[str, Any]) -> None:
         """A job was saved, and ended before its end: a node is to be taken away."""
         if number == self.number and not self.over:
             self.over = True
-            await self.reports.put({"left": True})
+            await self.reports.put({"left": True, **place})
 
     async def failing(self, number: int, group: str, why: str) -> None:
         """Why a worker is about to fail; what the first says is the cause, the others only lose contact."""
@@ -155,9 +155,9 @@ class Group:
         while not ray.wait([self.desk.begun.remote(), self.end], timeout=START_SECONDS)[0]:
             report({"waiting": group.scarcity(self.plan.bundle, self.plan.workers)})
         while (message := self._read()) is not None:
+            self.place = message.get("place", self.place)
             if "left" in message:
                 raise LeftError
-            self.place = message.get("place", self.place)
             go_on = False
             try:
                 report(dict(message))
@@ -206,7 +206,7 @@ def _serve(config: Mapping[str, Any]) -> None:
                     if not go_on:
                         break
         except LeftError:  # the leader ends the group
-            ray.get(desk.leave.remote(number))
+            ray.get(desk.leave.remote(number, place))
         except Exception as error:
             ray.get(desk.failing.remote(number, name, cause(error)))
             raise
