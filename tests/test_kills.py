@@ -95,6 +95,7 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 0), kill)
     records = arena.run(arena.grid([0.25, 0.75]), concurrent=1)
     arena.check(records, [0.25, 0.75], ["trial-0001 3"])
+    assert "trial-0001: its process died; goes on from its last checkpoint" in arena.watch.notes
 
 
 @pytest.mark.slow

@@ -1,10 +1,15 @@
 """Trainings whose node is to be taken away, and those that hang."""
 
+import asyncio
+import faulthandler
+import itertools
 import os
+import queue
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
 
 import pytest
@@ -13,6 +18,199 @@ from test_cli import left_behind
 from test_kills import Arena, once
 
 from grainmill import pulse
+from grainmill.worker import Job, LeftError
+
+
+def state(attempt="", still=0.0, longest=0.0):
+    return pulse.State("trial-0003" if attempt else "", attempt, still, longest)
+
+
+ONE, OTHER, ELSEWHERE = (pulse.Process(node, pid, 7) for node, pid in (("a", 1), ("a", 2), ("b", 3)))
+
+
+@pytest.mark.parametrize(
+    ("at", "still", "longest", "why"),
+    [
+        (100.0, 0, 0, None),
+        (60.0, 0, 0, None),
+        (59.5, 0, 0, "its process 1 has been silent for 40 s"),
+        (99.0, 600, 0, None),
+        (99.0, 601, 3, "no step of its process 1 for 601 s, where the longest took 3.0 s"),
+        (99.0, 601, 30.1, None),  # 20 times the longest
+        (99.0, 603, 30.1, "no step of its process 1 for 603 s, where the longest took 30.1 s"),
+    ],
+)
+def test_process_hangs_that_says_nothing_or_makes_no_step_for_far_longer_than_ever(at, still, longest, why):
+    heard = {ONE: (at, state("x", still, longest)), OTHER: (100.0, state())}
+    assert pulse.hanging(heard, 100.0, 40.0) == ({ONE: why} if why else {})
+
+
+def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypatch):
+    """Whatever the order in which the ward hears of node and process."""
+    nodes = set()
+    monkeypatch.setattr(pulse, "_drained", lambda: set(nodes))
+    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.1)
+
+    async def scene():
+        ward = pulse.Ward(40.0)
+        assert not await ward.hear(ONE, state("x")), "is answered after a while"
+        monkeypatch.setattr(pulse, "TELL_SECONDS", 30.0)
+        async with asyncio.timeout(10):
+            waiting = [ward.hear(ONE, state("x")), ward.hear(ELSEWHERE, state("x")), ward.hear(OTHER, state())]
+            waiting = [asyncio.create_task(one) for one in waiting]
+            await asyncio.sleep(0)
+            nodes.add("b")
+            assert await waiting[0], "works on the same trial"
+            assert await waiting[1], "is on the node"
+            assert not waiting[2].done()
+            await ward.note(OTHER, state("x"))
+            assert await waiting[2], "works on the trial from now on"
+            assert await ward.hear(ELSEWHERE, state()), "is told again"
+            assert await ward.hear(ELSEWHERE, state("y"))
+            assert await ward.hear(OTHER, state("y"))
+        monkeypatch.setattr(pulse, "TELL_SECONDS", 0.1)
+        assert not await ward.hear(OTHER, state("z"))
+
+    asyncio.run(scene())
+
+
+def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkeypatch):
+    looked = []
+
+    async def on_node(work, process, end):
+        looked.append((work, process, end))
+        return "It was at home" if process != ELSEWHERE else ""
+
+    monkeypatch.setattr(pulse, "_drained", set)
+    monkeypatch.setattr(pulse, "_on_node", on_node)
+    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.01)
+
+    async def scene():
+        ward = pulse.Ward(40.0)
+        await ward.hear(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
+        await ward.hear(OTHER, state("x"))
+        async with asyncio.timeout(10):
+            await ward.hear(ONE, state("x", 1e6))
+            return await ward.told(), ward.heard
+
+    note, heard = asyncio.run(scene())
+    why = "no step of its process 1 for 1000000 s, where the longest took 0.0 s"
+    assert note == f"trial-0003: {why}; it was ended and goes on from its checkpoint. It was at home"
+    assert set(looked) == {(pulse._examined, *one) for one in ((ELSEWHERE, True), (ONE, True), (OTHER, False))}
+    assert heard.keys() == {OTHER}
+
+
+def test_ward_that_slept_itself_ends_nobody(monkeypatch):
+    monkeypatch.setattr(pulse, "_drained", lambda: time.sleep(0.2) or set())
+    monkeypatch.setattr(pulse, "_on_node", None)
+    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.1)
+
+    async def scene():
+        ward = pulse.Ward(0.15)
+        await ward.note(ONE, state("x"))
+        for _ in range(8):
+            await ward.hear(OTHER, state("x"))
+        return ward.heard
+
+    assert asyncio.run(scene()).keys() == {ONE, OTHER}
+
+
+HUNG = """
+    import faulthandler, sys, time
+    sys.path[:0] = {path}
+    from grainmill import pulse, worker
+
+    def stuck():
+        print("stuck", flush=True)
+        time.sleep(3600)
+
+    def epochs():
+        stuck()
+
+    faulthandler.register(pulse.DUMP)
+    epochs()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_examined_process_writes_its_stacks_and_is_ended_if_asked(tmp_path, stopped):
+    with (tmp_path / "log").open("w") as log:
+        log.write("before\n")
+        log.flush()
+        command = [sys.executable, "-c", textwrap.dedent(HUNG).format(path=sys.path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout.readline() == "stuck\n"
+    process.stdout.close()
+    who = pulse.Process("here", process.pid, pulse._began(process.pid))
+    assert pulse._examined(who._replace(began=who.began - 1), True) == "", "a later process with its number"
+    if stopped:
+        process.send_signal(signal.SIGSTOP)
+    told = pulse._examined(who, False)
+    assert told.endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
+    assert process.poll() is None
+    assert pulse._examined(who, True).endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
+    assert process.wait() == -signal.SIGKILL
+    assert pulse._examined(who, True) == ""
+    assert (tmp_path / "log").read_text().startswith("before\n")
+
+
+def test_place_is_that_of_the_thread_that_trains_else_of_any():
+    waits = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in wait\n  File "a.py", line 9 in run\n'
+    trains = '(most recent call first):\n  File "b.py", line 2 in step\n  File "c.py", line 3 in epochs\n'
+    for which in ("Thread 0x1 ", "Current thread 0x1 "):
+        assert pulse._place(waits + "\n" + which + trains) == 'File "b.py", line 2 in step'
+        assert pulse._place(which + trains + "\n" + waits) == 'File "b.py", line 2 in step'
+    assert pulse._place(waits) == 'File "a.py", line 1 in wait'
+    assert pulse._place("") == "an unknown place"
+
+
+class Calls:
+    """A ward as a process sees it: keeps what it is told, and answers in its turn."""
+
+    def __init__(self):
+        self.states, self.answers = [], queue.Queue()
+        self.note = self.hear = self
+
+    def remote(self, process, told):
+        assert process == pulse.Process("here", os.getpid(), pulse._began(os.getpid()))
+        self.states.append(told)
+        return told
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = Calls()
+    monkeypatch.setattr(pulse.ray, "get", lambda _: made.answers.get())
+    monkeypatch.setattr(pulse.Process, "this", lambda: pulse.Process("here", os.getpid(), pulse._began(os.getpid())))
+    yield made
+    faulthandler.unregister(pulse.DUMP)
+
+
+def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_must_leave(calls, monkeypatch):
+    clock = itertools.count(100.0)  # a second passes with each look at it
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: next(clock))
+    own, job = pulse.Pulse(calls), Job("toy", {}, {}, "", "trial-0003", "x")
+    assert own._state() == ("", "", 0.0, 0.0)
+    with own.of(job):  # at 100; told at 101
+        assert calls.states[-1] == ("trial-0003", "x", 1.0, 0.0)
+        assert own.beat() is False  # at 102
+        assert own._state() == ("trial-0003", "x", 1.0, 2.0)  # at 103
+        with own.resting():
+            assert own._state() == ("trial-0003", "x", 0.0, 2.0)
+        assert own.beat() is False  # the rest was no step
+        assert own._state() == ("trial-0003", "x", 1.0, 2.0)
+    assert own._state() == ("", "", 0.0, 2.0)
+    with own.of(job, trains=False):
+        assert own._state() == ("trial-0003", "x", 0.0, 0.0)
+        calls.answers.put(True)
+        while not own.leave:
+            time.sleep(0.01)
+        assert own.beat() is True
+    with pytest.raises(LeftError), own.of(job):
+        pass
 
 
 @pytest.fixture
@@ -45,8 +243,7 @@ NOTICE = """
         assert GcsClient(cluster.address).drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "", until)[0]
 
     def rule(name, step, rank, pid):
-        print(time.time(), name, step, rank, pid, file=sys.stderr)
-        place[pid] = raylet(pid)
+            place[pid] = raylet(pid)
         if name == "trial-0001" and rank == workers - 1 and step == 5:
             drain(pid)
 
@@ -94,12 +291,11 @@ def test_process_that_is_stopped_is_noticed_ended_and_goes_on_from_its_checkpoin
         os.kill(pid, signal.SIGSTOP)
         return True
 
-    arena.umpire.rule = once(("trial-0001", 5, workers - 1), stop)
+    place = ("trial-0001", 5, workers - 1)
+    arena.umpire.rule = once(place, stop)
     records = arena.run(arena.grid([0.25], base={"steps": 3}), workers=workers, concurrent=1)
     arena.check(records, [0.25], ["trial-0001 4", "trial-0001 5"], steps=3)
-    (stopped,) = {
-        pid for name, step, rank, pid in arena.umpire.heard if (name, step, rank) == ("trial-0001", 5, workers - 1)
-    }
-    (note,) = [note for note in arena.watch.notes if note.startswith("trial-0001")]
+    stopped = next(pid for *where, pid in arena.umpire.heard if tuple(where) == place)
+    note = next(note for note in arena.watch.notes if note.startswith("trial-0001"))
     assert f"trial-0001: its process {stopped} has been silent for " in note
     assert "in _compute; all stacks are in /" in note

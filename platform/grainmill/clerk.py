@@ -76,6 +76,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.ended_well = 0
         self.places: dict[int, group.Place] = {}
         """What the workers of a trial's group occupy."""
+        self.left: set[int] = set()
+        """Trials that left a node, and are to begin again elsewhere."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
         self.forecast = ""
@@ -90,8 +92,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It runs."""
         number = trial.config["number"]
-        if number in self.began:  # its process died, and Tune began it again
+        if number in self.began:  # Tune began it again
             self._vacate(number)
+            if number not in self.left:
+                self.watch.note(f"{self.plan.name(number)}: its process died; goes on from its last checkpoint")
+            self.left.discard(number)
             return
         self.began[number] = time.monotonic(), self.study.record(number).cost, self.plan.fewest
         self._tell(number)
@@ -129,6 +134,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if "workers" in result or self.plan.most > 1:
             self._work(number, result.get("workers", 0))
         if "left" in result:
+            self.left.add(number)
             epoch = len(self.study.record(number).history) + 1
             name = self.plan.name(number)
             self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")

@@ -11,6 +11,7 @@ The one place that asks Ray for drained nodes, which it offers as private API al
 import asyncio
 import faulthandler
 import os
+import re
 import signal
 import threading
 import time
@@ -108,6 +109,7 @@ class Pulse:
             raise LeftError
         self._name, self._attempt, self._longest = job.name, job.attempt, 0.0
         self._at = time.monotonic() if trains else None
+        self._ward.note.remote(self._process, self._state())
         try:
             yield
         finally:
@@ -122,12 +124,14 @@ class Pulse:
         finally:
             self._at = time.monotonic()
 
+    def _state(self) -> State:
+        at = self._at
+        return State(self._name, self._attempt, time.monotonic() - at if at else 0.0, self._longest)
+
     def _tell(self) -> None:
         while True:
-            at = self._at
-            state = State(self._name, self._attempt, time.monotonic() - at if at else 0.0, self._longest)
             try:
-                self.leave |= ray.get(self._ward.hear.remote(self._process, state))
+                self.leave |= ray.get(self._ward.hear.remote(self._process, self._state()))
             except RayError:  # it is being started again
                 time.sleep(LOOK_SECONDS)
             if self.leave:  # is answered at once from now on
@@ -167,13 +171,17 @@ class Ward:
         """How a process is; whether it must leave. Is answered when it must, or after a while."""
         if not self._tasks:
             self._start(self._look())
-        self.heard[process] = time.monotonic(), state
-        if process.node in self.drained:
-            await self._warn(self.drained, {state.attempt})
+        await self.note(process, state)
         with suppress(TimeoutError):
             async with asyncio.timeout(TELL_SECONDS), self.changed:
-                await self.changed.wait_for(lambda: self._must_leave(process, state))
-        return self._must_leave(process, state)
+                await self.changed.wait_for(lambda: self._must_leave(process))
+        return self._must_leave(process)
+
+    async def note(self, process: Process, state: State) -> None:
+        """How a process is."""
+        self.heard[process] = time.monotonic(), state
+        if process.node in self.drained or state.attempt in self.leaving:
+            await self._warn(self.drained, {state.attempt})
 
     async def told(self) -> str:
         """The next that the user should hear; waits for it."""
@@ -184,16 +192,15 @@ class Ward:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _must_leave(self, process: Process, state: State) -> bool:
+    def _must_leave(self, process: Process) -> bool:
+        _, state = self.heard.get(process, (0.0, State()))
         return process.node in self.drained or state.attempt in self.leaving
 
     async def _warn(self, nodes: set[str], attempts: set[str]) -> None:
         """These nodes are to be taken away, and all that work on these attempts must leave."""
-        attempts = attempts - self.leaving - {""}
-        if attempts or nodes != self.drained:
-            self.drained, self.leaving = nodes, self.leaving | attempts
-            async with self.changed:
-                self.changed.notify_all()
+        self.drained, self.leaving = nodes, self.leaving | attempts - {""}
+        async with self.changed:
+            self.changed.notify_all()
 
     async def _look(self) -> None:
         """Again and again: which nodes are drained, and who hangs."""
@@ -201,7 +208,8 @@ class Ward:
             began = time.monotonic()
             await asyncio.sleep(LOOK_SECONDS)
             nodes = await asyncio.to_thread(_drained)
-            await self._warn(nodes, {state.attempt for one, (_, state) in self.heard.items() if one.node in nodes})
+            if nodes != self.drained:
+                await self._warn(nodes, {state.attempt for one, (_, state) in self.heard.items() if one.node in nodes})
             now = time.monotonic()
             if now - began > self.silence / 2:  # what was not heard while the ward itself slept tells nothing
                 self.heard = {process: (now, state) for process, (_, state) in self.heard.items()}
@@ -302,7 +310,7 @@ def _examined(process: Process, end: bool) -> str:
 
 def _place(stacks: str) -> str:
     """Where, by what faulthandler wrote, the thread was that trains, or else any."""
-    threads = [[line.strip() for line in one.splitlines()[1:]] for one in stacks.split("Thread 0x")[1:]]
+    threads = [[line.strip() for line in one.splitlines()[1:]] for one in re.split("[Tt]hread 0x", stacks)[1:]]
     trains = [lines for lines in threads if any(line.endswith("in epochs") for line in lines)]
     return next((lines[0] for lines in (*trains, *threads) if lines), "an unknown place")
 
