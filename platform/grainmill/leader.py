@@ -97,11 +97,11 @@ class _Desk:
             self.over = True
             await self.reports.put(None)
 
-    async def leave(self, number: int, place: Mapping[str, Any]) -> None:
+    async def leave(self, number: int) -> None:
         """A job was saved, and ended before its end: a node is to be taken away."""
         if number == self.number and not self.over:
             self.over = True
-            await self.reports.put({"left": True, **place})
+            await self.reports.put({"left": True})
 
     async def failing(self, number: int, group: str, why: str) -> None:
         """Why a worker is about to fail; what the first says is the cause, the others only lose contact."""
@@ -231,7 +231,7 @@ def _serve(config: Mapping[str, Any]) -> None:
                     if not go_on:
                         break
         except LeftError:  # the leader ends the group
-            ray.get(desk.leave.remote(number, place))
+            ray.get(desk.leave.remote(number))
         except Exception as error:
             ray.get(desk.failing.remote(number, name, cause(error)))
             raise
