@@ -172,7 +172,7 @@ class Calls:
     """A ward as a process sees it: keeps what it is told, and answers in its turn."""
 
     def __init__(self):
-        self.states, self.answers = [], queue.Queue()
+        self.states, self.answers, self.waits = [], queue.Queue(), threading.Event()
         self.note = self.hear = self
 
     def remote(self, process, told):
@@ -186,18 +186,16 @@ def calls(monkeypatch):
     made = Calls()
 
     def get(_):
-        if (answer := made.answers.get()) is None:
-            raise SystemExit  # of the thread alone
+        made.waits.set()
+        answer = made.answers.get()
+        made.waits.clear()
         return answer
 
     monkeypatch.setattr(pulse.ray, "get", get)
     monkeypatch.setattr(pulse, "TELL_SECONDS", 0.01)
     monkeypatch.setattr(pulse.Process, "this", lambda: pulse.Process("here", os.getpid(), pulse._began(os.getpid())))
     yield made
-    made.answers.put(None)
-    for thread in threading.enumerate():
-        if thread.name == "pulse":
-            thread.join()
+    made.waits.wait()  # where the pulse stays for good, and never gets to ask a real ward
     faulthandler.unregister(pulse.DUMP)
 
 
