@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
 
@@ -17,7 +18,7 @@ from conftest import TESTS
 from test_cli import left_behind
 from test_kills import Arena, once
 
-from grainmill import pulse
+from grainmill import pulse, ward
 from grainmill.worker import Job, LeftError
 
 
@@ -42,35 +43,35 @@ ONE, OTHER, ELSEWHERE = (pulse.Process(node, pid, 7) for node, pid in (("a", 1),
 )
 def test_process_hangs_that_says_nothing_or_makes_no_step_for_far_longer_than_ever(at, still, longest, why):
     heard = {ONE: (at, state("x", still, longest)), OTHER: (100.0, state())}
-    assert pulse.hanging(heard, 100.0, 40.0) == ({ONE: why} if why else {})
+    assert ward.hanging(heard, 100.0, 40.0) == ({ONE: why} if why else {})
 
 
 def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypatch):
     """Whatever the order in which the ward hears of node and process."""
     nodes = set()
-    monkeypatch.setattr(pulse, "_drained", lambda: set(nodes))
-    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(ward, "_drained", lambda: set(nodes))
+    monkeypatch.setattr(ward, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ward, "TELL_SECONDS", 0.1)
 
     async def scene():
-        ward = pulse.Ward(40.0)
-        assert not await ward.hear(ONE, state("x")), "is answered after a while"
-        monkeypatch.setattr(pulse, "TELL_SECONDS", 30.0)
+        made = ward.Ward(40.0)
+        assert not await made.hear(ONE, state("x")), "is answered after a while"
+        monkeypatch.setattr(ward, "TELL_SECONDS", 30.0)
         async with asyncio.timeout(10):
-            waiting = [ward.hear(ONE, state("x")), ward.hear(ELSEWHERE, state("x")), ward.hear(OTHER, state())]
+            waiting = [made.hear(ONE, state("x")), made.hear(ELSEWHERE, state("x")), made.hear(OTHER, state())]
             waiting = [asyncio.create_task(one) for one in waiting]
             await asyncio.sleep(0)
             nodes.add("b")
             assert await waiting[0], "works on the same trial"
             assert await waiting[1], "is on the node"
             assert not waiting[2].done()
-            await ward.note(OTHER, state("x"))
+            await made.note(OTHER, state("x"))
             assert await waiting[2], "works on the trial from now on"
-            assert await ward.hear(ELSEWHERE, state()), "is told again"
-            assert await ward.hear(ELSEWHERE, state("y"))
-            assert await ward.hear(OTHER, state("y"))
-        monkeypatch.setattr(pulse, "TELL_SECONDS", 0.1)
-        assert not await ward.hear(OTHER, state("z"))
+            assert await made.hear(ELSEWHERE, state()), "is told again"
+            assert await made.hear(ELSEWHERE, state("y"))
+            assert await made.hear(OTHER, state("y"))
+        monkeypatch.setattr(ward, "TELL_SECONDS", 0.1)
+        assert not await made.hear(OTHER, state("z"))
 
     asyncio.run(scene())
 
@@ -82,38 +83,38 @@ def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkey
         looked.append((work, process, end))
         return "It was at home" if process != ELSEWHERE else ""
 
-    monkeypatch.setattr(pulse, "_drained", set)
-    monkeypatch.setattr(pulse, "_on_node", on_node)
-    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(ward, "_drained", set)
+    monkeypatch.setattr(ward, "_on_node", on_node)
+    monkeypatch.setattr(ward, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ward, "TELL_SECONDS", 0.01)
 
     async def scene():
-        ward = pulse.Ward(40.0)
-        await ward.hear(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
-        await ward.hear(OTHER, state("x"))
+        made = ward.Ward(40.0)
+        await made.hear(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
+        await made.hear(OTHER, state("x"))
         async with asyncio.timeout(10):
-            await ward.hear(ONE, state("x", 1e6))
-            return await ward.told(), ward.heard
+            await made.hear(ONE, state("x", 1e6))
+            return await made.told(), made.heard
 
     note, heard = asyncio.run(scene())
     why = "no step of its process 1 for 1000000 s, where the longest took 0.0 s"
     assert note == f"trial-0003: {why}; it was ended and goes on from its checkpoint. It was at home"
-    assert set(looked) == {(pulse._examined, *one) for one in ((ELSEWHERE, True), (ONE, True), (OTHER, False))}
+    assert set(looked) == {(ward._examined, *one) for one in ((ELSEWHERE, True), (ONE, True), (OTHER, False))}
     assert heard.keys() == {OTHER}
 
 
 def test_ward_that_slept_itself_ends_nobody(monkeypatch):
-    monkeypatch.setattr(pulse, "_drained", lambda: time.sleep(0.2) or set())
-    monkeypatch.setattr(pulse, "_on_node", None)
-    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(ward, "_drained", lambda: time.sleep(0.2) or set())
+    monkeypatch.setattr(ward, "_on_node", None)
+    monkeypatch.setattr(ward, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ward, "TELL_SECONDS", 0.1)
 
     async def scene():
-        ward = pulse.Ward(0.15)
-        await ward.note(ONE, state("x"))
+        made = ward.Ward(0.15)
+        await made.note(ONE, state("x"))
         for _ in range(8):
-            await ward.hear(OTHER, state("x"))
-        return ward.heard
+            await made.hear(OTHER, state("x"))
+        return made.heard
 
     assert asyncio.run(scene()).keys() == {ONE, OTHER}
 
@@ -145,15 +146,15 @@ def test_examined_process_writes_its_stacks_and_is_ended_if_asked(tmp_path, stop
     assert process.stdout.readline() == "stuck\n"
     process.stdout.close()
     who = pulse.Process("here", process.pid, pulse._began(process.pid))
-    assert pulse._examined(who._replace(began=who.began - 1), True) == "", "a later process with its number"
+    assert ward._examined(who._replace(began=who.began - 1), True) == "", "a later process with its number"
     if stopped:
         process.send_signal(signal.SIGSTOP)
-    told = pulse._examined(who, False)
+    told = ward._examined(who, False)
     assert told.endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
     assert process.poll() is None
-    assert pulse._examined(who, True).endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
+    assert ward._examined(who, True).endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
     assert process.wait() == -signal.SIGKILL
-    assert pulse._examined(who, True) == ""
+    assert ward._examined(who, True) == ""
     assert (tmp_path / "log").read_text().startswith("before\n")
 
 
@@ -161,17 +162,17 @@ def test_place_is_that_of_the_thread_that_trains_else_of_any():
     waits = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in wait\n  File "a.py", line 9 in run\n'
     trains = '(most recent call first):\n  File "b.py", line 2 in step\n  File "c.py", line 3 in epochs\n'
     for which in ("Thread 0x1 ", "Current thread 0x1 "):
-        assert pulse._place(waits + "\n" + which + trains) == 'File "b.py", line 2 in step'
-        assert pulse._place(which + trains + "\n" + waits) == 'File "b.py", line 2 in step'
-    assert pulse._place(waits) == 'File "a.py", line 1 in wait'
-    assert pulse._place("") == "an unknown place"
+        assert ward._place(waits + "\n" + which + trains) == 'File "b.py", line 2 in step'
+        assert ward._place(which + trains + "\n" + waits) == 'File "b.py", line 2 in step'
+    assert ward._place(waits) == 'File "a.py", line 1 in wait'
+    assert ward._place("") == "an unknown place"
 
 
 class Calls:
     """A ward as a process sees it: keeps what it is told, and answers in its turn."""
 
     def __init__(self):
-        self.states, self.answers = [], queue.Queue()
+        self.states, self.answers, self.waits = [], queue.Queue(), threading.Event()
         self.note = self.hear = self
 
     def remote(self, process, told):
@@ -183,9 +184,18 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch):
     made = Calls()
-    monkeypatch.setattr(pulse.ray, "get", lambda _: made.answers.get())
+
+    def get(_):
+        made.waits.set()
+        answer = made.answers.get()
+        made.waits.clear()
+        return answer
+
+    monkeypatch.setattr(pulse.ray, "get", get)
+    monkeypatch.setattr(pulse, "TELL_SECONDS", 0.01)
     monkeypatch.setattr(pulse.Process, "this", lambda: pulse.Process("here", os.getpid(), pulse._began(os.getpid())))
     yield made
+    made.waits.wait()  # where the pulse stays for good, and never gets to ask a real ward
     faulthandler.unregister(pulse.DUMP)
 
 
@@ -218,15 +228,17 @@ def arena(tmp_path, ray_cluster, umpire, watch):
     return Arena(tmp_path, umpire, watch)
 
 
-NOTICE = """
-    import socket, sys, time
+NOTICE = r"""
+    import os, socket, subprocess, sys, time
+    from datetime import UTC, datetime, timedelta
     from pathlib import Path
     import ray
     from conftest import Memory, Umpire
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-    from test_kills import Arena, once
+    from test_kills import Arena
+    from test_notice import SCRIPT, Metadata
     from grainmill import trials
 
     workers, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -239,8 +251,15 @@ NOTICE = """
     def drain(pid):
         place[pid] = raylet(pid)
         (node,) = [one for one in nodes if one.all_processes["raylet"][0].process.pid == place[pid]]
-        until = int(time.time() * 1000) + 15_000
-        assert GcsClient(cluster.address).drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "", until)[0]
+        if workers > 1:
+            until = int(time.time() * 1000) + 15_000
+            assert GcsClient(cluster.address).drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "", until)[0]
+            return
+        # As on AWS, but that the node of the script is not the only one of its machine.
+        program, where = Path(sys.executable).with_name("ray"), f"--address {cluster.address} --node-id {node.node_id}"
+        ray_command.write_text(f'#!/bin/sh\nexec {program} "$@" {where}\n')
+        ray_command.chmod(0o755)
+        metadata.announced = datetime.now(UTC) + timedelta(seconds=15)
 
     def rule(name, step, rank, pid):
             place[pid] = raylet(pid)
@@ -253,7 +272,10 @@ NOTICE = """
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(workers + 1)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    umpire, watch, place = Umpire(), Memory(), {}
+    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "ray"
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = [sys.executable, str(SCRIPT), "--metadata", metadata.address, "--poll", "0.1"]
+    notice = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     arena = Arena(folder, umpire, watch)
     arena.data, umpire.rule = {"hold": "trial-0001 5"}, rule
     records = arena.run(arena.grid([0.25, 0.75], base={"steps": 3}), workers=workers, concurrent=1)
@@ -264,6 +286,11 @@ NOTICE = """
     after = {pid for name, step, _, pid in umpire.heard if name == "trial-0001" and step > 5}
     assert len(after) == workers
     assert place[before] not in {place[pid] for pid in after}
+    if workers == 1:
+        assert notice.wait() == 0
+    notice.kill()
+    notice.wait()
+    metadata.close()
     umpire.close()
     ray.shutdown()
     cluster.shutdown()
@@ -285,7 +312,7 @@ def test_training_leaves_a_node_that_is_to_be_taken_away_and_repeats_no_step(tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2], ids=["alone", "group"])
 def test_process_that_is_stopped_is_noticed_ended_and_goes_on_from_its_checkpoint(arena, monkeypatch, workers):
-    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 8.0)
+    monkeypatch.setattr(ward, "SILENCE_SECONDS", 8.0)
 
     def stop(pid):
         os.kill(pid, signal.SIGSTOP)

@@ -12,11 +12,12 @@ from typing import Any, Protocol, TypeVar
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
 
-from grainmill import group, pulse
+from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
 from grainmill.study import Record, Study
+from grainmill.ward import Listener
 from grainmill.worker import Plan
 
 WAIT_SECONDS = 60
@@ -62,7 +63,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: pulse.Listener
+        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: Listener
     ) -> None:
         self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
         self.listener = listener
@@ -160,7 +161,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """End the search here, where Tune passes errors on; say so if it waits for others to leave the cluster."""
         if self.fatal:
             raise self.fatal
-        for message in self.listener.heard():
+        if message := self.listener.heard():
             self.watch.note(message)
         now = time.monotonic()
         if any(trial.status == Trial.RUNNING for trial in trials):

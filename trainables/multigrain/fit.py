@@ -15,7 +15,6 @@ from multigrain import checkpoint
 from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.data import Dataset
 from multigrain.evaluate import evaluate_grid
-from multigrain.group import Ending
 from multigrain.spec import MultiGrainSpec, VariantSettings
 from multigrain.training import Training
 
@@ -60,7 +59,7 @@ def fit(
     """
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    training, ending = Training(spec, dataset, device), Ending(beat, device)
+    training = Training(spec, dataset, device, beat)
     if saved := checkpoint.latest(folder):
         begun = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
         if begun != (spec, list(dataset.classes)):
@@ -73,7 +72,7 @@ def fit(
         for epoch in range(training.epoch, spec.epochs):
             if epoch > training.epoch:
                 training.begin_epoch(epoch)
-            metrics = training.train_epoch(save, ending)
+            metrics = training.train_epoch(save)
             if metrics is None:
                 return
             wanted = spec.evaluation.variants if epoch + 1 == spec.epochs else VariantSettings()
