@@ -65,19 +65,20 @@ NODES = """
         return {node for (known, number, _), node in nodes.items() if (known, number) == (name, epoch)}
 
     def loses_its_node(name):
-        "The rule, and when: the second worker's node dies in the second epoch."
-        moments, dead = [], []
+        "The rule: the second worker's node dies when both are in the second epoch."
+        there, dead, moments = set(), [], []
 
         def rule(place):
-            if not moments and place == (2, 1):
-                dead.append(nodes[name, 2, 1])
-                moments.append(time.monotonic())
-                kill_node(*dead)
+            if not dead and place[0] == 2:
+                there.add(place)
+                if len(there) == 2:
+                    dead.append(nodes[name, 2, 1])
+                    moments.append(time.monotonic())
+                    kill_node(*dead)
                 return True
-            if len(moments) == 1 and place[0] == 2 and nodes[(name, *place)] not in dead:
+            if len(moments) == 1 and nodes[(name, *place)] not in dead:
                 moments.append(time.monotonic())
                 print(f"{name}: {moments[1] - moments[0]:.1f} seconds from the death of a node to training")
-
             return False
 
         return rule
