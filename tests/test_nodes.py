@@ -21,7 +21,7 @@ NODES = """
     from grainmill.worker import Job, Plan
     from ray.cluster_utils import Cluster
 
-    folder, leader.RESIZE_SECONDS = Path(sys.argv[1]), 2.0
+    folder, leader.RESIZE_SECONDS, leader.WAIT_SECONDS = Path(sys.argv[1]), 2.0, 2
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port})
@@ -41,70 +41,67 @@ NODES = """
         for pid in (raylet, *workers):
             os.kill(pid, signal.SIGKILL)
 
-    nodes = {}  # by training, epoch and rank; those of the latest start
+    def train(name, workers, told=lambda said: None, holds=lambda place, said: False, **resources):
+        "What the leader reports while the second worker's node dies in epoch 2 of 3; the nodes before and after that."
+        said, there, after, dead = [], {}, {}, []
 
-    def train(name, workers, report=lambda message: None, rule=lambda place: False, epochs=3, **resources):
-        "Returns what the leader reported."
-        said = []
+        def rule(_, epoch, rank, pid):
+            node = parent(pid)
+            if not dead:
+                there[epoch, rank] = node
+                if epoch == 2 and len([place for place in there if place[0] == 2]) == said[0][1]:
+                    dead.extend([there[2, 1], time.monotonic()])
+                    kill_node(dead[0])
+                return epoch == 2
+            if not after and node != dead[0]:
+                print(f"{name}: {time.monotonic() - dead[1]:.1f} seconds from the death of a node to training")
+            after[epoch, rank] = node
+            return holds((epoch, rank), said)
 
-        def hear(name, epoch, rank, pid):
-            nodes[name, epoch, rank] = parent(pid)
-            return rule((epoch, rank))
+        def report(message):
+            workers = message.get("workers", message.get("world_size"))
+            said.append(("waits", message["waiting"]) if "waiting" in message else (message.get("epoch"), workers))
+            told(said)
 
-        def listen(message):
-            said.append((message.get("epoch"), message.get("workers", message.get("world_size"))))
-            report(said)
-
-        umpire.rule = hear
+        umpire.rule = rule
         group = leader.Group(Plan("trial", "toy", {}, folder, Resources(**resources), workers))
-        group.train(Job("toy", {"epochs": epochs}, {"umpire": umpire.port}, str(folder / name)), listen)
+        group.train(Job("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
         group.close()
-        return said
+        return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
 
-    def on(name, epoch):
-        return {node for (known, number, _), node in nodes.items() if (known, number) == (name, epoch)}
+    # A node for each worker, though one would hold both; there is a third to go on with.
+    said, before, after = train("apart", 2, placement="spread")
+    # The result of an epoch comes again when a group goes on from its checkpoint.
+    assert said == [(None, 2), (1, 2), (None, 2), (1, 2), (2, 2), (3, 2)], said
+    assert len(before) == len(after) == 2
+    assert len(before & after) == 1
 
-    def loses_its_node(name):
-        "The rule, and when: the second worker's node dies in the second epoch."
-        moments, dead = [], []
-
-        def rule(place):
-            if not moments and place == (2, 1):
-                dead.append(nodes[name, 2, 1])
-                moments.append(time.monotonic())
-                kill_node(*dead)
-                return True
-            if len(moments) == 1 and place[0] == 2 and nodes[(name, *place)] not in dead:
-                moments.append(time.monotonic())
-                print(f"{name}: {moments[1] - moments[0]:.1f} seconds from the death of a node to training")
-
-            return False
-
-        return rule
-
-    assert train("apart", 2, placement="spread") == [(None, 2), (1, 2), (2, 2), (3, 2)]
-    assert len(on("apart", 1)) == 2
-
-    said = train("together", 2, rule=loses_its_node("together"))
-    assert said == [(None, 2), (1, 2), (None, 2), (1, 2), (2, 2), (3, 2)], said  # the result of an epoch comes again
-    assert len(on("together", 1)) == len(on("together", 3)) == 1
-    assert on("together", 1) != on("together", 3)
-
-    lost = loses_its_node("elastic")
-
-    def wait_for_the_node(place):
-        "In the third epoch, the one worker waits until Ray Train has found the node that came."
-        return lost(place) or (place == (3, 0) and ("elastic", 3, 1) not in nodes and not said.count((None, 2)) > 1)
-
-    said = []
-
-    def comes_back(told):
-        said[:] = told
-        if told[-1] == (2, 1):
+    # One or two workers that each fill one of the two nodes that are left.
+    def comes_back(said):
+        if said[-1] == (2, 1):
             cluster.add_node(num_cpus=2)
 
-    train("elastic", (1, 2), comes_back, wait_for_the_node, cpus_per_worker=2)
+    def until_it_is_two(place, said):
+        return place == (3, 0) and said.count((None, 2)) == 1  # it is ended when Ray Train has found the new node
+
+    said, before, after = train("elastic", (1, 2), comes_back, until_it_is_two, cpus_per_worker=2)
     assert said == [(None, 2), (1, 2), (None, 1), (1, 1), (2, 1), (None, 2), (2, 2), (3, 2)], said
+    assert len(before) == len(after) == 2
+    assert len(before & after) == 1
+
+    # Three workers together on one node, that holds them; the others do not, even together.
+    cluster.add_node(num_cpus=6)
+
+    def comes_late(said):
+        if said[-1][0] == "waits" and len([what for what, _ in said if what == "waits"]) == 1:
+            cluster.add_node(num_cpus=6)
+
+    said, before, after = train("together", 3, comes_late, cpus_per_worker=2)
+    waits = [word for what, word in said if what == "waits"]
+    assert waits[0].startswith("waiting for the cluster: a trial needs 6 CPU ("), waits
+    epochs = [place for place in said if place[0] != "waits"]
+    assert epochs == [(None, 3), (1, 3), (None, 3), (1, 3), (2, 3), (3, 3)], said
+    assert len(before) == len(after) == 1
 
     umpire.close()
     ray.shutdown()

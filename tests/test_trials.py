@@ -1,6 +1,7 @@
 """Trials of the toy on real Ray: alone in a process, and as a group of two."""
 
 import http.server
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import pytest
 import ray
 import toy
 
-from grainmill import trials
+from grainmill import group, trials
 from grainmill.errors import ResourceError
 from grainmill.experiment import Resources, experiment_model
 from grainmill.study import Study
@@ -157,6 +158,30 @@ def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, 
 def test_room_is_what_the_scarcest_resource_allows(bench):
     assert trials.room(bench.plan()) == 2
     assert trials.room(bench.plan(workers=2)) == 1
+    assert trials.room(bench.plan(workers=(1, 2))) == 1
+
+
+def test_trial_fits_if_its_fewest_workers_do(bench):
+    assert trials.room(bench.plan(workers=(2, 5))) == 1
+    with pytest.raises(ResourceError, match=r"3 CPU \(3 x 1\), but the cluster has 2;"):
+        trials.room(bench.plan(workers=(3, 5)))
+
+
+def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
+    with pytest.raises(
+        ResourceError, match=r"a node for each of its 2 workers, but the cluster has 1 that can hold one;"
+    ):
+        trials.room(bench.plan(workers=2, placement="spread"))
+    assert trials.room(bench.plan(workers=(2, 3), placement="spread")) == 1
+    assert trials.room(bench.plan(workers=1, placement="spread")) == 2
+
+
+def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
+    assert re.fullmatch(
+        r"waiting for the cluster: a trial needs 3 CPU \([012] of 2 free\)", group.scarcity(bench.plan(workers=(3, 5)))
+    )
+    told = group.scarcity(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
+    assert told.endswith("3 nodes for its workers (1 there)")
 
 
 @pytest.mark.slow

@@ -108,7 +108,16 @@ def fitted(trainer: Any) -> Any:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
     }
     # After its one call the process ends, and with it Ray Train's own actors.
-    return ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(fit).remote()
+    once = {"num_cpus": 0, "max_calls": 1, "max_retries": 0, "scheduling_strategy": beside()}
+    return ray.remote(**once, runtime_env={"env_vars": environment})(fit).remote()
+
+
+def beside() -> Any:
+    """Has Ray start what a group depends on where this process is: not on a node of which others could lose it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Place(NamedTuple):

@@ -127,7 +127,8 @@ class Group:
     """The workers, as their leader sees them. They end with the leader's process."""
 
     def __init__(self, plan: Plan, ward: Any) -> None:
-        self.plan, self.desk = plan, ray.remote(_Desk).options(num_cpus=0).remote()
+        self.plan = plan
+        self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
         strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if plan.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
