@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ class Spec(BaseModel):
     kind: Literal["plain", "nan", "broken"] = "plain"
     """`nan`: the score is not a number. `broken`: raises in the second epoch."""
     seed: int = 0
+    seconds: float = 0.0
+    """That an epoch takes."""
 
 
 class Data(BaseModel):
@@ -143,6 +146,7 @@ def fit(spec: Spec, data: Data, folder: Path) -> Iterator[Result]:
             raise RuntimeError("the toy is broken")
         if data.gate and epoch == 2:
             Path(data.gate).read_text()
+        time.sleep(spec.seconds)
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 and data.diary:
             with Path(data.diary).open("a") as file:

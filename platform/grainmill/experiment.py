@@ -105,7 +105,7 @@ class Resources(Section):
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of one worker; a fraction lets workers share one."""
     concurrent: int | None = Field(None, ge=1)
-    """Trials at once; as many as the cluster holds at the start by default."""
+    """Trials at once, at most; as many as the cluster holds when it has grown by default."""
 
 
 class Tracking(Section):

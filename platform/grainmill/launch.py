@@ -61,6 +61,8 @@ def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: 
         SearchError: no trial came through.
     """
     with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, trials.cluster(address):
+        run.check_room("trial", experiment.resources.workers)
+        run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
         watch.note(_forecast(experiment))
         study = run.mill("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
         best = winner.best(experiment, study.records)[: experiment.winner.candidates]
@@ -145,6 +147,14 @@ class _Run:
             study.adopt(earlier, prefix + name)
         trials.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
         return study
+
+    def check_room(self, name: str, workers: int) -> None:
+        """Refuse a study whose trials never fit into the cluster.
+
+        Raises:
+            ResourceError: says what is missing.
+        """
+        trials.at_once(self._plan(name, workers), self.watch)
 
     def _plan(self, study: str, workers: int) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module

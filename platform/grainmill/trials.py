@@ -8,9 +8,9 @@ from typing import Any
 import ray
 from ray import tune as ray_tune
 
-from grainmill import leader
+from grainmill import capacity, leader
 from grainmill.clerk import Clerk, Watch
-from grainmill.errors import GrainmillError, ResourceError
+from grainmill.errors import GrainmillError
 from grainmill.halving import Halving
 from grainmill.outbox import Outbox
 from grainmill.search import Scheduler, StudySearcher
@@ -50,22 +50,13 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def room(plan: Plan) -> int:
-    """How many trials the cluster holds at once, as it is now.
+def at_once(plan: Plan, watch: Watch) -> int:
+    """How many trials are asked for at once: as many as the cluster holds when it has grown, or fewer if so set.
 
     Raises:
-        ResourceError: not one; names the resource that is missing.
+        ResourceError: not one fits; says what is missing.
     """
-    total = ray.cluster_resources()
-    fits = {name: int(total.get(name, 0) // (amount * plan.workers)) for name, amount in plan.bundle.items()}
-    for name, count in fits.items():
-        if count == 0:
-            raise ResourceError(
-                f"a trial needs {plan.bundle[name] * plan.workers:g} {name} ({plan.workers} x {plan.bundle[name]:g}), "
-                f"but the cluster has {total.get(name, 0):g}; lower the workers or {name.lower()}s_per_worker, "
-                "or set resources.concurrent if the cluster grows by itself"
-            )
-    return min(fits.values())
+    return capacity.at_once(plan.bundle, plan.workers, plan.resources.concurrent, watch.note)
 
 
 def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -> None:
@@ -89,7 +80,7 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         searcher = StudySearcher(study, halving, clerk.spent)
         if not searcher.finished:
             try:
-                _tuner(plan, searcher, clerk, _at_once(plan, watch)).fit()
+                _tuner(plan, searcher, clerk, at_once(plan, watch)).fit()
             except Exception as error:
                 told = clerk.fatal or error.__cause__
                 if isinstance(told, GrainmillError):
@@ -100,19 +91,7 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         clerk.close_paused()
 
 
-def _at_once(plan: Plan, watch: Watch) -> int:
-    """How many trials run at once; a cluster that is to grow for the first one is waited for, not in silence."""
-    try:
-        fits = room(plan)
-    except ResourceError as error:
-        if plan.resources.concurrent is None:
-            raise
-        watch.note(f"waiting for the cluster to grow: {error}")
-        return plan.resources.concurrent
-    return plan.resources.concurrent or fits
-
-
-def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int) -> ray_tune.Tuner:
+def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, wave: int) -> ray_tune.Tuner:
     def trial(config: Mapping[str, Any]) -> None:
         leader.trial(plan, config)
 
@@ -126,7 +105,7 @@ def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int) -> r
             search_alg=searcher,
             scheduler=Scheduler(clerk.goes_on),
             num_samples=-1,  # until the searcher has no more
-            max_concurrent_trials=at_once,
+            max_concurrent_trials=wave,  # Tune has so many wait for the cluster at a time, too: it grows at once
             reuse_actors=True,  # a fresh process spends seconds on importing torch
             trial_dirname_creator=lambda trial: f"{plan.name(trial.config['number'])}-{trial.trial_id}",
         ),
