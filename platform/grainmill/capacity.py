@@ -28,7 +28,7 @@ def at_once(bundle: Mapping[str, float], workers: int, limit: int | None, note: 
     """
     found = possible()
     if found is not None:
-        fits = cluster.room(found.nodes(bundle) or [found.head, *found.types], bundle, workers)
+        fits = found.room(bundle, workers)
         return min(fits, limit or fits)
     try:
         fits = cluster.room(present(), bundle, workers)

@@ -59,6 +59,10 @@ class Cluster:
         workers = [one for one in ranked for _ in range(one.most)][: self.most]
         return [self.head] * (self.head.holds(bundle) > 0) + workers
 
+    def room(self, bundle: Mapping[str, float], workers: int) -> int:
+        """`room` when it has grown."""
+        return room(self.nodes(bundle) or [self.head, *self.types], bundle, workers)
+
 
 def _times(have: float, amount: float) -> int:
     """How often an amount above 0 can be had; what is less than one is of one device."""
@@ -76,7 +80,7 @@ def room(nodes: Sequence[NodeType], bundle: Mapping[str, float], workers: int) -
     """How many trials nodes hold at once; the workers of one may be spread over several nodes.
 
     Args:
-        nodes: the type of each.
+        nodes: the type of each that is there, or can be.
         bundle: what one worker takes.
         workers: of one trial.
     Raises:

@@ -107,6 +107,12 @@ class Resources(Section):
     concurrent: int | None = Field(None, ge=1)
     """Trials at once, at most; as many as the cluster holds when it has grown by default."""
 
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker takes from the cluster."""
+        needs = {"CPU": float(self.cpus_per_worker), "GPU": self.gpus_per_worker}
+        return {name: amount for name, amount in needs.items() if amount}
+
 
 class Tracking(Section):
     """Where runs and models are recorded."""

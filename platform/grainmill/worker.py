@@ -37,8 +37,7 @@ class Plan:
     @property
     def bundle(self) -> dict[str, float]:
         """What one worker takes from the cluster."""
-        needs = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
-        return {name: amount for name, amount in needs.items() if amount}
+        return self.resources.bundle
 
 
 @dataclass(frozen=True)
