@@ -4,7 +4,7 @@
 
 For `test_growing`, in namespaces of its own: two Rays on one machine meddle with each other, and what this starts ends
 with its first process. SETTINGS is JSON: `nodes` at most, of `cpus` each; `workers` of a trial, `trials`, `epochs` of
-so many `seconds`; `search` and `winner` as in an experiment file; `idle` seconds before a node goes; `v2` or not.
+so many `seconds`; `seeds` from which the best is trained again; `idle` seconds before a node goes; autoscaler `v2`?
 """
 
 import json
@@ -127,31 +127,43 @@ class Diary:
         self.trials.append((time.monotonic() - self.began, name, record.state, epoch))
 
 
-def search(folder, settings, began, watch):
-    """All trials of a study, as `grainmill tune` runs them."""
-    import toy
-
-    from grainmill import trials
-    from grainmill.experiment import Resources, experiment_model
-    from grainmill.study import Study
-    from grainmill.tracking import Tracker, local_uri
-    from grainmill.worker import Plan
-
-    content = {
+def content(settings):
+    """Of the experiment file."""
+    return {
         "name": "toy",
         "trainable": "toy",
         "data": {},
         "base": {"epochs": settings["epochs"], "seconds": settings["seconds"]},
         "space": {"height": {"uniform": [0.0, 1.0]}},
         "objective": {"score": "max"},
-        "search": {"trials": settings["trials"], **settings["search"]},
+        "search": {"trials": settings["trials"], "scheduler": "none"},
+        "winner": {"candidates": 1, "seeds": settings["seeds"]},
+        "resources": {"workers": settings["workers"], "retrain_workers": settings["workers"]},
     }
-    checked = experiment_model(toy).model_validate(content)
+
+
+def mill(folder, settings, watch):
+    """The search, and the training of the best again, as `grainmill tune` runs them; the records of both."""
+    import toy
+
+    from grainmill import trials
+    from grainmill.experiment import experiment_model
+    from grainmill.study import Study
+    from grainmill.tracking import Tracker, local_uri
+    from grainmill.worker import Plan
+
+    checked = experiment_model(toy).model_validate(content(settings))
     tracker = Tracker(local_uri(folder), "toy", folder)
-    study = Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, settings["trials"])
-    plan = Plan("trial", "toy", {}, folder, Resources(), settings["workers"])
-    trials.run(plan, study, tracker, tracker.start("parent", {}, {}), watch)
-    return study.records
+    parent, records = tracker.start("parent", {}, {}), []
+    for name, first, count in (
+        ("trial", checked.first, settings["trials"]),
+        ("final", [{"height": 0.1 * number} for number in range(settings["seeds"])], settings["seeds"]),
+    ):
+        study = Study(f"sqlite:///{folder / 'study.db'}", name, checked, first, count)
+        plan = Plan(name, "toy", {}, folder, checked.resources, settings["workers"])
+        trials.run(plan, study, tracker, parent, watch)
+        records.append(study.records)
+    return records
 
 
 def main(folder, settings):
@@ -165,7 +177,7 @@ def main(folder, settings):
     began = time.monotonic()
     nodes, watch = Attendance(began), Diary(began)
     nodes.start()
-    records = search(folder, settings, began, watch)
+    searched, again = mill(folder, settings, watch)
     ended = time.monotonic() - began
     deadline = ended + settings["idle"] + 60
     while len(nodes.went) < len(nodes.came) and time.monotonic() - began < deadline:
@@ -175,10 +187,8 @@ def main(folder, settings):
         "came": sorted(nodes.came.values()),
         "went": sorted(nodes.went.values()),
         "ended": ended,
-        "states": [record.state for record in records],
-        "epochs": [int(record.metrics.get("epoch", 0)) for record in records],
-        "cost": [record.cost for record in records],
-        "notes": watch.notes,
+        "states": [record.state for record in (*searched, *again)],
+        "busy": sum(record.cost["cpu_seconds"] for record in (*searched, *again)),
         "trials": watch.trials,
         "groups": [group["state"] for group in ray.util.placement_group_table().values()],
     }

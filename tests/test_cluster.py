@@ -78,7 +78,7 @@ def test_what_never_fits_is_refused_with_the_nearest_that_does(bundle, workers, 
 
 
 def test_a_cluster_without_a_worker_has_no_room():
-    with pytest.raises(ResourceError, match="more than 0 CPU .* use a cluster that has some"):
+    with pytest.raises(ResourceError, match=r"more than 0 CPU .* use a cluster that has some"):
         room([HEAD], {"CPU": 1.0}, 1)
     with pytest.raises(ResourceError, match="no nodes"):
         room([], {"CPU": 1.0}, 1)
