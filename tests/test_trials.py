@@ -11,7 +11,7 @@ import pytest
 import ray
 import toy
 
-from grainmill import group, trials
+from grainmill import capacity, group, trials
 from grainmill.errors import ResourceError
 from grainmill.experiment import Resources, experiment_model
 from grainmill.study import Study
@@ -148,32 +148,38 @@ def test_group_whose_worker_raises_fails_with_its_cause(bench):
 
 
 @pytest.mark.parametrize(
-    ("workers", "resources", "missing"), [(1, {"cpus_per_worker": 3}, "3 CPU"), (2, {"gpus_per_worker": 1}, "2 GPU")]
+    ("workers", "resources", "missing"),
+    [
+        (1, {"cpus_per_worker": 3}, r"needs 3 CPU, .* more than 2 CPU \(node: 2 CPU\); lower cpus_per_worker to 2"),
+        (2, {"gpus_per_worker": 1}, r"needs 1 CPU and 1 GPU, .* more than 0 GPU .* lower gpus_per_worker to 0"),
+        (3, {}, r"3 workers of 1 CPU each, .* room for 2 at most .* lower the workers to 2"),
+    ],
 )
 def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, workers, resources, missing):
-    with pytest.raises(ResourceError, match=rf"{missing} .*cluster has [02];"):
+    with pytest.raises(ResourceError, match=missing):
         bench.run(bench.study(1), workers, **resources)
 
 
-def test_room_is_what_the_scarcest_resource_allows(bench):
-    assert trials.room(bench.plan()) == 2
-    assert trials.room(bench.plan(workers=2)) == 1
-    assert trials.room(bench.plan(workers=(1, 2))) == 1
+def test_as_many_are_asked_for_at_once_as_the_cluster_holds(bench):
+    assert capacity.at_once(bench.plan(), bench.watch.note) == 2
+    assert capacity.at_once(bench.plan(workers=2), bench.watch.note) == 1
+    assert capacity.at_once(bench.plan(workers=(1, 2)), bench.watch.note) == 1
+    assert bench.watch.notes == []
 
 
 def test_trial_fits_if_its_fewest_workers_do(bench):
-    assert trials.room(bench.plan(workers=(2, 5))) == 1
-    with pytest.raises(ResourceError, match=r"3 CPU \(3 x 1\), but the cluster has 2;"):
-        trials.room(bench.plan(workers=(3, 5)))
+    assert capacity.at_once(bench.plan(workers=(2, 5)), bench.watch.note) == 1
+    with pytest.raises(ResourceError, match=r"needs 3 workers of 1 CPU each, but the cluster has room for 2 at most"):
+        capacity.at_once(bench.plan(workers=(3, 5)), bench.watch.note)
 
 
 def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
     with pytest.raises(
         ResourceError, match=r"a node for each of its 2 workers, but the cluster has 1 that can hold one;"
     ):
-        trials.room(bench.plan(workers=2, placement="spread"))
-    assert trials.room(bench.plan(workers=(2, 3), placement="spread")) == 1
-    assert trials.room(bench.plan(workers=1, placement="spread")) == 2
+        capacity.at_once(bench.plan(workers=2, placement="spread"), bench.watch.note)
+    assert capacity.at_once(bench.plan(workers=(2, 3), placement="spread"), bench.watch.note) == 1
+    assert capacity.at_once(bench.plan(workers=1, placement="spread"), bench.watch.note) == 2
 
 
 def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
@@ -327,10 +333,10 @@ def test_every_epoch_has_its_cost_and_it_can_be_an_objective(bench):
 def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
     study = bench.study(1, search={"scheduler": "none"})
     plan = bench.plan(cpus_per_worker=3, concurrent=2)
-    assert trials._at_once(plan, bench.watch) == 2
+    assert capacity.at_once(plan, bench.watch.note) == 2
     (note,) = bench.watch.notes
-    assert note.startswith("waiting for the cluster to grow: a trial needs 3 CPU")
-    assert trials._at_once(bench.plan(), bench.watch) == 2
+    assert note.startswith("waiting for the cluster to grow: one worker needs 3 CPU")
+    assert capacity.at_once(bench.plan(concurrent=1), bench.watch.note) == 1
     assert study.remaining == 1
 
 

@@ -22,6 +22,8 @@ class Spec(BaseModel):
     kind: Literal["plain", "nan", "broken"] = "plain"
     """`nan`: the score is not a number. `broken`: raises in the second epoch."""
     seed: int = 0
+    seconds: float = 0.0
+    """That an epoch takes."""
 
 
 class Data(BaseModel):
@@ -163,6 +165,7 @@ def _compute(spec: Spec, data: Data, name: str, step: int, rank: int) -> None:
         raise RuntimeError("the toy is broken")
     if data.gate and step == spec.steps + 1:
         Path(data.gate).read_text()
+    time.sleep(spec.seconds / spec.steps)
     if rank == 0 and data.diary:
         with Path(data.diary).open("a") as file:
             file.write(f"{name} {step}\n")

@@ -99,7 +99,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
                 self.watch.note(f"{self.plan.name(number)}: its process died; goes on from its last checkpoint")
             self.left.discard(number)
             return
-        self.began[number] = time.monotonic(), self.study.record(number).cost, self.plan.fewest
+        self.began[number] = time.monotonic(), self.study.record(number).cost, self.plan.need.fewest
         self._tell(number)
 
     @_fatal
@@ -132,7 +132,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if "cause" in result:
             self.study.note(number, "cause", result["cause"])
             return False
-        if "workers" in result or self.plan.most > 1:
+        if "workers" in result or self.plan.need.most > 1:
             self._work(number, result.get("workers", 0))
         if "left" in result:
             self.left.add(number)
@@ -210,15 +210,18 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def _cost(self, number: int) -> dict[str, float]:
         began, before, workers = self.began[number]
         seconds = (time.monotonic() - began) * workers
-        amounts = {"cpu_seconds": self.plan.bundle.get("CPU", 0), "gpu_seconds": self.plan.bundle.get("GPU", 0)}
+        amounts = {
+            "cpu_seconds": self.plan.need.bundle.get("CPU", 0),
+            "gpu_seconds": self.plan.need.bundle.get("GPU", 0),
+        }
         return {name: before.get(name, 0) + seconds * amount for name, amount in amounts.items()}
 
     def _work(self, number: int, workers: int) -> None:
         """From now on, so many work on a trial."""
         *_, before = self.began[number]
         self.began[number] = time.monotonic(), self._cost(number), workers
-        if workers and workers != before and self.plan.fewest < self.plan.most:
-            self.watch.note(f"{self.plan.name(number)}: {workers} of up to {self.plan.most} workers")
+        if workers and workers != before and self.plan.need.fewest < self.plan.need.most:
+            self.watch.note(f"{self.plan.name(number)}: {workers} of up to {self.plan.need.most} workers")
 
     def _vacate(self, number: int) -> None:
         """Free what workers without a leader occupy."""

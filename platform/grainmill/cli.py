@@ -1,4 +1,4 @@
-"""The command `grainmill`; it, `champion`, `submit`, `use` and `console` alone print, exit or read the environment."""
+"""The command `grainmill`; it, `champion`, `plan`, `submit`, `use`, `console` print, exit or read the environment."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import typer
 from rich.live import Live
 from rich.table import Column, Table
 
-from grainmill import catalog, champion, experiment, runs, submit, use
+from grainmill import catalog, champion, experiment, plan, runs, submit, use
 from grainmill.console import clear_errors, out, prepare_process, track, tracking_uri
 from grainmill.errors import GrainmillError, hidden
 from grainmill.experiment import Experiment
@@ -32,6 +32,7 @@ app.command()(use.embed)
 app.command()(use.find)
 app.command()(use.duplicates)
 app.command()(submit.submit)
+app.command()(plan.plan)
 
 File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
 Overrides = Annotated[

@@ -19,6 +19,21 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
+def read_plain(file: Path) -> Any:
+    """A file of another program, as plain data; it may have aliases, which are the same objects.
+
+    Raises:
+        ExperimentError: it cannot be read.
+    """
+    try:
+        return yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        message = f"the file must be readable, but is not ({error.strerror})"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        message = f"the file must be valid YAML, but: {' '.join(str(error).split())}"
+    raise ExperimentError(str(file), [Problem(None, "", message)])
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without aliases (a small file must not stand for a large tree), in which 1e-4 is a number."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from grainmill import catalog, checks
+from grainmill.cluster import Need
 from grainmill.document import Document
 from grainmill.findings import describe, errors
 from grainmill.space import Parameter, ScalarField, lookup, nested
@@ -126,7 +127,18 @@ class Resources(Section):
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of one worker; a fraction lets workers share one."""
     concurrent: int | None = Field(None, ge=1)
-    """Trials at once; as many as the cluster holds at the start by default."""
+    """Trials at once, at most; as many as the cluster holds when it has grown by default."""
+
+    def need(self, workers: Workers) -> Need:
+        """What a trial of so many workers takes from the cluster."""
+        fewest, most = (workers, workers) if isinstance(workers, int) else workers
+        return Need(self.bundle, fewest, most, self.placement == "spread" and fewest == most)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker takes from the cluster."""
+        needs = {"CPU": float(self.cpus_per_worker), "GPU": self.gpus_per_worker}
+        return {name: amount for name, amount in needs.items() if amount}
 
 
 class Tracking(Section):

@@ -162,9 +162,9 @@ def scarcity(plan: Plan) -> str:
 
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [
-        f"{amount * plan.fewest:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
-        for name, amount in plan.bundle.items()
+        f"{amount * plan.need.fewest:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
+        for name, amount in plan.need.bundle.items()
     ]
-    if plan.apart:
-        parts.append(f"{plan.fewest} nodes for its workers ({hosts(plan.bundle)} there)")
+    if plan.need.apart:
+        parts.append(f"{plan.need.fewest} nodes for its workers ({hosts(plan.need.bundle)} there)")
     return f"waiting for the cluster: a trial needs {', '.join(parts)}"

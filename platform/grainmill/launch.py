@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grainmill import catalog, registry, report, runs, trials, winner
+from grainmill import capacity, catalog, registry, report, runs, trials, winner
 from grainmill.checks import COSTS
 from grainmill.clerk import Watch
 from grainmill.document import to_yaml
@@ -62,6 +62,8 @@ def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: 
         SearchError: no trial came through.
     """
     with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, trials.cluster(address):
+        run.check_room("trial", experiment.resources.workers)
+        run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
         watch.note(_forecast(experiment))
         study = run.mill("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
         best = winner.best(experiment, study.records)[: experiment.winner.candidates]
@@ -152,6 +154,14 @@ class _Run:
         trials.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
         return study
 
+    def check_room(self, name: str, workers: Workers) -> None:
+        """Refuse a study whose trials never fit into the cluster.
+
+        Raises:
+            ResourceError: says what is missing.
+        """
+        capacity.at_once(self._plan(name, workers), self.watch.note)
+
     def _plan(self, study: str, workers: Workers) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
         return Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
@@ -204,7 +214,7 @@ class _Run:
         return outcome
 
     def _lineage(self, plan: Plan, chosen: Candidate, final: Record) -> Lineage:
-        bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.bundle.items())
+        bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
         runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
         places = {

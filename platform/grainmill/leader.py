@@ -129,14 +129,16 @@ class Group:
     def __init__(self, plan: Plan, ward: Any) -> None:
         self.plan = plan
         self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
-        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if plan.apart else "SPREAD"}
+        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if plan.need.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
             train_loop_config={"desk": self.desk, "ward": ward},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=plan.most if plan.fewest == plan.most else (plan.fewest, plan.most),
-                use_gpu="GPU" in plan.bundle,
-                resources_per_worker=plan.bundle,
+                num_workers=plan.need.most
+                if plan.need.fewest == plan.need.most
+                else (plan.need.fewest, plan.need.most),
+                use_gpu="GPU" in plan.need.bundle,
+                resources_per_worker=plan.need.bundle,
                 placement_strategy=strategy[plan.resources.placement],
                 elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
@@ -281,8 +283,8 @@ def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
     number, own = config["number"], pulse.own(ward)
     job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(number)), plan.name(number), str(uuid4()))
     try:
-        with own.of(job, trains=plan.most == 1):
-            if plan.most == 1:
+        with own.of(job, trains=plan.need.most == 1):
+            if plan.need.most == 1:
                 _train(job, own)
             else:
                 _lead(plan, job, ward)

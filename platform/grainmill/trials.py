@@ -12,7 +12,7 @@ from ray import tune as ray_tune
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 
-from grainmill import group, leader, ward
+from grainmill import capacity, leader, ward
 from grainmill.clerk import Clerk, Watch
 from grainmill.errors import GrainmillError, ResourceError
 from grainmill.halving import Halving
@@ -91,29 +91,6 @@ def _refusal(address: str | None, error: Exception) -> str:
     return f"Ray must let this command in at {address or 'this machine'}, but said: {error}; correct --address"
 
 
-def room(plan: Plan) -> int:
-    """How many trials the cluster holds at once, as it is now.
-
-    Raises:
-        ResourceError: not one; names the resource that is missing.
-    """
-    total = ray.cluster_resources()
-    for name, amount in plan.bundle.items():
-        if total.get(name, 0) < amount * plan.fewest:
-            raise ResourceError(
-                f"a trial needs {amount * plan.fewest:g} {name} ({plan.fewest} x {amount:g}), "
-                f"but the cluster has {total.get(name, 0):g}; lower the workers or {name.lower()}s_per_worker, "
-                "or set resources.concurrent if the cluster grows by itself"
-            )
-    if plan.apart and (hosts := group.hosts(plan.bundle)) < plan.fewest:
-        raise ResourceError(
-            f"with resources.placement spread, a trial needs a node for each of its {plan.fewest} workers, but the "
-            f"cluster has {hosts} that can hold one; lower the workers, set placement to pack, or set "
-            "resources.concurrent if the cluster grows by itself"
-        )
-    return max(1, min(int(total[name] // (amount * plan.most)) for name, amount in plan.bundle.items()))
-
-
 def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -> None:
     """Run all trials of a study that are not in a final state, until all are or the budget is spent.
 
@@ -136,7 +113,8 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         searcher = StudySearcher(study, halving, clerk.spent)
         if not searcher.finished:
             try:
-                _tuner(plan, searcher, clerk, _at_once(plan, watch), watched_by).fit()
+                wave = capacity.at_once(plan, watch.note)
+                _tuner(plan, searcher, clerk, wave, watched_by).fit()
             except Exception as error:
                 told = clerk.fatal or error.__cause__
                 if isinstance(told, GrainmillError):
@@ -147,24 +125,12 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         clerk.close_paused()
 
 
-def _at_once(plan: Plan, watch: Watch) -> int:
-    """How many trials run at once; a cluster that is to grow for the first one is waited for, not in silence."""
-    try:
-        fits = room(plan)
-    except ResourceError as error:
-        if plan.resources.concurrent is None:
-            raise
-        watch.note(f"waiting for the cluster to grow: {error}")
-        return plan.resources.concurrent
-    return plan.resources.concurrent or fits
-
-
-def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int, watched_by: Any) -> ray_tune.Tuner:
+def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, wave: int, watched_by: Any) -> ray_tune.Tuner:
     def trial(config: Mapping[str, Any]) -> None:
         leader.trial(plan, config, watched_by)
 
-    if plan.most == 1:
-        resources = ray_tune.PlacementGroupFactory([plan.bundle])
+    if plan.need.most == 1:
+        resources = ray_tune.PlacementGroupFactory([plan.need.bundle])
     else:
         # Beside this process, which is the last to be lost: a leader that dies takes its group with it.
         here = {"strategy": "STRICT_PACK", "_soft_target_node_id": ray.get_runtime_context().get_node_id()}
@@ -175,7 +141,7 @@ def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int, watc
             search_alg=searcher,
             scheduler=Scheduler(clerk.goes_on),
             num_samples=-1,  # until the searcher has no more
-            max_concurrent_trials=at_once,
+            max_concurrent_trials=wave,  # Tune has so many wait for the cluster at a time, too: it grows at once
             reuse_actors=True,  # a fresh process spends seconds on importing torch
             trial_dirname_creator=lambda trial: f"{plan.name(trial.config['number'])}-{trial.trial_id}",
         ),

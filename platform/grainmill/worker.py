@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grainmill import catalog
-from grainmill.checks import counts
+from grainmill.cluster import Need
 from grainmill.experiment import Resources, Workers
 
 
@@ -36,25 +36,9 @@ class Plan:
         return self.folder / "trials" / self.name(number)
 
     @property
-    def fewest(self) -> int:
-        """Workers with which a trial can go on."""
-        return counts(self.workers)[0]
-
-    @property
-    def most(self) -> int:
-        """Workers of a trial where there is room for all."""
-        return counts(self.workers)[-1]
-
-    @property
-    def apart(self) -> bool:
-        """Whether each worker must have a node of its own."""
-        return self.resources.placement == "spread" and self.fewest == self.most
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes from the cluster."""
-        needs = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
-        return {name: amount for name, amount in needs.items() if amount}
+    def need(self) -> Need:
+        """What a trial takes from the cluster."""
+        return self.resources.need(self.workers)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""How many trials the Ray cluster holds at once: when it has grown, if it grows by itself, else as it is."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+
+from grainmill import cluster
+from grainmill.cluster import Cluster, NodeType
+from grainmill.errors import ExperimentError, ResourceError
+from grainmill.worker import Plan
+
+MONITOR = "monitor.py"
+"""Ray's autoscaler, a process on the head."""
+
+
+def at_once(plan: Plan, note: Callable[[str], None]) -> int:
+    """How many trials are to be asked for at once.
+
+    Args:
+        plan: theirs. Where it cannot be told whether the cluster grows, as many are asked for as its resources allow
+            at once, whatever is there.
+        note: hears of a cluster that must grow for the first trial, if that cannot be told.
+    Raises:
+        ResourceError: not one fits, nor will.
+    """
+    need, limit = plan.need, plan.resources.concurrent
+    found = possible()
+    if found is not None:
+        fits = found.room(need)
+        return min(fits, limit or fits)
+    try:
+        fits = cluster.room(present(), need)
+    except ResourceError as error:
+        if limit is None:
+            raise ResourceError(f"{error}, or set resources.concurrent if the cluster grows by itself") from None
+        note(f"waiting for the cluster to grow: {error}")
+        return limit
+    return limit or fits
+
+
+def present() -> list[NodeType]:
+    """The nodes that are there."""
+    return [NodeType("node", node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+
+
+def possible() -> Cluster | None:
+    """What this cluster can become; None if it does not grow, or if that cannot be told from here.
+
+    Ray has a table of node types for its drivers (`get_cluster_config`), but leaves it empty as of 2.60. So the file is
+    read with which the autoscaler of this cluster was started on the head, where jobs run: that of `ray up`. KubeRay's
+    autoscaler runs beside the head, and its file is not to be seen from there.
+    """
+    address = ray.get_runtime_context().gcs_address
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if f"--gcs-address={address}" in words and any(Path(word).name == MONITOR for word in words):
+            files = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+            with suppress(ExperimentError):  # Ray takes more than we understand
+                return cluster.read(Path(files[0]).expanduser()) if files and files[0] else None
+    return None

@@ -1,0 +1,42 @@
+"""Ray's cluster launcher without its shell: what touches its private parts, of Ray 2.60, is here alone."""
+
+from unittest import mock
+
+from ray.autoscaler import tags
+from ray.autoscaler._private.commands import _bootstrap_config
+from ray.autoscaler._private.providers import _get_node_provider
+from ray.autoscaler._private.util import hash_launch_conf, prepare_config, validate_config
+
+
+class Launcher:
+    """Makes the nodes of a cluster file, as `ray up` and the autoscaler do, and never logs in to one."""
+
+    def __init__(self, content):
+        """Makes what nodes need: role, key pair, security group, subnets."""
+        prepared = prepare_config(content)
+        validate_config(prepared)
+        with mock.patch("ray.autoscaler._private.aws.config.time.sleep"):  # IAM takes seconds to spread, moto none
+            self.config = _bootstrap_config(prepared, no_config_cache=True)
+        self.provider = _get_node_provider(self.config["provider"], self.config["cluster_name"])
+        # EC2 gives up to MaxCount instances; moto takes MinCount, for which Ray says 1.
+        self.provider.ec2_fail_fast.meta.client.meta.events.register("provide-client-params.ec2.RunInstances", _all)
+
+    def create(self, name, kind, count):
+        """So many nodes of a type; kind is head or worker."""
+        node = self.config["available_node_types"][name]["node_config"]
+        told = {tags.TAG_RAY_NODE_NAME: f"ray-{self.config['cluster_name']}-{kind}", tags.TAG_RAY_NODE_KIND: kind}
+        told |= {tags.TAG_RAY_USER_NODE_TYPE: name, tags.TAG_RAY_NODE_STATUS: tags.STATUS_UNINITIALIZED}
+        told[tags.TAG_RAY_LAUNCH_CONFIG] = hash_launch_conf(node, self.config["auth"])
+        self.provider.create_node(node, told, count)
+
+    def there(self):
+        """Ids of the nodes."""
+        return self.provider.non_terminated_nodes({})
+
+    def terminate(self):
+        """End all nodes."""
+        self.provider.terminate_nodes(self.there())
+
+
+def _all(params, **_):
+    return {**params, "MinCount": params["MaxCount"]}

@@ -1,0 +1,91 @@
+"""A search on a cluster that grows for it and shrinks after it: Ray's own autoscaler, with simulated nodes."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import growing
+import pytest
+import toy
+
+from grainmill import earlier, forecast
+from grainmill.cluster import Cluster, NodeType
+from grainmill.experiment import experiment_model
+from grainmill.forecast import Pace
+
+ISOLATED = ["unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
+
+
+def permitted():
+    try:
+        line = [*ISOLATED, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "peer"]
+        return subprocess.run(line, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not permitted(), reason="needs namespaces of its own, by unshare and ip, which are not permitted"
+    ),
+]
+
+
+def seen(folder, settings):
+    """What was seen of the run; and what the forecast says of it, given its epochs and its start, as of one before."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    line = [*ISOLATED, sys.executable, growing.__file__, str(folder), json.dumps(settings)]
+    done = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    at_once = settings["nodes"] * settings["cpus"] // settings["workers"]
+    starts = sorted(when for when, _, state, epoch in found["trials"] if (state, epoch) == ("running", 0))
+    pace = Pace(earlier.epoch_seconds(folder), statistics.fmean(starts[:at_once]))
+    worker = NodeType("worker", {"CPU": settings["cpus"]}, settings["nodes"])
+    on = Cluster(NodeType("head", {"CPU": 0}, 1), (worker,), settings["nodes"], settings["idle"])
+    course = forecast.play(experiment_model(toy).model_validate(growing.content(settings)), on, pace, 0)
+    came, went = rounded(found["came"]), rounded(found["went"])
+    told = [f"asked for {found['asked']} at once; nodes came at {came}, went at {went}"]
+    told += [f"first trials at {rounded(starts[:at_once])}, the end at {found['ended']:.1f}"]
+    # All were asked for at the start.
+    for what, real, expected in (
+        ("seconds", found["ended"], course.search + course.again),
+        ("node-seconds", sum(found["went"]), course.nodes["worker"]),
+        ("seconds of workers", found["busy"], sum(course.busy)),
+    ):
+        told += [f"{what}: {real:.0f}, forecast {expected:.0f} ({expected / real - 1:+.0%})"]
+    print("", *told, sep="\n")
+    return found
+
+
+def rounded(times):
+    return [round(when, 1) for when in times]
+
+
+def ends_well(found, settings):
+    assert set(found["states"]) == {"complete"}
+    assert len(found["states"]) == settings["trials"] + settings["seeds"]
+    assert len(found["came"]) == len(found["went"]) == settings["nodes"]
+    assert set(found["groups"]) == {"REMOVED"}
+
+
+def test_whole_wave_is_asked_for_at_once_from_no_node_and_none_is_left(tmp_path):
+    settings = {"nodes": 3, "cpus": 1, "workers": 1, "trials": 7, "epochs": 4, "seconds": 2, "seeds": 2}
+    settings |= {"idle": 12, "v2": True}
+    found = seen(tmp_path, settings)
+    ends_well(found, settings)
+    assert found["asked"] == 3
+
+
+def test_groups_ask_for_their_workers_at_once_and_none_is_left(tmp_path):
+    settings = {"nodes": 4, "cpus": 1, "workers": 2, "trials": 4, "epochs": 4, "seconds": 1, "seeds": 1}
+    settings |= {"idle": 12, "v2": True}
+    found = seen(tmp_path, settings)
+    ends_well(found, settings)
+    assert found["asked"] == 2
