@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from grainmill import leader
+from grainmill import leader, ward
 from grainmill.experiment import Resources
 from grainmill.worker import Job, Plan
 
@@ -189,7 +189,7 @@ def test_groups_that_fail_without_a_job_use_up_none():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray Data, which Train imports
 def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path, ray_cluster, umpire):
     """One group for all of it: a whole job, one that is stopped, a whole one, a broken one, a whole one."""
-    group = leader.Group(Plan("trial", "toy", {}, tmp_path, Resources(), 2))
+    group = leader.Group(Plan("trial", "toy", {}, tmp_path, Resources(), 2), ward.start())
 
     def job(name, **spec):
         return Job("toy", {"epochs": 3, **spec}, {"umpire": umpire.port}, str(tmp_path / name))

@@ -17,6 +17,7 @@ from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
 from grainmill.study import Record, Study
+from grainmill.ward import Listener
 from grainmill.worker import Plan
 
 WAIT_SECONDS = 60
@@ -61,8 +62,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     included.
     """
 
-    def __init__(self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch) -> None:
+    def __init__(
+        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: Listener
+    ) -> None:
         self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
+        self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
         self.began: dict[int, tuple[float, Mapping[str, float], int]] = {}
@@ -73,6 +77,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.ended_well = 0
         self.places: dict[int, group.Place] = {}
         """What the workers of a trial's group occupy."""
+        self.left: set[int] = set()
+        """Trials that left a node, and are to begin again elsewhere."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
         self.forecast = ""
@@ -87,8 +93,11 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It runs."""
         number = trial.config["number"]
-        if number in self.began:  # its process died, and Tune began it again
+        if number in self.began:  # Tune began it again
             self._vacate(number)
+            if number not in self.left:
+                self.watch.note(f"{self.plan.name(number)}: its process died; goes on from its last checkpoint")
+            self.left.discard(number)
             return
         self.began[number] = time.monotonic(), self.study.record(number).cost, self.plan.fewest
         self._tell(number)
@@ -123,8 +132,14 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if "cause" in result:
             self.study.note(number, "cause", result["cause"])
             return False
-        self._work(number, result.get("workers", 0))
-        if "waiting" in result:
+        if "workers" in result or self.plan.most > 1:
+            self._work(number, result.get("workers", 0))
+        if "left" in result:
+            self.left.add(number)
+            epoch = len(self.study.record(number).history) + 1
+            name = self.plan.name(number)
+            self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
+        elif "waiting" in result:
             self.watch.note(result["waiting"])
         else:
             self.places[number] = result["place"]
@@ -146,6 +161,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """End the search here, where Tune passes errors on; say so if it waits for others to leave the cluster."""
         if self.fatal:
             raise self.fatal
+        if message := self.listener.heard():
+            self.watch.note(message)
         now = time.monotonic()
         if any(trial.status == Trial.RUNNING for trial in trials):
             self.busy_at = now

@@ -17,11 +17,12 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.tune
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
-from grainmill import group
+from grainmill import group, pulse
 from grainmill.network import Network
-from grainmill.worker import Job, Plan, cause, epochs
+from grainmill.worker import Job, LeftError, Plan, cause, epochs
 
 RESTARTS = 1
 """Failures of its workers without an epoch in between, or of its whole group, before a job is given up."""
@@ -96,13 +97,19 @@ class _Desk:
             self.over = True
             await self.reports.put(None)
 
+    async def leave(self, number: int) -> None:
+        """A job was saved, and ended before its end: a node is to be taken away."""
+        if number == self.number and not self.over:
+            self.over = True
+            await self.reports.put({"left": True})
+
     async def failing(self, number: int, group: str, why: str) -> None:
         """Why a worker is about to fail; what the first says is the cause, the others only lose contact."""
         if number == self.number and self.causes.get(group) == "a worker died":
             self.causes[group] = why
 
     async def read(self) -> Mapping[str, Any] | None:
-        """For the leader: who has begun, metrics, the cause of a failure, or None at the end."""
+        """For the leader: who has begun, metrics, the cause of a failure, that the workers left, or None at the end."""
         return await self.reports.get()
 
     async def answer(self, go_on: bool) -> None:
@@ -119,13 +126,13 @@ class GroupGoneError(Exception):
 class Group:
     """The workers, as their leader sees them. They end with the leader's process."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, ward: Any) -> None:
         self.plan = plan
         self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
         strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if plan.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
-            train_loop_config={"desk": self.desk},
+            train_loop_config={"desk": self.desk, "ward": ward},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=plan.most if plan.fewest == plan.most else (plan.fewest, plan.most),
                 use_gpu="GPU" in plan.bundle,
@@ -163,11 +170,14 @@ class Group:
 
         Raises:
             GroupGoneError: the group has ended.
+            LeftError: the job is saved, but a node is to be taken away.
         """
         ray.get(self.desk.lay.remote(job))
         try:
             while (message := self._read(report)) is not None:
                 self.place = message.get("place", self.place)
+                if "left" in message:
+                    raise LeftError
                 report(dict(message))
                 if "cause" in message:  # no end follows a failure
                     return
@@ -210,15 +220,19 @@ def _serve(config: Mapping[str, Any]) -> None:
         distributed.broadcast_object_list(box)
         return box[0]
 
-    place, workers = group.place(), distributed.get_world_size()
+    own, place, workers = pulse.own(config["ward"]), group.place(), distributed.get_world_size()
     name, number = agreed(str(uuid4())), 0
     while True:
         number, job = ray.get(desk.take.remote(number, name, workers, place))
         try:
-            with closing(epochs(job)) as results:
+            with own.of(job), closing(epochs(job, own.beat)) as results:
                 for metrics in results:
-                    if not agreed(ray.get(desk.hand_in.remote(number, metrics)) if first else None):
+                    with own.resting():
+                        go_on = agreed(ray.get(desk.hand_in.remote(number, metrics)) if first else None)
+                    if not go_on:
                         break
+        except LeftError:  # the leader ends the group
+            ray.get(desk.leave.remote(number))
         except Exception as error:
             ray.get(desk.failing.remote(number, name, cause(error)))
             raise
@@ -229,14 +243,17 @@ def _serve(config: Mapping[str, Any]) -> None:
 _groups: dict[str, Group] = {}
 
 
-def _lead(plan: Plan, job: Job) -> None:
-    """Train a job with the group of this process for a plan, started if need be."""
+def _lead(plan: Plan, job: Job, ward: Any) -> None:
+    """Train a job with the group of this process for a plan, started if need be; a group that must leave is ended."""
     for left in reversed(range(1 + RESTARTS)):
         found = _groups.get(plan.study)
         if found is None or found.gone:
-            found = _groups[plan.study] = Group(plan)
+            found = _groups[plan.study] = Group(plan, ward)
         try:
             return found.train(job, ray.tune.report)
+        except LeftError:
+            found.close()
+            raise
         except GroupGoneError:
             found.close()
             if not left:
@@ -244,18 +261,33 @@ def _lead(plan: Plan, job: Job) -> None:
     raise AssertionError("the last try returns or raises")
 
 
-def trial(plan: Plan, config: Mapping[str, Any]) -> None:
+def _train(job: Job, own: pulse.Pulse) -> None:
+    """Train a job in this process."""
+    with closing(epochs(job, own.beat)) as results:
+        for metrics in results:
+            with own.resting():
+                ray.tune.report(metrics)
+
+
+def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
     """One Tune trial, of `number` and `spec`: alone in this process, or at the head of a warm Ray Train group.
 
-    What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die.
+    What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die. That a node is
+    to be taken away is reported as `left`; Tune begins the trial again elsewhere, as often as that happens.
+
+    Args:
+        ward: that of the study; see `pulse`.
     """
-    job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(config["number"])))
+    number, own = config["number"], pulse.own(ward)
+    job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(number)), plan.name(number), str(uuid4()))
     try:
-        if plan.most == 1:
-            with closing(epochs(job)) as results:
-                for metrics in results:
-                    ray.tune.report(metrics)
-        else:
-            _lead(plan, job)
+        with own.of(job, trains=plan.most == 1):
+            if plan.most == 1:
+                _train(job, own)
+            else:
+                _lead(plan, job, ward)
+    except LeftError:
+        ray.tune.report({"left": True})
+        raise RayActorError(None, "its node is to be taken away", False, True) from None  # Tune does not count it
     except Exception as error:
         ray.tune.report({"cause": cause(error)})

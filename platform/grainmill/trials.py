@@ -12,7 +12,7 @@ from ray import tune as ray_tune
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 
-from grainmill import group, leader
+from grainmill import group, leader, ward
 from grainmill.clerk import Clerk, Watch
 from grainmill.errors import GrainmillError, ResourceError
 from grainmill.halving import Halving
@@ -131,11 +131,12 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
     """
     halving = Halving(study.experiment, study.records)
     with Outbox(study, plan.name, tracker, parent, watch.note) as outbox:
-        clerk = Clerk(plan, study, halving, outbox, watch)
+        watched_by = ward.start()
+        clerk = Clerk(plan, study, halving, outbox, watch, ward.Listener(watched_by))
         searcher = StudySearcher(study, halving, clerk.spent)
         if not searcher.finished:
             try:
-                _tuner(plan, searcher, clerk, _at_once(plan, watch)).fit()
+                _tuner(plan, searcher, clerk, _at_once(plan, watch), watched_by).fit()
             except Exception as error:
                 told = clerk.fatal or error.__cause__
                 if isinstance(told, GrainmillError):
@@ -158,9 +159,9 @@ def _at_once(plan: Plan, watch: Watch) -> int:
     return plan.resources.concurrent or fits
 
 
-def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int) -> ray_tune.Tuner:
+def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int, watched_by: Any) -> ray_tune.Tuner:
     def trial(config: Mapping[str, Any]) -> None:
-        leader.trial(plan, config)
+        leader.trial(plan, config, watched_by)
 
     if plan.most == 1:
         resources = ray_tune.PlacementGroupFactory([plan.bundle])

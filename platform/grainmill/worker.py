@@ -67,16 +67,32 @@ class Job:
     data: Mapping[str, Any]
     folder: str
     """For checkpoints; all workers must see it."""
+    name: str = ""
+    """Of its trial."""
+    attempt: str = ""
+    """Of this start of it, unlike all others."""
 
 
-def epochs(job: Job) -> Generator[dict[str, Any], None, None]:
-    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`."""
+class LeftError(Exception):
+    """A training ended early, with all steps kept, because its beat said so."""
+
+
+def epochs(job: Job, beat: catalog.Beat = catalog.undisturbed) -> Generator[dict[str, Any], None, None]:
+    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
+
+    Raises:
+        LeftError: it ended before its last epoch.
+    """
     trainable = catalog.find(job.trainable)
     spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
-    for result in trainable.fit(spec, data, Path(job.folder)):
+    done = 0
+    for result in trainable.fit(spec, data, Path(job.folder), beat):
         metrics = {"epoch": result.epoch, **result.metrics}
         # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
         yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+        done = result.epoch
+    if done < spec.epochs:  # type: ignore[attr-defined]  # see catalog.Trainable
+        raise LeftError
 
 
 def cause(error: BaseException) -> str:

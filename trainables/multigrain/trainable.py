@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from multigrain import spec as settings
+from multigrain.beat import Beat, undisturbed
 from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
 from multigrain.digests import Part, parts
 from multigrain.evaluation import Evaluation
@@ -125,11 +126,11 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
-def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["EpochResult"]:
+def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.fit.fit`."""
     import multigrain.fit
 
-    return multigrain.fit.fit(spec, images_of(data), folder)
+    return multigrain.fit.fit(spec, images_of(data), folder, beat=beat)
 
 
 def load(folder: Path) -> "Model":
