@@ -16,7 +16,7 @@ NODES = """
     from pathlib import Path
     import ray
     from conftest import Umpire
-    from grainmill import leader
+    from grainmill import leader, ward
     from grainmill.experiment import Resources
     from grainmill.worker import Job, Plan
     from ray.cluster_utils import Cluster
@@ -67,7 +67,7 @@ NODES = """
             told(said)
 
         umpire.rule = rule
-        group = leader.Group(Plan("trial", "toy", {}, folder, Resources(**resources), workers))
+        group = leader.Group(Plan("trial", "toy", {}, folder, Resources(**resources), workers), ward.start())
         group.train(Job("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
         group.close()
         return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
@@ -131,7 +131,7 @@ HOSTS = """
     import hosts
     hosts.join()
     hosts.start((1, 1))
-    from grainmill import leader
+    from grainmill import leader, ward
     from grainmill.experiment import Resources
     from grainmill.worker import Job, Plan
     from multigrain.spec import MultiGrainSpec
@@ -140,7 +140,7 @@ HOSTS = """
     settings = {"image_size": 32, "epochs": 1, "model": {"trunk": "resnet18"}, "batch": {"size": 24}}
     spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}}).model_dump()
     job = Job("multigrain.trainable", spec, {"folder": sys.argv[2]}, str(folder / "checkpoints"))
-    group = leader.Group(Plan("trial", job.trainable, job.data, folder, Resources(placement="spread"), 2))
+    group = leader.Group(Plan("trial", job.trainable, job.data, folder, Resources(placement="spread"), 2), ward.start())
     said = [(0, hosts.crossed())]
     group.train(job, lambda message: said.append((message.get("epoch"), hosts.crossed())))
     assert [epoch for epoch, _ in said] == [0, None, 1], said
