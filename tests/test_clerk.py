@@ -19,10 +19,10 @@ def at_work(tmp_path, watch, monkeypatch):
     study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
     trial = SimpleNamespace(config={"number": study.ask().number})
     plan = Plan("trial", "toy", {}, tmp_path, Resources(cpus_per_worker=2), (2, 4))
-    outbox = SimpleNamespace(put=lambda _, works: works)
+    outbox, listener = SimpleNamespace(put=lambda _, works: works), SimpleNamespace(heard=lambda: None)
     now = [1000.0]
     monkeypatch.setattr(clerk, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    made = clerk.Clerk(plan, study, Halving(study.experiment, ()), outbox, watch)
+    made = clerk.Clerk(plan, study, Halving(study.experiment, ()), outbox, watch, listener)
     made.on_trial_start(0, [], trial)
 
     def say(seconds, **message):

@@ -13,7 +13,7 @@ from grainmill import catalog
 from grainmill.errors import EvaluationError, ResourceError
 from grainmill.worker import Plan
 
-START_SECONDS = "5"
+START_SECONDS = "10"
 """For room to be found for a group, before Ray Train looks anew for how many workers there is room: when a node has
 died, it counts on that for a while. A cluster that grows by itself is asked to all the time, whatever this is."""
 
