@@ -423,7 +423,7 @@ def test_a_region_that_is_none_is_told(bucket, tmp_path, monkeypatch):
 def test_a_crash_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp_path, proxy, monkeypatch):
     keys = [f"set/{number}" for number in range(6)]
     bucket.put(**{key: key.encode() for key in keys})
-    monkeypatch.setattr(remote, "_READERS", 1)
+    monkeypatch.setattr(remote, "REQUESTS", 1)
     download = remote._download
 
     def crash(manager, name, one, draft):
@@ -448,7 +448,7 @@ MIRROR = "import pathlib, sys; from multigrain import remote; {}remote.local(sys
 def test_a_killed_process_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp_path, proxy):
     keys = [f"set/{number}" for number in range(6)]
     bucket.put(**{key: key.encode() for key in keys})
-    code = MIRROR.format("remote._READERS = 1; ")
+    code = MIRROR.format("remote.REQUESTS = 1; ")
     child = subprocess.Popen([sys.executable, "-c", code, f"s3://{bucket.name}/set", str(tmp_path)])
     proxy.faults[f"/{bucket.name}/set/3"] = [lambda: child.send_signal(signal.SIGKILL)]
     assert child.wait() == -signal.SIGKILL

@@ -1,8 +1,10 @@
 """Trials of the toy on real Ray: alone in a process, and as a group of two."""
 
+import http.server
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import ray
@@ -178,6 +180,67 @@ def test_local_ray_heeds_our_sigterm_and_leaves_no_process():
     assert process.communicate()[0] == "interrupted\n"
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert session not in commands
+
+
+def test_cluster_of_other_versions_is_refused_with_both():
+    script = """
+        import sys, ray
+        ray.__version__ = "2.59.1"  # what the driver says of itself
+        from grainmill.errors import ResourceError
+        from grainmill.trials import cluster
+        try:
+            with cluster(sys.argv[1]):
+                print("in")
+        except ResourceError as error:
+            print(error)
+        print(ray.is_initialized())
+    """
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", textwrap.dedent(script), address]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    python = ".".join(map(str, sys.version_info[:3]))
+    theirs = f"Ray {ray.__version__} and Python {python}"
+    assert told == (
+        f"a cluster must have the versions of this command, Ray 2.59.1 and Python {python}, but the one at {address} "
+        f"has {theirs}; install those here, or these there\nFalse\n"
+    )
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=["nothing", "a dashboard"])
+def no_head(request):
+    """An address where no head answers."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
+    if request.param == "nothing":
+        server.server_close()
+        yield f"127.0.0.1:{server.server_port}"
+        return
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_address_where_no_head_answers_is_refused_soon(no_head, monkeypatch):
+    monkeypatch.setattr(trials, "HEAD_SECONDS", 1)
+    with pytest.raises(
+        ResourceError, match=rf"must answer at \S+:{no_head.partition(':')[2]} within 1 seconds, but did"
+    ):
+        trials._check_head(no_head)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265"])
+def test_address_that_is_none_is_refused(address):
+    script = "import sys; from grainmill.trials import cluster\nwith cluster(sys.argv[1]): pass"
+    command = [sys.executable, "-c", script, address]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"ResourceError: Ray must let this command in at {address}, but said: Invalid" in told.stderr
 
 
 def test_losers_that_pause_go_on_from_their_checkpoint_or_are_stopped_in_the_end(bench):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grainmill import catalog
-from grainmill.experiment import Resources
+from grainmill.checks import counts
+from grainmill.experiment import Resources, Workers
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
     folder: Path
     """Of the run; all nodes must see it."""
     resources: Resources
-    workers: int
+    workers: Workers
 
     def name(self, number: int) -> str:
         """Of a trial: for people, folders and MLflow."""
@@ -33,6 +34,21 @@ class Plan:
     def checkpoints(self, number: int) -> Path:
         """Folder for a trial's checkpoints."""
         return self.folder / "trials" / self.name(number)
+
+    @property
+    def fewest(self) -> int:
+        """Workers with which a trial can go on."""
+        return counts(self.workers)[0]
+
+    @property
+    def most(self) -> int:
+        """Workers of a trial where there is room for all."""
+        return counts(self.workers)[-1]
+
+    @property
+    def apart(self) -> bool:
+        """Whether each worker must have a node of its own."""
+        return self.resources.placement == "spread" and self.fewest == self.most
 
     @property
     def bundle(self) -> dict[str, float]:
