@@ -257,12 +257,13 @@ NOTICE = r"""
             return
         # As on AWS, but that the node of the script is not the only one of its machine.
         program, where = Path(sys.executable).with_name("ray"), f"--address {cluster.address} --node-id {node.node_id}"
+        ray_command.parent.mkdir()
         ray_command.write_text(f'#!/bin/sh\nexec {program} "$@" {where}\n')
         ray_command.chmod(0o755)
         metadata.announced = datetime.now(UTC) + timedelta(seconds=15)
 
     def rule(name, step, rank, pid):
-            place[pid] = raylet(pid)
+        place[pid] = raylet(pid)
         if name == "trial-0001" and rank == workers - 1 and step == 5:
             drain(pid)
 
@@ -272,8 +273,8 @@ NOTICE = r"""
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(workers + 1)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "ray"
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "bin" / "ray"
+    environment = {**os.environ, "PATH": f"{ray_command.parent}:{os.environ['PATH']}"}
     command = [sys.executable, str(SCRIPT), "--metadata", metadata.address, "--poll", "0.1"]
     notice = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     arena = Arena(folder, umpire, watch)
