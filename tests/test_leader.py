@@ -172,6 +172,24 @@ def test_group_of_another_size_is_no_failure_of_the_job():
     played(scene)
 
 
+def test_group_that_leaves_says_so_once_and_is_no_failure_of_the_job():
+    async def scene(desk):
+        await desk.lay(JOB)
+        for group in "abcdefgh":
+            assert await taken(desk, 0, group) == (1, JOB)
+            await desk.leave(1), await desk.leave(1)  # both of its workers
+            await desk.failing(1, group, "connection lost")
+            assert [await desk.read() for _ in range(2)] == [BEGUN, {"left": True}]
+        assert desk.reports.empty()
+        assert await taken(desk, 0, "i") == (1, JOB)
+        await desk.leave(0)  # of an earlier job
+        assert await taken(desk, 0, "j") == (1, JOB)
+        assert await waits(asyncio.create_task(taken(desk, 0, "k")))
+        assert desk.over
+
+    played(scene)
+
+
 def test_groups_that_fail_without_a_job_use_up_none():
     async def scene(desk):
         idle = [asyncio.create_task(taken(desk, 0, f"idle {number}")) for number in range(5)]

@@ -19,7 +19,7 @@ from test_cli import left_behind
 from test_kills import Arena, once
 
 from grainmill import pulse, ward
-from grainmill.worker import Job, LeftError
+from grainmill.worker import Job
 
 
 def state(attempt="", still=0.0, longest=0.0):
@@ -219,8 +219,6 @@ def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_mu
         while not own.leave:
             time.sleep(0.01)
         assert own.beat() is True
-    with pytest.raises(LeftError), own.of(job):
-        pass
 
 
 @pytest.fixture
@@ -257,12 +255,13 @@ NOTICE = r"""
             return
         # As on AWS, but that the node of the script is not the only one of its machine.
         program, where = Path(sys.executable).with_name("ray"), f"--address {cluster.address} --node-id {node.node_id}"
+        ray_command.parent.mkdir()
         ray_command.write_text(f'#!/bin/sh\nexec {program} "$@" {where}\n')
         ray_command.chmod(0o755)
         metadata.announced = datetime.now(UTC) + timedelta(seconds=15)
 
     def rule(name, step, rank, pid):
-            place[pid] = raylet(pid)
+        place[pid] = raylet(pid)
         if name == "trial-0001" and rank == workers - 1 and step == 5:
             drain(pid)
 
@@ -272,8 +271,8 @@ NOTICE = r"""
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(workers + 1)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "ray"
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "bin" / "ray"
+    environment = {**os.environ, "PATH": f"{ray_command.parent}:{os.environ['PATH']}"}
     command = [sys.executable, str(SCRIPT), "--metadata", metadata.address, "--poll", "0.1"]
     notice = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     arena = Arena(folder, umpire, watch)

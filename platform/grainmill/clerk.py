@@ -108,6 +108,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         number = trial.config["number"]
         if "reported" not in result:
             return self._hear(number, result)
+        self.left.discard(number)
         self.costs[number] = self._cost(number)
         metrics = {name: float(result[name]) for name in result["reported"]} | self.costs[number]
         if variants := json.loads(result["variants"]):

@@ -9,6 +9,7 @@ again, with as many as there is room for, and the job goes on from its last chec
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -98,9 +99,9 @@ class _Desk:
             await self.reports.put(None)
 
     async def leave(self, number: int) -> None:
-        """A job was saved, and ended before its end: a node is to be taken away."""
-        if number == self.number and not self.over:
-            self.over = True
+        """A worker saved the job, and leaves: a node of its group is to be taken away. The next group goes on."""
+        if number == self.number and not self.over and self.workers:
+            self.workers = 0  # of no size, so that the next one is no failure
             await self.reports.put({"left": True})
 
     async def failing(self, number: int, group: str, why: str) -> None:
@@ -109,7 +110,7 @@ class _Desk:
             self.causes[group] = why
 
     async def read(self) -> Mapping[str, Any] | None:
-        """For the leader: who has begun, metrics, the cause of a failure, that the workers left, or None at the end."""
+        """For the leader: who has begun, metrics, the cause of a failure, that they leave, or None at the end."""
         return await self.reports.get()
 
     async def answer(self, go_on: bool) -> None:
@@ -172,14 +173,11 @@ class Group:
 
         Raises:
             GroupGoneError: the group has ended.
-            LeftError: the job is saved, but a node is to be taken away.
         """
         ray.get(self.desk.lay.remote(job))
         try:
             while (message := self._read(report)) is not None:
                 self.place = message.get("place", self.place)
-                if "left" in message:
-                    raise LeftError
                 report(dict(message))
                 if "cause" in message:  # no end follows a failure
                     return
@@ -227,14 +225,15 @@ def _serve(config: Mapping[str, Any]) -> None:
     while True:
         number, job = ray.get(desk.take.remote(number, name, workers, place))
         try:
-            with own.of(job), closing(epochs(job, own.beat)) as results:
+            with own.of(replace(job, attempt=name)), closing(epochs(job, own.beat)) as results:
                 for metrics in results:
                     with own.resting():
                         go_on = agreed(ray.get(desk.hand_in.remote(number, metrics)) if first else None)
                     if not go_on:
                         break
-        except LeftError:  # the leader ends the group
+        except LeftError:
             ray.get(desk.leave.remote(number))
+            raise _taken_away() from None
         except Exception as error:
             ray.get(desk.failing.remote(number, name, cause(error)))
             raise
@@ -242,20 +241,22 @@ def _serve(config: Mapping[str, Any]) -> None:
             ray.get(desk.done.remote(number))
 
 
+def _taken_away() -> RayActorError:
+    """As if the process had died with a node that was taken away: Tune and Ray Train do not count that as a failure."""
+    return RayActorError(None, "its node is to be taken away", False, True)
+
+
 _groups: dict[str, Group] = {}
 
 
 def _lead(plan: Plan, job: Job, ward: Any) -> None:
-    """Train a job with the group of this process for a plan, started if need be; a group that must leave is ended."""
+    """Train a job with the group of this process for a plan, started if need be."""
     for left in reversed(range(1 + RESTARTS)):
         found = _groups.get(plan.study)
         if found is None or found.gone:
             found = _groups[plan.study] = Group(plan, ward)
         try:
             return found.train(job, ray.tune.report)
-        except LeftError:
-            found.close()
-            raise
         except GroupGoneError:
             found.close()
             if not left:
@@ -275,14 +276,16 @@ def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
     """One Tune trial, of `number` and `spec`: alone in this process, or at the head of a warm Ray Train group.
 
     What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die. That a node is
-    to be taken away is reported as `left`; Tune begins the trial again elsewhere, as often as that happens.
+    to be taken away is reported as `left`; the trial, or its group, begins again elsewhere, as often as that happens.
 
     Args:
-        ward: that of the study; see `pulse`.
+        ward: that of the study; see `ward`.
     """
     number, own = config["number"], pulse.own(ward)
     job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(number)), plan.name(number), str(uuid4()))
     try:
+        if own.leave:  # a worker of a group takes a step first, for all must leave together
+            raise LeftError
         with own.of(job, trains=plan.need.most == 1):
             if plan.need.most == 1:
                 _train(job, own)
@@ -290,6 +293,6 @@ def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
                 _lead(plan, job, ward)
     except LeftError:
         ray.tune.report({"left": True})
-        raise RayActorError(None, "its node is to be taken away", False, True) from None  # Tune does not count it
+        raise _taken_away() from None
     except Exception as error:
         ray.tune.report({"cause": cause(error)})

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError
 
-from grainmill.worker import Job, LeftError
+from grainmill.worker import Job
 
 TELL_SECONDS = 5.0
 """Between two words of a process to the ward."""
@@ -88,13 +88,7 @@ class Pulse:
 
     @contextmanager
     def of(self, job: Job, trains: bool = True) -> Iterator[None]:
-        """While this process works on a job: trains it, or leads those that do.
-
-        Raises:
-            LeftError: it must leave already.
-        """
-        if self.leave:
-            raise LeftError
+        """While this process works on a job: trains it, or leads those that do."""
         self._name, self._attempt, self._longest = job.name, job.attempt, 0.0
         self._at = time.monotonic() if trains else None
         self._ward.note.remote(self._process, self._state())

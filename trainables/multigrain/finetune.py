@@ -69,12 +69,11 @@ def fit(
                 yield tuning.result(saved, beat)
         for epoch in range(done, spec.epochs):
             whole = tuning.train_epoch(epoch, ending)
-            ends = not whole or ending.settled()
             state = tuning.state(epoch + whole)
             if tuning.rank == 0:
                 writer.save(state)
                 writer.wait()
-            if ends:
+            if not whole:
                 return
             yield tuning.result(state, beat)
 

@@ -60,22 +60,14 @@ class Ending:
 
     def after_step(self) -> bool:
         """Whether to end now; every rank must call it after each step."""
-        told = self.beat()
+        told, ends = self.beat(), False
         if not distributed.is_initialized():
             return told
-        ends = self.settled()
         with torch.cuda.stream(self._stream):
+            if self._asked:
+                flag, work = self._asked
+                work.wait()
+                ends = bool(flag.item())
             flag = torch.full((1,), float(told), device=self.device)
             self._asked = flag, distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True)
         return ends
-
-    def settled(self) -> bool:
-        """Whether any rank was told by now to end; every rank must call it."""
-        if not distributed.is_initialized():
-            return self.beat()
-        if self._asked is None:
-            return False
-        (flag, work), self._asked = self._asked, None
-        with torch.cuda.stream(self._stream):
-            work.wait()
-            return bool(flag.item())

@@ -136,8 +136,6 @@ class Training:
                 save(self._checkpoint())
             if ends and not last:
                 return None
-        if self.ending.settled():
-            return None
         return self._course()
 
     def _train_step(self, batch: Views) -> None:
