@@ -32,7 +32,8 @@ def epoch_seconds(folder: Path) -> float:
         study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(f"sqlite:///{file.absolute()}"))
         histories = [trial.user_attrs.get("history", ()) for trial in study.get_trials(deepcopy=False)]
     except (KeyError, RuntimeError, StorageInternalError, SQLAlchemyError) as error:
-        raise StorageError(f"{file} must hold a search, but cannot be read ({error}); give --epoch-seconds") from error
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"{file} must hold a search, but cannot be read ({reason}); give --epoch-seconds") from error
     times = [after["at"] - before["at"] for rows in histories for before, after in pairwise(rows)]
     if not times:
         raise StorageError(

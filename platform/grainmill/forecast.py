@@ -17,6 +17,13 @@ from grainmill.halving import Halving
 from grainmill.space import Scalar
 from grainmill.study import Record
 
+LEARNING = 0.15
+"""Of a sampler that learns: trial n is better by so much times log(1 + n), where trials without it spread evenly from 0
+to 1. Fitted to the searches of `tests/benchmarks/forecast.py`, whose epochs it meets within 10 % or 15 %; more trials
+pass the rungs so than of a random search, for the later ones are better than those that they are held against."""
+STRANGERS = ("random", "qmc", "grid")
+"""Samplers that do not learn."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -188,11 +195,15 @@ class _Search:
         name = self.experiment.search.stratify
         return {name: self.chance.choice(self.experiment.space[name].values or ())} if name else {}
 
+    def _drawn(self, number: int) -> dict[str, float]:
+        """How good a trial is by each objective."""
+        lift = 0.0 if self.experiment.search.sampler in STRANGERS else LEARNING * math.log1p(number)
+        signs = {name: 1 if way == "max" else -1 for name, way in self.experiment.objective.items()}
+        return {name: sign * (self.chance.random() + lift) for name, sign in signs.items()}
+
     def goes_on(self, number: int, seconds: float) -> bool:
         record = self.records[number]
-        values = (
-            record.history[-1] if record.history else {name: self.chance.random() for name in self.experiment.objective}
-        )
+        values = record.history[-1] if record.history else self._drawn(number)
         epoch = int(values.get("epoch", 0)) + 1
         record = self.records[number] = replace(record, history=({**values, "epoch": epoch},))
         self.busy, self.epochs = self.busy + seconds, self.epochs + 1
