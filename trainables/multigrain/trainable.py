@@ -118,6 +118,8 @@ def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
     Raises:
         DataError: the images cannot be used; see `data_problems`.
     """
+    if not data.cache.startswith("~"):  # a home is each machine's own
+        data = data.model_copy(update={"cache": _absolute(data.cache)})
     if data.builtin is not None:
         from multigrain.demo import write_builtin
 
