@@ -194,3 +194,20 @@ def test_a_mirror_does_not_change_while_others_read_it(sets, tmp_path):
     kill(child)
     remote.local(sets.url("a"), Cache(tmp_path))
     assert set(files(tmp_path / sets.name / "a")) == {"1.png", "2.png"}
+
+
+def test_a_single_object_keeps_nothing_but_itself(sets, tmp_path):
+    sets.put(**{"list.csv": b"x" * 100})
+    remote.local(sets.url("a"), Cache(tmp_path))
+    forget()
+    remote.fetch({sets.url("list.csv"): None}, Cache(tmp_path))
+    remote.local(sets.url("b"), Cache(tmp_path, 7 * KB))
+    assert there(tmp_path, sets) == {"b", "list.csv"}
+
+
+def test_single_objects_of_some_folders_are_evicted_together(sets, tmp_path):
+    remote.fetch(dict.fromkeys((sets.url("a/0.png"), sets.url("b/1.png"))), Cache(tmp_path))
+    assert set(files(tmp_path / sets.name)) == {"a/0.png", "b/1.png"}
+    forget()
+    remote.local(sets.url("c"), Cache(tmp_path, 4 * KB))
+    assert there(tmp_path, sets) == {"c"}

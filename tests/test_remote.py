@@ -295,6 +295,34 @@ def test_a_benchmark_is_read_from_a_mirror_as_from_a_folder(bucket, tmp_path):
     assert (len(there.queries), there.problems) == (len(here.queries), here.problems)
 
 
+@pytest.mark.parametrize("page", [1, 2, 3, 1000])
+def test_single_objects_are_looked_up_from_key_to_key(bucket, tmp_path, proxy, page):
+    proxy.page = f"&max-keys={page}"
+    keys = [f"set/{number:03}.png" for number in range(60)]
+    near = ["set/010.pnf1", "set/010.pnf2"]  # just before a key that is wanted
+    bucket.put(**{key: key.encode() for key in (*keys, "a", *near, "set/z", "z", "é/ö.png")})
+    wanted = [*keys[10:14], keys[30], keys[59], "é/ö.png"]
+    absent = ["set/0305.png", "set/", "z/", "b", "ü"]
+    remote.fetch(
+        dict.fromkeys(f"s3://{bucket.name}/{key}" for key in (*wanted, *absent) if key[-1] != "/"), Cache(tmp_path)
+    )
+    assert files(tmp_path / bucket.name) == {key: key.encode() for key in wanted}
+    pages = sum("/" not in path[1:] for path, _ in proxy.seen)
+    assert pages <= (1 if page == 1000 else 2 * (len(wanted) + len(absent)))
+
+
+def test_a_single_object_that_is_gone_leaves_no_file_and_others_stay(bucket, tmp_path):
+    bucket.put(**THREE, **{"set/d": b"file"})
+    local(f"s3://{bucket.name}/set", tmp_path)
+    for key in ("set/a.jpg", "set/d"):
+        bucket.delete(key)
+    bucket.put(**{"set/d/e": b"in a folder"})
+    urls = [f"s3://{bucket.name}/{key}" for key in ("set/a.jpg", "set/d", "set/d/e")]
+    remote.fetch(dict.fromkeys(urls), Cache(tmp_path))
+    left = {"set/b/c.jpg": b"a cat", "set/list.csv": b"image,class", "set/d/e": b"in a folder"}
+    assert files(tmp_path / bucket.name) == left
+
+
 # --- what goes wrong on the way
 
 

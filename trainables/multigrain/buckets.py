@@ -105,12 +105,12 @@ def among(client: Any, bucket: str, keys: Iterable[str]) -> list[Stored]:
         after = max(after, key[:-1] + chr(ord(key[-1]) - 1))
         page = client.list_objects_v2(Bucket=bucket, StartAfter=after)
         objects = {one["Key"]: Stored(one["Key"], one["Size"], one["ETag"]) for one in page.get("Contents", [])}
-        if not objects:
-            break
-        after = max(objects)
-        end = bisect_right(wanted, after)
+        last = max(objects, default="")
+        end = bisect_right(wanted, last)
         found += [objects[one] for one in wanted[index:end] if one in objects]
-        index = end
+        if not page["IsTruncated"]:
+            break
+        index, after = end, last
     return found
 
 

@@ -2,8 +2,8 @@
 
 `s3://bucket/a/b.jpg` is mirrored as `<folder>/bucket/a/b.jpg`. In `<folder>/.s3/`, `lock` is held while room is made,
 and `<bucket>/lock` while a bucket is mirrored. `<bucket>/uses/` holds a file for each source that was asked for: the
-prefixes below which its objects lie. Its time is that of the last asking, and each process that reads the source keeps
-a shared lock on it as long as it lives; of one that is killed, none is left.
+prefixes of its keys, which are folders or one object. Its time is that of the last asking, and each process that reads
+the source keeps a shared lock on it as long as it lives; of one that is killed, none is left.
 """
 
 import fcntl
@@ -46,7 +46,8 @@ class Cache(NamedTuple):
 
     def url(self, path: Path) -> str | None:
         """Of which object a file is the mirror; None if of none."""
-        return SCHEME + str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else None
+        text, folder = str(path), f"{self.folder}{os.sep}"
+        return SCHEME + text.removeprefix(folder) if text.startswith(folder) else None
 
     def named(self, text: str) -> str:
         """A text with objects in place of their mirrors."""
@@ -190,15 +191,18 @@ def _prefixes(use: Path) -> tuple[str, ...]:
 
 
 def _swept(mirror: Path, kept: set[str]) -> int:
-    """Delete what lies below none of some prefixes, each a folder; the bytes that it took."""
+    """Delete what lies below none of some prefixes, each a folder or a file; the bytes that it took."""
     freed, places = 0, []
     for place, folders, names in os.walk(mirror):
         below = os.path.relpath(place, mirror)
-        if ("" if below == "." else f"{below}/") in kept:
+        prefix = "" if below == "." else f"{below}/"
+        if prefix in kept:
             folders.clear()
             continue
         places.append(place)
         for name in (*names, *(folder for folder in folders if os.path.islink(os.path.join(place, folder)))):
+            if f"{prefix}{name}" in kept:
+                continue
             path = os.path.join(place, name)
             freed += os.lstat(path).st_size
             os.unlink(path)

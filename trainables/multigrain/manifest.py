@@ -133,7 +133,9 @@ class Reader:
         wanted: dict[str, remote.Pin | None] = {}
         for line, values in records:
             cells = dict(zip(header, values, strict=False))
-            if (url := cache.url(self._path(cells.get("image", "")))) and cells["image"].strip():
+            image = cells.get("image", "")
+            url = image if image.startswith(SCHEME) else cache.url(self._path(image)) if image.strip() else None
+            if url:
                 size, etag = (cells.get(name, "") for name in PINS)
                 if bool(size) != bool(etag) or (size and not re.fullmatch("[0-9]{1,15}", size)):
                     self.add(

@@ -101,8 +101,10 @@ def fetch(wanted: Mapping[str, Pin | None], cache: Cache, track: Track = untrack
             check_keys(bucket, objects)
             mirror = cache.folder / bucket
             absent = keys.keys() - {one.key for one in objects}
-            strangers = _in_the_way(mirror, [mirror / key for key in keys], [mirror / key for key in absent])
-            prefixes = {key[: key.rfind("/") + 1] for key in keys}
+            folders = {key[: key.rfind("/") + 1] for key in keys}
+            barred = {path for folder in folders for path in _folders(mirror, mirror / folder) if _is_file(path)}
+            strangers = sorted(barred.union(path for key in absent if _is_file(path := mirror / key)))
+            prefixes = {*keys} if len(keys) == 1 else folders
             _Mirror(source, cache, bucket, books, prefixes).update(client, objects, strangers, track)
 
 
@@ -116,7 +118,7 @@ def pins(files: Iterable[Path], cache: Cache) -> dict[Path, Pin]:
     found: dict[Path, Pin] = {}
     for bucket, keys in by_bucket.items():
         records = _records(cache.books(bucket) / "records")
-        found |= {file: Pin(*records[key][:2]) for key, file in keys}
+        found |= {file: Pin(*records[key][:2]) for key, file in keys if key in records}
     return found
 
 
@@ -133,19 +135,26 @@ class _Mirror(NamedTuple):
         """Delete files, and read objects that are not there as they should be."""
         hold(self.books, self.prefixes)
         mirror = self.cache.folder / self.bucket
+        self._delete(strangers)
         records = _records(self.books / "records")
-        missing = [one for one in objects if not _is_current(one, mirror / one.key, records.get(one.key))]
-        if outdated := [*strangers, *(path for one in missing if _is_file(path := mirror / one.key))]:
-            check_unread(self.source, self.cache, self.books, self.prefixes)
-        for path in outdated:
-            path.unlink()
-            for folder in _folders(mirror, path.parent):
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+        missing = [one for one in objects if not _is_current(one, f"{mirror}/{one.key}", records.get(one.key))]
+        targets = [mirror / one.key for one in missing]
+        outdated = [path for path in targets if _is_file(path)]
+        below = [file for path in targets if path.is_dir() for file in _strangers(mirror, path, set())]
+        self._delete([*outdated, *below])
         if missing:
             needed = sum(one.size for one in missing)
             make_room(self.source, self.cache, self.bucket, sum(one.size for one in objects), needed)
             self._read(client, missing, track)
+
+    def _delete(self, files: Sequence[Path]) -> None:
+        if files:
+            check_unread(self.source, self.cache, self.books, self.prefixes)
+        for path in files:
+            path.unlink()
+            for folder in _folders(self.cache.folder / self.bucket, path.parent):
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
     def _read(self, client: Any, missing: Sequence[Stored], track: Track) -> None:
         """Read objects in parallel, large ones in parts; the first that fails ends it."""
@@ -211,17 +220,6 @@ def _strangers(mirror: Path, root: Path, wanted: set[str]) -> list[Path]:
     return found
 
 
-def _in_the_way(mirror: Path, wanted: Sequence[Path], absent: Iterable[Path]) -> list[Path]:
-    """Files that must not be there, or where folders must be, or below what must be a file."""
-    folders = {folder for path in wanted for folder in _folders(mirror, path.parent)}
-    found = {path for path in folders if _is_file(path)}
-    found.update(path for path in absent if _is_file(path))
-    for path in wanted:
-        if path.is_dir() and not path.is_symlink():
-            found.update(_strangers(mirror, path, set()))
-    return sorted(found)
-
-
 def _is_file(path: Path) -> bool:
     return path.is_symlink() or path.is_file()
 
@@ -241,11 +239,14 @@ def _records(file: Path) -> dict[str, list[Any]]:
     return records
 
 
-def _is_current(one: Stored, path: Path, record: list[Any] | None) -> bool:
+def _is_current(one: Stored, path: str, record: list[Any] | None) -> bool:
     """Whether a file is the object as it was read."""
-    if record is None or not path.is_file():
+    if record is None:
         return False
-    found = path.stat()
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
     return record == [found.st_size, one.etag, found.st_mtime_ns] and found.st_size == one.size
 
 
