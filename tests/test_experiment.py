@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from test_remote import SECRET, bucket, moto, proxy, waits  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
 from grainmill import catalog
@@ -529,6 +530,26 @@ def pictures(here):
 def test_bad_pictures_are_told_before_anything_starts(files, says, pictures, validate):
     pictures(files)
     check_told(validate(head(data="{folder: pictures}")), 2, "data", says)
+
+
+def test_a_bucket_is_checked_as_a_folder_is(bucket, validate, tmp_path_factory):  # noqa: F811
+    bucket.put(**{f"set/{name}": content for name, content in SPLIT.items()})
+    bucket.put(**{f"bad/a/{number}.png": b"" for number in range(3)})
+    cache = tmp_path_factory.mktemp("cache")
+    told = {
+        f"{bucket.name}-not/set": ["none of that name"],
+        f"{bucket.name}/absent": ["there are none; check bucket and prefix"],
+        f"me:{SECRET}@{bucket.name}": ["must be s3://bucket/prefix"],
+    }
+    for source, says in told.items():
+        check_told(validate(head(data=f"{{folder: 's3://{source}', cache: {cache}}}")), 2, "data", says)
+    listed = f"s3://{bucket.name}/set/list.csv"
+    says = [f"the manifest must exist, but there is no file {listed}"]
+    check_told(validate(head(data=f"{{manifest: {listed}, cache: {cache}}}")), 2, "data", says)
+    code, _, stderr = validate(head(data=f"{{folder: s3://{bucket.name}/bad, cache: {cache}}}"))
+    assert (code, stderr.count(f"line 2: data: every image must be usable, but s3://{bucket.name}/bad/a/")) == (2, 3)
+    assert validate(head(data=f"{{folder: s3://{bucket.name}/set, cache: {cache}}}"))[0] == 0
+    check_told(validate(head(data="{folder: x, cache_limit: 0}")), 2, "data.cache_limit", ["greater than 0"])
 
 
 def test_class_folders_may_have_any_name_that_the_disk_allows(pictures, validate):
