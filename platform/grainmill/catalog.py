@@ -180,7 +180,11 @@ class Trainable(Protocol):
 
     @staticmethod
     def fit(spec: Any, data: Any, folder: Path) -> Iterator[EpochResult]:
-        """Train, on every worker alike; goes on from the checkpoints in `folder`, their last result first."""
+        """Train, on every worker alike; goes on from the checkpoints in `folder`, their last result first.
+
+        What is being written there has a name that begins with `.` or `draft` or ends in `.draft`, and gets its own
+        when it is whole: all else may be copied at any moment. One process writes, or all write the same.
+        """
 
     @staticmethod
     def load(folder: Path) -> Predictor:

@@ -9,7 +9,6 @@ again, and the job goes on from its last checkpoint.
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -115,7 +114,7 @@ class Group:
             ),
             run_config=ray.train.RunConfig(
                 name=f"group-{uuid4()}",
-                storage_path=str(Path(plan.folder, "ray")),
+                storage_path=plan.ray,
                 failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
             ),
         )
@@ -223,7 +222,7 @@ def trial(plan: Plan, config: Mapping[str, Any]) -> None:
 
     What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die.
     """
-    job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(config["number"])))
+    job = Job(plan.trainable, config["spec"], plan.data, plan.checkpoints(config["number"]))
     try:
         if plan.workers == 1:
             with closing(epochs(job)) as results:

@@ -132,7 +132,7 @@ def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, at_once: int) -> r
         ),
         run_config=ray_tune.RunConfig(
             name=plan.study,
-            storage_path=str(plan.folder / "ray"),
+            storage_path=plan.ray,
             verbose=0,
             callbacks=[clerk],
             failure_config=ray_tune.FailureConfig(max_failures=RESTARTS),

@@ -4,12 +4,12 @@ Kept light, for it is imported in every worker: no MLflow, no Optuna, and torch 
 """
 
 import json
+import sys
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from grainmill import catalog
+from grainmill import catalog, vault
 from grainmill.experiment import Resources
 
 
@@ -21,8 +21,8 @@ class Plan:
     trainable: str
     """Dotted path of its module."""
     data: Mapping[str, Any]
-    folder: Path
-    """Of the run; all nodes must see it."""
+    folder: str
+    """Of the run: one that all nodes see, or `s3://bucket/prefix`."""
     resources: Resources
     workers: int
 
@@ -30,9 +30,14 @@ class Plan:
         """Of a trial: for people, folders and MLflow."""
         return f"{self.study}-{number:04d}"
 
-    def checkpoints(self, number: int) -> Path:
+    def checkpoints(self, number: int) -> str:
         """Folder for a trial's checkpoints."""
-        return self.folder / "trials" / self.name(number)
+        return f"{self.folder}/trials/{self.name(number)}"
+
+    @property
+    def ray(self) -> str:
+        """Folder for Ray's own files."""
+        return f"{self.folder}/ray"
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -50,17 +55,32 @@ class Job:
     spec: Mapping[str, Any]
     data: Mapping[str, Any]
     folder: str
-    """For checkpoints; all workers must see it."""
+    """For checkpoints; one that all workers see, or `s3://bucket/prefix`, of which each has a copy."""
 
 
 def epochs(job: Job) -> Generator[dict[str, Any], None, None]:
-    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`."""
+    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
+
+    Whatever the training has left in its folder is safe in S3 before an epoch is yielded, if the folder is there.
+    """
     trainable = catalog.find(job.trainable)
     spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
-    for result in trainable.fit(spec, data, Path(job.folder)):
-        metrics = {"epoch": result.epoch, **result.metrics}
-        # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
-        yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+    with vault.opened(job.folder) as kept, kept.followed():
+        _meet()
+        for result in trainable.fit(spec, data, kept.path):
+            kept.push()
+            metrics = {"epoch": result.epoch, **result.metrics}
+            # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
+            yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+
+
+def _meet() -> None:
+    """Wait for the other ranks: what one writes must not be what another finds at its start."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
 
 
 def cause(error: BaseException) -> str:
