@@ -42,8 +42,9 @@ class Objects:
     All methods raise StorageError, with the object and the remedy, after `patience` seconds where that could help.
     """
 
-    def __init__(self, url: str, client: Any, manager: Any, patience: float = PATIENCE) -> None:
-        self.url, self._client, self._manager, self.patience = url, client, manager, patience
+    def __init__(self, url: str, client: Any, manager: Any, patience: float | None = None) -> None:
+        self.url, self._client, self._manager = url, client, manager
+        self.patience = PATIENCE if patience is None else patience
         self.bucket, key = parsed(url)
         self._prefix = f"{key}/" if key else ""
 
@@ -139,8 +140,8 @@ def _passes(error: Exception) -> bool:
 
 
 @contextmanager
-def opened(url: str, patience: float = PATIENCE) -> Iterator[Objects]:
-    """The objects below `s3://bucket/prefix`.
+def opened(url: str, patience: float | None = None) -> Iterator[Objects]:
+    """The objects below `s3://bucket/prefix`; `patience` is `PATIENCE` by default.
 
     Raises:
         StorageError: the URL is none, or there are no credentials.
