@@ -5,7 +5,8 @@ Credentials, region and endpoint are those of the usual variables, such as AWS_P
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -91,6 +92,28 @@ def listed(client: Any, bucket: str, prefix: str) -> list[Stored]:
     ]
 
 
+def among(client: Any, bucket: str, keys: Iterable[str]) -> list[Stored]:
+    """Those of some keys that a bucket has.
+
+    It is listed from key to key: a page has 1,000 objects, and what lies between two keys is passed over.
+    """
+    wanted = sorted({*keys})  # as S3 lists them
+    found: list[Stored] = []
+    index, after = 0, ""
+    while index < len(wanted):
+        key = wanted[index]
+        after = max(after, key[:-1] + chr(ord(key[-1]) - 1))
+        page = client.list_objects_v2(Bucket=bucket, StartAfter=after)
+        objects = {one["Key"]: Stored(one["Key"], one["Size"], one["ETag"]) for one in page.get("Contents", [])}
+        if not objects:
+            break
+        after = max(objects)
+        end = bisect_right(wanted, after)
+        found += [objects[one] for one in wanted[index:end] if one in objects]
+        index = end
+    return found
+
+
 def check_keys(bucket: str, objects: Sequence[Stored]) -> None:
     """Raise DataError for keys that cannot be the names of files below one folder."""
     problems = [
@@ -123,7 +146,9 @@ _CODES = {
     "needs credentials, but none are whole; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE": (
         "NoCredentialsError PartialCredentialsError CredentialRetrievalError ProfileNotFound"
     ),
-    f"must not change while it is read, but does; {AGAIN}": "NoSuchKey S3DownloadFailedError",
+    f"must stay as it was listed, but has changed; {AGAIN}, or begin anew": (
+        "NoSuchKey PreconditionFailed S3DownloadFailedError"
+    ),
 }
 """What is wrong -> the endpoint's codes and the exceptions' names for it."""
 _RULES = {code: rule for rule, codes in _CODES.items() for code in codes.split()}

@@ -1,27 +1,29 @@
-"""Objects in a bucket of S3 -> the same files below a local folder, for readers that list folders.
+"""Objects in buckets of S3 -> the same files below a local folder, for readers that open files.
 
-`s3://bucket/a/b.csv` becomes `<cache>/bucket/a/b.csv`. Beside the mirror, `<cache>/.s3/bucket/` holds its lock, files
-that are not whole yet, and the records: a line of JSON for each file that was read, with its key, size, ETag and time
-of modification. A record counts only for a file of that size and time, and the last one of a key counts. So a crash
-between a file and its record costs one more reading of that file, and nothing else.
+Beside its lock and its uses (see `cache`), `<cache>/.s3/bucket/` holds files that are not whole yet, and the records:
+a line of JSON for each file that was read, with its key, size, ETag and time of modification. A record counts only for
+a file of that size and time, and the last one of a key counts. So a crash between a file and its record costs one more
+reading of that file, and nothing else.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from multigrain.buckets import (
     AGAIN,
     REQUESTS,
     SCHEME,
     Stored,
+    among,
     check_keys,
     connect,
     listed,
@@ -29,85 +31,207 @@ from multigrain.buckets import (
     prefix_of,
     told,
 )
-from multigrain.data import DataError
+from multigrain.cache import Cache, check_unread, claimed, hold, make_room
+from multigrain.data import DataError, Track, untracked
 
-__all__ = ["connect", "listed", "local", "parsed", "prefix_of", "told"]
+__all__ = ["Pin", "connect", "fetch", "listed", "local", "parsed", "pins", "prefix_of", "told"]
 
 _TRIES = 3
 """Readings of an object whose size is not the listed one; botocore repeats requests that fail by itself."""
 
 
-def local(source: str, cache: Path) -> Path:
+class Pin(NamedTuple):
+    """The one version of an object that is meant."""
+
+    size: int
+    """In bytes."""
+    etag: str
+
+
+def local(source: str, cache: Cache, track: Track = untracked) -> Path:
     """The local path of a source; objects are read first, as far as they are not there yet.
 
     Of a prefix, all objects below it are mirrored. If the source is one object, so are all others below the prefix it
-    lies in: the images of a manifest lie beside it. The mirror is exact: what is not in the bucket goes. Processes
-    that mirror one bucket take turns.
+    lies in: the images of a list lie beside it. The mirror is exact: what is not in the bucket goes. It stays as long
+    as this process lives. Processes that mirror one bucket take turns.
 
     Args:
         source: `s3://bucket/prefix`, or anything else, which is a local path already.
-        cache: folder that holds the mirrors.
+        cache: for the mirrors.
+        track: shows the progress.
     Raises:
         DataError: the objects cannot be read, or not be stored.
     """
     if not source.startswith(SCHEME):
         return Path(source)
     bucket, key = parsed(source)
-    with connect(source) as client, _claimed(source, cache, bucket) as books:
+    with connect(source) as client, claimed(source, cache, bucket) as books:
         with told(source, client):
             prefix = prefix_of(client, bucket, key)
             objects = listed(client, bucket, prefix)
         if not objects:
             raise DataError([f"{source} must be an object or hold some, but there are none; check bucket and prefix"])
         check_keys(bucket, objects)
-        mirror = cache / bucket
-        _prune(mirror, mirror / prefix, {str(mirror / one.key) for one in objects})
-        records = _records(books / "records")
-        missing = [one for one in objects if not _current(one, mirror / one.key, records.get(one.key))]
-        needed, free = sum(one.size for one in missing) / 1e9, shutil.disk_usage(cache).free / 1e9
-        if needed > free:
-            what = f"{source} needs {needed:.2f} GB free in {cache}, got {free:.2f}"
-            raise DataError([f"{what}; name another folder with --set cache=..."])
-        if missing:
-            _read(client, bucket, missing, mirror, books)
+        mirror = cache.folder / bucket
+        strangers = _strangers(mirror, mirror / prefix, {str(mirror / one.key) for one in objects})
+        _Mirror(source, cache, bucket, books, [prefix]).update(client, objects, strangers, track)
     return mirror / key
 
 
-@contextmanager
-def _claimed(source: str, cache: Path, bucket: str) -> Iterator[Path]:
-    """The folder of a mirror's lock, drafts and records; nobody else gets it meanwhile."""
-    books, other = cache / ".s3" / bucket, "name another folder with --set cache=..."
-    if (cache / bucket).exists() and not books.exists():
-        rule = f"{source} needs a folder of its own, where what is not in the bucket is deleted"
-        raise DataError([f"{rule}, but {cache / bucket} is somebody else's; {other}"])
-    try:
-        books.mkdir(parents=True, exist_ok=True)
-        lock = (books / "lock").open("w")
-    except OSError as error:
-        rule = f"{source} needs a folder to write in, but {books} is none ({error.strerror})"
-        raise DataError([f"{rule}; {other}"]) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield books
+def fetch(wanted: Mapping[str, Pin | None], cache: Cache, track: Track = untracked) -> None:
+    """Mirror single objects, as `local` does; of those that are not there, there is no file afterwards.
+
+    Args:
+        wanted: URL -> its pin, if only that version will do. The bucket is not asked for what is pinned and there.
+        cache: for the mirrors.
+        track: shows the progress.
+    Raises:
+        DataError: the objects cannot be read, or not be stored.
+    """
+    by_bucket: dict[str, dict[str, Pin | None]] = defaultdict(dict)
+    for url, pin in wanted.items():
+        bucket, key = parsed(url)
+        by_bucket[bucket][key] = pin
+    for bucket, keys in by_bucket.items():
+        source = SCHEME + bucket
+        with connect(source) as client, claimed(source, cache, bucket) as books:
+            with told(source, client):
+                found = among(client, bucket, (key for key, pin in keys.items() if pin is None))
+            objects = [*found, *(Stored(key, *pin) for key, pin in keys.items() if pin is not None)]
+            check_keys(bucket, objects)
+            mirror = cache.folder / bucket
+            absent = keys.keys() - {one.key for one in objects}
+            strangers = _in_the_way(mirror, [mirror / key for key in keys], [mirror / key for key in absent])
+            prefixes = {key[: key.rfind("/") + 1] for key in keys}
+            _Mirror(source, cache, bucket, books, prefixes).update(client, objects, strangers, track)
 
 
-def _prune(mirror: Path, root: Path, wanted: set[str]) -> None:
-    """Delete all below a root that is not wanted, empty folders, and what is no folder but must be one."""
-    for path in (root, *root.parents):
-        if path == mirror:
-            break
-        if path.is_file() or path.is_symlink():
+def pins(files: Iterable[Path], cache: Cache) -> dict[Path, Pin]:
+    """The pins of those files that `local` or `fetch` mirrored."""
+    by_bucket: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for file in files:
+        if url := cache.url(file):
+            bucket, key = parsed(url)
+            by_bucket[bucket].append((key, file))
+    found: dict[Path, Pin] = {}
+    for bucket, keys in by_bucket.items():
+        records = _records(cache.books(bucket) / "records")
+        found |= {file: Pin(*records[key][:2]) for key, file in keys}
+    return found
+
+
+class _Mirror(NamedTuple):
+    """A part of a bucket's mirror, for whom has its books."""
+
+    source: str
+    cache: Cache
+    bucket: str
+    books: Path
+    prefixes: Iterable[str]
+
+    def update(self, client: Any, objects: Sequence[Stored], strangers: Sequence[Path], track: Track) -> None:
+        """Delete files, and read objects that are not there as they should be."""
+        hold(self.books, self.prefixes)
+        mirror = self.cache.folder / self.bucket
+        records = _records(self.books / "records")
+        missing = [one for one in objects if not _is_current(one, mirror / one.key, records.get(one.key))]
+        if outdated := [*strangers, *(path for one in missing if _is_file(path := mirror / one.key))]:
+            check_unread(self.source, self.cache, self.books, self.prefixes)
+        for path in outdated:
             path.unlink()
+            for folder in _folders(mirror, path.parent):
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+        if missing:
+            needed = sum(one.size for one in missing)
+            make_room(self.source, self.cache, self.bucket, sum(one.size for one in objects), needed)
+            self._read(client, missing, track)
+
+    def _read(self, client: Any, missing: Sequence[Stored], track: Track) -> None:
+        """Read objects in parallel, large ones in parts; the first that fails ends it."""
+        from boto3.s3.transfer import TransferConfig, create_transfer_manager  # type: ignore[import-untyped]
+
+        etags = {one.key: one.etag for one in missing}
+        client.meta.events.register(
+            "provide-client-params.s3.GetObject", lambda params, **_: params | {"IfMatch": etags[params["Key"]]}
+        )
+        drafts = self.books / "drafts"
+        shutil.rmtree(drafts, ignore_errors=True)
+        drafts.mkdir()
+        waiting, ended = deque(missing), SimpleQueue[BaseException | None]()
+        config = TransferConfig(max_concurrency=REQUESTS, preferred_transfer_client="classic")
+        # The manager is left first; by an exception, it cancels what the readers wait for, and takes no more.
+        with (
+            (self.books / "records").open("ab", buffering=0) as records,
+            ThreadPoolExecutor(REQUESTS) as pool,
+            create_transfer_manager(client, config) as manager,
+        ):
+
+            def work() -> None:
+                draft = drafts / str(threading.get_ident())
+                try:
+                    while waiting:
+                        try:
+                            one = waiting.popleft()
+                        except IndexError:  # another reader was faster
+                            return
+                        self._keep(manager, client, one, draft, records)
+                        ended.put(None)
+                except BaseException as error:
+                    ended.put(error)
+
+            for _ in range(REQUESTS):
+                pool.submit(work)
+            for error in track((ended.get() for _ in missing), f"reading {self.source}", len(missing)):
+                if error is not None:
+                    raise error
+
+    def _keep(self, manager: Any, client: Any, one: Stored, draft: Path, records: Any) -> None:
+        """Read an object, put it in place and note it."""
+        with told(f"{SCHEME}{self.bucket}/{one.key}", client):
+            _download(manager, self.bucket, one, draft)
+        record = [*one, draft.stat().st_mtime_ns]
+        target = self.cache.folder / self.bucket / one.key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.replace(target)
+        records.write(b"\n" + json.dumps(record).encode())  # begins a line, since the last may be cut short
+
+
+def _strangers(mirror: Path, root: Path, wanted: set[str]) -> list[Path]:
+    """All files below a root that are not wanted, or what is no folder but must be one; empty folders go."""
+    if barred := [path for path in _folders(mirror, root) if _is_file(path)]:
+        return barred[:1]
+    found = []
     for place, folders, names in os.walk(root, topdown=False):
         links = (name for name in folders if os.path.islink(os.path.join(place, name)))
-        for name in (*names, *links):
-            if (path_ := os.path.join(place, name)) not in wanted:
-                os.unlink(path_)
+        paths = (os.path.join(place, name) for name in (*names, *links))
+        found += [Path(path) for path in paths if path not in wanted]
         with suppress(OSError):  # it is not empty
             os.rmdir(place)
+    return found
 
 
-def _records(file: Path) -> dict[str, list[object]]:
+def _in_the_way(mirror: Path, wanted: Sequence[Path], absent: Iterable[Path]) -> list[Path]:
+    """Files that must not be there, or where folders must be, or below what must be a file."""
+    folders = {folder for path in wanted for folder in _folders(mirror, path.parent)}
+    found = {path for path in folders if _is_file(path)}
+    found.update(path for path in absent if _is_file(path))
+    for path in wanted:
+        if path.is_dir() and not path.is_symlink():
+            found.update(_strangers(mirror, path, set()))
+    return sorted(found)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def _folders(mirror: Path, folder: Path) -> tuple[Path, ...]:
+    """A folder and those that it lies in, below a mirror."""
+    return (folder, *folder.parents)[: -len(mirror.parts)]
+
+
+def _records(file: Path) -> dict[str, list[Any]]:
     """Key -> size, ETag and time of modification; a line that was cut short is none."""
     records = {}
     for line in file.read_bytes().splitlines() if file.exists() else []:
@@ -117,46 +241,12 @@ def _records(file: Path) -> dict[str, list[object]]:
     return records
 
 
-def _current(one: Stored, path: Path, record: list[object] | None) -> bool:
+def _is_current(one: Stored, path: Path, record: list[Any] | None) -> bool:
     """Whether a file is the object as it was read."""
     if record is None or not path.is_file():
         return False
     found = path.stat()
     return record == [found.st_size, one.etag, found.st_mtime_ns] and found.st_size == one.size
-
-
-def _read(client: Any, bucket: str, missing: Sequence[Stored], mirror: Path, books: Path) -> None:
-    """Read objects in parallel, large ones in parts; the first that fails ends it."""
-    from boto3.s3.transfer import TransferConfig, create_transfer_manager  # type: ignore[import-untyped]
-
-    drafts = books / "drafts"
-    shutil.rmtree(drafts, ignore_errors=True)
-    drafts.mkdir()
-    waiting = deque(missing)
-    config = TransferConfig(max_concurrency=REQUESTS, preferred_transfer_client="classic")
-    # The manager is left first: if that is by an exception, it cancels what the readers wait for, and takes no more.
-    with (
-        (books / "records").open("ab", buffering=0) as records,
-        ThreadPoolExecutor(REQUESTS) as pool,
-        create_transfer_manager(client, config) as manager,
-    ):
-
-        def work(draft: Path) -> None:
-            while waiting:
-                try:
-                    one = waiting.popleft()
-                except IndexError:  # another reader was faster
-                    return
-                with told(f"{SCHEME}{bucket}/{one.key}", client):
-                    _download(manager, bucket, one, draft)
-                record = [*one, draft.stat().st_mtime_ns]
-                target = mirror / one.key
-                target.parent.mkdir(parents=True, exist_ok=True)
-                draft.replace(target)
-                records.write(b"\n" + json.dumps(record).encode())  # begins a line, since the last may be cut short
-
-        for done in as_completed([pool.submit(work, drafts / str(number)) for number in range(REQUESTS)]):
-            done.result()
 
 
 def _download(manager: Any, bucket: str, one: Stored, draft: Path) -> None:
