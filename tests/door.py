@@ -37,7 +37,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(told)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do
+    def __getattr__(self, name):
+        """`do_GET` and the others."""
+        if name.startswith("do_"):
+            return self.do
+        raise AttributeError(name)
 
     def log_message(self, *_):
         pass

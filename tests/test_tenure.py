@@ -77,10 +77,15 @@ def test_a_holder_that_was_only_slow_finds_out_and_leaves_the_other_alone(url, d
                 check()
             check_other()
     assert bucket.objects() == []
-    with held(url, "it", print), held(url, "it", print) as check_other:
-        pass
-    # The first one, at its end, must not have given back what was not its own any more; there is nothing left of either.
-    assert bucket.objects() == []
+
+
+def test_a_holder_that_lost_it_does_not_give_back_what_another_holds(url, dead):
+    with objects.opened(url) as store, held(url, "it", print):
+        slow = tenure.Tenure(store)
+        slow.take(store.get(tenure.LEASE))
+        with held(url, "it", print):
+            slow.give_back()
+            assert store.get(tenure.LEASE) is not None
 
 
 def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, proxy):  # noqa: F811

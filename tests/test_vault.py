@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,7 +97,10 @@ def test_only_what_changed_is_written_and_nothing_by_those_that_change_nothing(p
         assert proxy.seen == []
         write(kept.path, b="3")
         kept.push()
-        assert [(method, key.rpartition("/")[2]) for method, key in proxy.wrote()] == [("PUT", "b"), ("PUT", vault.INDEX)]
+        assert [(method, key.rpartition("/")[2]) for method, key in proxy.wrote()] == [
+            ("PUT", "b"),
+            ("PUT", vault.INDEX),
+        ]
 
 
 def test_drafts_and_folders_of_others_are_no_part_of_it(place, bucket):  # noqa: F811
@@ -134,10 +138,8 @@ def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, pro
             replace_step(kept.path)
             proxy.seen.clear()
             proxy.rule = lambda *_: "cut" if len(proxy.wrote()) >= last else None  # noqa: B023
-            try:
+            with suppress(StorageError):
                 kept.push()
-            except StorageError:
-                pass
         proxy.rule = lambda *_: None
         found.append(seen_by_another(place))
         assert found[-1] in both, last
@@ -152,7 +154,7 @@ def test_leftovers_of_a_process_that_died_go_with_the_next_push(place, proxy, bu
         write(kept.path, **STEP_1)
         kept.push()
         write(kept.path, **STEP_2)
-        proxy.rule = lambda method, key, _: "cut" if key.endswith(vault.INDEX) else None
+        proxy.rule = lambda _, key, __: "cut" if key.endswith(vault.INDEX) else None
         with pytest.raises(StorageError):
             kept.push()
     proxy.rule = lambda *_: None
@@ -244,7 +246,7 @@ def test_parts_of_a_large_file_that_fails_are_taken_back(place, proxy, bucket, m
     monkeypatch.setattr(objects, "PATIENCE", 0)
     with vault.opened(place) as kept:
         (kept.path / "large").write_bytes(bytes(20 * 2**20))
-        proxy.rule = lambda _, key, query: (400, "BadDigest") if "partNumber=2" in query else None
+        proxy.rule = lambda _, __, query: (400, "BadDigest") if "partNumber=2" in query else None
         with pytest.raises(StorageError, match=f"{place}/large"):
             kept.push()
         assert "Uploads" not in moto.client.list_multipart_uploads(Bucket=bucket.name)
@@ -291,9 +293,14 @@ def test_what_appears_meanwhile_is_pushed_without_being_asked(place, proxy, monk
 
 def test_what_a_block_leaves_when_it_is_cut_short_is_pushed(place, monkeypatch):
     monkeypatch.setattr(vault, "POLL_SECONDS", 1000)
-    with pytest.raises(ZeroDivisionError), vault.opened(place) as kept, kept.followed():
-        write(kept.path, **STEP_1)
-        raise ZeroDivisionError
+
+    def block():
+        with vault.opened(place) as kept, kept.followed():
+            write(kept.path, **STEP_1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
     assert seen_by_another(place) == STEP_1
 
 

@@ -2,13 +2,11 @@
 
 import json
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
 from test_vault import place, proxy, seen_by_another  # noqa: F401
 
-from grainmill import objects, vault
 from grainmill.errors import StorageError
 from grainmill.worker import Job, epochs
 
