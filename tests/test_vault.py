@@ -39,9 +39,9 @@ def place(bucket, tmp_path, monkeypatch):  # noqa: F811
     return f"s3://{bucket.name}/runs/trial-0001"
 
 
-def files(folder):
-    """Name -> text, without the places that nobody is to see."""
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+def files(folder, read=Path.read_text):
+    """Name -> content."""
+    return {str(path.relative_to(folder)): read(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write(folder, **texts):
@@ -50,9 +50,9 @@ def write(folder, **texts):
         (folder / name).write_text(text)
 
 
-def seen_by_another(place):
+def seen_by_another(place, read=Path.read_text):
     with vault.opened(place) as kept:
-        return files(kept.path)
+        return files(kept.path, read)
 
 
 STEP_1 = {"step-1/model": "one", "step-1/MANIFEST.json": "{}"}

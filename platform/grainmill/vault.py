@@ -226,7 +226,9 @@ def opened(place: str, besides: Collection[str] = (), within: Path | None = None
     if not remote(place):
         yield Folder(Path(place))
         return
-    with objects.opened(place) as store, _workspace(within or Path(WORK).expanduser()) as path:
+    with objects.opened(place) as store, _workspace(within or Path(WORK).expanduser()) as work:
+        path = work / store.url.rpartition("/")[2]  # a training may go by the name of its folder
+        path.mkdir()
         vault = Vault(store, path, besides)
         vault.fetch()
         yield vault
@@ -258,8 +260,7 @@ def _workspace(root: Path) -> Iterator[Path]:
         lock = (path / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        (path / "copy").mkdir()
-        yield path / "copy"
+        yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         lock.close()
