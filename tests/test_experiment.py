@@ -274,6 +274,28 @@ BAD = {
     "later workers that do not divide": Bad(
         more("resources: {workers: 4, retrain_workers: 10}"), 4, ANY, ["504 and 3 x 1 x 10", "batch.size to 510"]
     ),
+    "no workers": Bad(more("resources: {workers: 0}"), 4, "resources.workers", ["1 worker at least", "got 0", "raise"]),
+    "none of the fewest": Bad(more("resources: {workers: [0, 2]}"), 4, "resources.workers", ["got [0, 2]", "raise"]),
+    "fewest and most swapped": Bad(
+        more("resources: {retrain_workers: [3, 1]}"),
+        4,
+        "resources.retrain_workers",
+        ["min <= max", "got [3, 1]", "swap"],
+    ),
+    "workers in words": Bad(
+        more("resources: {workers: all}"), 4, "resources.workers", ["whole number", "'all'", "for 1"]
+    ),
+    "workers in three": Bad(
+        more("resources: {workers: [1, 2, 3]}"), 4, "resources.workers", ["[min, max]", "[1, 2, 3]"]
+    ),
+    "half a worker": Bad(more("resources: {workers: [1, 1.5]}"), 4, "resources.workers", ["whole number", "[1, 1.5]"]),
+    "workers of which some do not divide": Bad(
+        more("resources: {workers: [3, 5]}"),
+        4,
+        "resources.workers",
+        ["504 and 3 x 1 x 60", "batch.size to 540 (for any of 3 to 5 workers)"],
+    ),
+    "placement": Bad(more("resources: {placement: spred}"), 4, "resources.placement", ["'spred'", "mean 'spread'"]),
     # The objective and the search
     "misspelt metric": Bad(
         head(objective="{tpo1: max}"), 3, "objective.tpo1", ["metric", "did you mean 'top1'", "known: top1"]
@@ -752,7 +774,8 @@ def test_the_identity_is_everything_but_where_things_are_kept(read, override, sa
 
 
 def test_the_identity_written_as_a_file_is_the_same_experiment(read):
-    before = load(DEMO, ["space.seed={int: [0, 9]}"])
+    before = load(DEMO, ["space.seed={int: [0, 9]}", "resources.retrain_workers=[1, 2]", "resources.placement=spread"])
+    assert before.resources.retrain_workers == (1, 2)
     after = read(to_yaml(before.identity()))
     assert after.model_dump() == before.model_dump()
     assert list(after.space) == list(before.space)

@@ -1,7 +1,8 @@
 """What is wrong between the sections of an experiment file, and with the points of its space."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -149,9 +150,10 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
     """What is wrong with settings at the ends of the space; each message once."""
     space, base = parts["space"], parts["base"].model_dump()
     defaults = trainable.Spec().model_dump()
-    workers: dict[int, str] = {}
+    workers: dict[Sequence[int], str] = {}
     if "resources" in parts:
-        workers = {parts["resources"].retrain_workers: "retrain_workers", parts["resources"].workers: "workers"}
+        for key in ("retrain_workers", "workers"):
+            workers[counts(getattr(parts["resources"], key))] = key
     seen: set[tuple[Location, str]] = set()
     published = reference(trainable.Spec(), space)
     for setting in _points(parts, space, {name: lookup(defaults, name) for name in space}):
@@ -159,8 +161,8 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
         moved = [name for name, value in setting.items() if value != published[name]]
         try:
             spec = trainable.Spec.model_validate(nested(setting, base))
-            for count, key in workers.items():
-                found += [(("resources", key), message) for message in trainable.worker_problems(spec, count)]
+            for some, key in workers.items():
+                found += [(("resources", key), message) for message in _worker_problems(trainable, spec, some)]
         except ValidationError as error:
             for details in errors(error):
                 culprits = [name for name in [dotted(details["loc"]), *moved] if name in space]
@@ -171,6 +173,21 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
                 seen.add((place, rule))
                 at = " (at " + ", ".join(f"{name} = {setting[name]}" for name in moved) + ")" if moved else ""
                 yield place, message + at
+
+
+def counts(workers: int | tuple[int, int]) -> Sequence[int]:
+    """All numbers of workers that a trial may have."""
+    return range(workers, workers + 1) if isinstance(workers, int) else range(workers[0], workers[1] + 1)
+
+
+def _worker_problems(trainable: catalog.Trainable, spec: Any, counts: Sequence[int]) -> list[str]:
+    """What keeps a spec from running on any of these numbers of workers."""
+    found = [message for count in counts for message in trainable.worker_problems(spec, count)]
+    if not found or len(counts) == 1:
+        return found
+    # What suits one number of workers may not suit the next; what suits their common multiple suits all.
+    found = trainable.worker_problems(spec, math.lcm(*counts)) or found
+    return [f"{message} (for any of {counts[0]} to {counts[-1]} workers)" for message in found]
 
 
 def _points(parts: Mapping[str, Any], space: Space, defaults: Setting) -> Iterator[Setting]:

@@ -12,12 +12,13 @@ from grainmill.checks import COSTS
 from grainmill.clerk import Watch
 from grainmill.document import to_yaml
 from grainmill.errors import SearchError, TrackingError
-from grainmill.experiment import Budget, Experiment, Search
+from grainmill.experiment import Budget, Experiment, Search, Workers
 from grainmill.halving import expected_epochs
 from grainmill.lineage import Interval, Lineage, machine
+from grainmill.origin import environment
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import PARENT, Tracker, clear, environment, reach
+from grainmill.tracking import PARENT, Tracker, clear, reach
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
@@ -77,12 +78,17 @@ def train(
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
     with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, trials.cluster(address):
-        watch.note(f"training on {_count(experiment.resources.retrain_workers, 'worker')}")
+        workers = experiment.resources.retrain_workers
+        watch.note(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
         return run.finish([None], None)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _range(workers: Workers) -> str:
+    return f"{workers}" if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
 
 
 def _forecast(experiment: Experiment) -> str:
@@ -136,7 +142,7 @@ class _Run:
                     tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
 
-    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: int) -> Study:
+    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: Workers) -> Study:
         """Run the study `name`: `count` trials, the first with the settings `first`."""
         url, prefix = _database(experiment, self.home.folder, self.home.place)
         study = Study(url, prefix + name, experiment, first, count)
@@ -147,7 +153,7 @@ class _Run:
         trials.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
         return study
 
-    def _plan(self, study: str, workers: int) -> Plan:
+    def _plan(self, study: str, workers: Workers) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
         return Plan(study, module, self.data.model_dump(), self.home.place, self.experiment.resources, workers)
 
@@ -202,7 +208,7 @@ class _Run:
         return outcome
 
     def _lineage(self, plan: Plan, chosen: Candidate, final: Record) -> Lineage:
-        workers = " ".join(f"{amount:g} {name}" for name, amount in plan.bundle.items())
+        bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
         runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
         places = {
@@ -219,7 +225,7 @@ class _Run:
             places,
             self.trainable.sources(self.data),
             environment(),
-            {**machine(), "workers": f"{plan.workers} of {workers}"},
+            {**machine(), "workers": f"{_range(plan.workers)} of {bundle}"},
             {name: final.cost[name] for name in COSTS if name in final.cost},
             {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
         )

@@ -79,9 +79,7 @@ def _patient(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]
         try:
             return method(*args, **kwargs)
         except (StorageInternalError, SQLAlchemyError) as error:
-            study = args[0]
-            assert isinstance(study, Study), "a method of it"
-            raise _unreachable(study.url, error) from error
+            raise _unreachable(args[0].url, error) from error  # type: ignore[attr-defined]  # of a Study
 
     return call
 
@@ -299,5 +297,5 @@ def _record(trial: FrozenTrial) -> Record:
     times = tuple(row["at"] for row in rows)
     reported = {name: history[-1][name] for name in COSTS if history and name in history[-1]}
     cost = max(kept.get("cost", {}), reported, key=lambda cost: sum(cost.values()))
-    variants = kept.get("variants", {})
-    return Record(trial.number, state, kept["setting"], history, times, kept.get("cause"), variants, cost)
+    why, variants = kept.get("cause"), kept.get("variants", {})
+    return Record(trial.number, state, kept["setting"], history, times, why, variants, cost)

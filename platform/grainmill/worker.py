@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grainmill import catalog, vault
-from grainmill.experiment import Resources
+from grainmill.checks import counts
+from grainmill.experiment import Resources, Workers
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
     folder: str
     """Of the run: one that all nodes see, or `s3://bucket/prefix`."""
     resources: Resources
-    workers: int
+    workers: Workers
 
     def name(self, number: int) -> str:
         """Of a trial: for people, folders and MLflow."""
@@ -38,6 +39,21 @@ class Plan:
     def ray(self) -> str:
         """Folder for Ray's own files."""
         return f"{self.folder}/ray"
+
+    @property
+    def fewest(self) -> int:
+        """Workers with which a trial can go on."""
+        return counts(self.workers)[0]
+
+    @property
+    def most(self) -> int:
+        """Workers of a trial where there is room for all."""
+        return counts(self.workers)[-1]
+
+    @property
+    def apart(self) -> bool:
+        """Whether each worker must have a node of its own."""
+        return self.resources.placement == "spread" and self.fewest == self.most
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -56,22 +72,39 @@ class Job:
     data: Mapping[str, Any]
     folder: str
     """For checkpoints; one that all workers see, or `s3://bucket/prefix`, of which each has a copy."""
+    name: str = ""
+    """Of its trial."""
+    attempt: str = ""
+    """Of this start of it, unlike all others."""
 
 
-def epochs(job: Job) -> Generator[dict[str, Any], None, None]:
+class LeftError(Exception):
+    """A training ended early, with all steps kept, because its beat said so."""
+
+
+def epochs(job: Job, beat: catalog.Beat = catalog.undisturbed) -> Generator[dict[str, Any], None, None]:
     """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
 
-    Whatever the training has left in its folder is safe in S3 before an epoch is yielded, if the folder is there.
+    What the training leaves in a folder in S3 is safe there before an epoch is yielded, and at its end.
+
+    Raises:
+        LeftError: it ended before its last epoch.
+        StorageError: the folder in S3 cannot be read or written.
     """
     trainable = catalog.find(job.trainable)
     spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
+    done = 0
     with vault.opened(job.folder) as kept, kept.followed():
         _meet()
-        for result in trainable.fit(spec, data, kept.path):
+        for result in trainable.fit(spec, data, kept.path, beat):
             kept.push()
             metrics = {"epoch": result.epoch, **result.metrics}
             # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
             yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+            done = result.epoch
+        kept.push()
+    if done < spec.epochs:  # type: ignore[attr-defined]  # see catalog.Trainable
+        raise LeftError
 
 
 def _meet() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from multigrain import remote
 from multigrain import spec as settings
+from multigrain.beat import Beat, undisturbed
 from multigrain.buckets import SCHEME
 from multigrain.cache import Cache
 from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened, untracked
@@ -156,11 +157,11 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
-def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["EpochResult"]:
+def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.fit.fit`."""
     import multigrain.fit
 
-    return multigrain.fit.fit(spec, images_of(data), folder)
+    return multigrain.fit.fit(spec, images_of(data), folder, beat=beat)
 
 
 def load(folder: Path) -> "Model":
