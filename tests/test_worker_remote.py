@@ -13,7 +13,7 @@ from test_vault import place, proxy, seen_by_another  # noqa: F401
 
 from grainmill import vault
 from grainmill.errors import StorageError
-from grainmill.worker import Job, epochs
+from grainmill.worker import Job, LeftError, epochs
 from multigrain import checkpoint
 
 
@@ -22,11 +22,20 @@ def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(
     with closing(epochs(job)) as results:
         for epoch in (1, 2):
             assert next(results)["epoch"] == epoch
-            assert json.loads(seen_by_another(place)["state.json"])["epoch"] == epoch
+            assert json.loads(seen_by_another(place)["state.json"])["step"] == epoch
     assert list((tmp_path / "work").glob("*/*")) == []
     assert [row["epoch"] for row in epochs(job)] == [2, 3, 4]  # the last one again: its reader may have died
     computed = (tmp_path / "diary").read_text().split()[1::2]
     assert computed == ["1", "2", "3", "4"]
+
+
+def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path):  # noqa: F811
+    job = Job("toy", {"epochs": 2, "steps": 3}, {"diary": str(tmp_path / "diary")}, place)
+    with pytest.raises(LeftError):
+        list(epochs(job, lambda: True))
+    assert json.loads(seen_by_another(place)["state.json"])["step"] == 1
+    assert [row["epoch"] for row in epochs(job)] == [1, 2]
+    assert (tmp_path / "diary").read_text().split()[1::2] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_a_training_ends_with_the_reason_why_its_checkpoint_is_not_safe(place, proxy):  # noqa: F811
