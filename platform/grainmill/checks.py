@@ -51,7 +51,7 @@ def between_sections(
         if parts["search"].sampler == "grid":
             yield from grid_problems(space, published, parts["search"].trials)
         if here and "tracking" in parts and parts["search"].warm_start is not None and parts["tracking"].study is None:
-            yield from _warm_start_problems(Path(parts["search"].warm_start))
+            yield from _warm_start_problems(parts["search"].warm_start)
     if "base" in parts:
         yield from _setting_problems(trainable, parts)
 
@@ -125,9 +125,9 @@ def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]
         yield ("search", "trials"), message
 
 
-def _warm_start_problems(folder: Path) -> Iterator[tuple[Location, str]]:
-    if not (folder / "study.db").is_file():
-        message = f"must be the folder of an earlier search, but there is no {folder.absolute() / 'study.db'}"
+def _warm_start_problems(place: str) -> Iterator[tuple[Location, str]]:
+    if not vault.remote(place) and not Path(place, "study.db").is_file():
+        message = f"must be the folder of an earlier search, but there is no {Path(place, 'study.db').absolute()}"
         yield ("search", "warm_start"), f"{message}; name one such as grainmill-runs/demo/run-1"
 
 

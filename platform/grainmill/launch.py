@@ -148,8 +148,10 @@ class _Run:
         study = Study(url, prefix + name, experiment, first, count)
         study.keep = self.home.keep
         if experiment.search.warm_start is not None:
-            earlier, prefix = _database(experiment, Path(experiment.search.warm_start), experiment.search.warm_start)
-            study.adopt(earlier, prefix + name)
+            home, _, run = vault.absolute(experiment.search.warm_start).rpartition("/")
+            with vault.opened(home, runs.BESIDES) as earlier:
+                url, prefix = _database(experiment, earlier.path / run, f"{home}/{run}")
+                study.adopt(url, prefix + name)
         trials.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
         return study
 

@@ -235,9 +235,13 @@ def opened(place: str, besides: Collection[str] = (), within: Path | None = None
 
 
 def read(place: str, name: str) -> str | None:
-    """The text of one file of a place, None if it is not there."""
+    """The text of one file of a place, None if it is not there.
+
+    Raises:
+        StorageError: S3 does not answer, or not as it should.
+    """
     if remote(place):
-        with objects.opened(place) as store:
+        with objects.opened(place, patience=0) as store:
             found = store.get(name)
         return found and found.body.decode()
     try:
