@@ -187,7 +187,10 @@ class Trainable(Protocol):
 
     @staticmethod
     def prepare(data: Any, root: Path, track: Track) -> Any:
-        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials."""
+        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials.
+
+        Where the storage is in S3, a setting that names something below `root` then gets its `s3://` URL.
+        """
 
     @staticmethod
     def sources(data: Any) -> Sequence[Source]:

@@ -65,10 +65,11 @@ class Tenure:
         self._until = 0.0
 
     def give_back(self) -> None:
-        """Let others in at once."""
-        found = self._store.get(LEASE)
+        """Let others in at once, if it is ours."""
+        store = self._store.impatient()
+        found = store.get(LEASE)
         if found and found.etag == self._etag:
-            self._store.delete(LEASE)
+            store.delete(LEASE)
 
 
 @contextmanager
@@ -83,9 +84,9 @@ def held(url: str, what: str, note: Callable[[str], None]) -> Iterator[Callable[
         BusyError: another process works there.
         StorageError: the bucket does not exist, or cannot be written.
     """
-    with objects.opened(url, patience=0) as store, objects.opened(url) as patient:
+    with objects.opened(url) as patient:
+        store, tenure = patient.impatient(), Tenure(patient)
         _probe(store)
-        tenure = Tenure(patient)
         while not tenure.take(_left(store, what, note)):
             pass
         over = threading.Event()

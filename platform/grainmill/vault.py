@@ -25,7 +25,7 @@ from grainmill.errors import StorageError
 from grainmill.objects import Objects, Stored
 
 INDEX = ".index.json"
-WORK = "~/.cache/grainmill/work"
+WORK = "~/.cache/grainmill/.work"
 """Where the copies are; those of processes that died are deleted by the next."""
 _UNFINISHED = re.compile(r"\.|draft|.*\.draft$")
 """Names of files and folders that are being written; all others are whole."""
