@@ -177,6 +177,16 @@ def test_of_two_processes_that_write_each_leaves_its_own_state_whole(place):
             assert seen_by_another(place) == state
 
 
+def test_an_index_that_somebody_deleted_is_written_anew(place, bucket):  # noqa: F811
+    with vault.opened(place) as kept:
+        write(kept.path, **STEP_1)
+        kept.push()
+        bucket.delete(f"runs/trial-0001/{vault.INDEX}")
+        replace_step(kept.path)
+        kept.push()
+    assert seen_by_another(place) == STEP_2
+
+
 # --- what goes wrong on the way
 
 

@@ -22,6 +22,8 @@ PATIENCE = 300
 """Seconds that an endpoint is asked again."""
 PAUSES = (0.5, 1, 2, 4, 8, 15)
 """Between attempts; the last one again and again."""
+_UNMET = ("ConditionalRequestConflict", "NoSuchKey", "PreconditionFailed")
+"""What an endpoint says where an object has not, or not any more, the ETag that was asked for."""
 _RIGHTS = "s3:ListBucket, s3:GetObject, s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload"
 
 Result = TypeVar("Result")
@@ -74,7 +76,7 @@ class Objects:
             try:
                 made: str = self._client.put_object(**self._named(name), Body=body, **condition)["ETag"]
             except self._client.exceptions.ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (409, 412):
+                if error.response["Error"]["Code"] not in _UNMET:
                     raise
             else:
                 return made

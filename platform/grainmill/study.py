@@ -294,8 +294,7 @@ def _record(trial: FrozenTrial) -> Record:
     state = "paused" if trial.state == TrialState.RUNNING and kept.get("paused") else _STATES[trial.state]
     rows = kept.get("history", ())
     history = tuple({name: value for name, value in row.items() if name != "at"} for row in rows)
-    times = tuple(row["at"] for row in rows)
     reported = {name: history[-1][name] for name in COSTS if history and name in history[-1]}
     cost = max(kept.get("cost", {}), reported, key=lambda cost: sum(cost.values()))
     why, variants = kept.get("cause"), kept.get("variants", {})
-    return Record(trial.number, state, kept["setting"], history, times, why, variants, cost)
+    return Record(trial.number, state, kept["setting"], history, tuple(row["at"] for row in rows), why, variants, cost)
