@@ -372,6 +372,10 @@ BAD = {
         "tracking.study",
         ["must not hold a password", "PGPASSWORD"],
     ),
+    "storage in a bucket of another kind": Bad(
+        more("storage: gs://bucket/runs"), 4, "storage", ["s3://bucket/prefix", "begins with gs://"]
+    ),
+    "storage in no bucket": Bad(more("storage: s3://me:secret@host/x"), 4, "storage", ["must be s3://bucket/prefix"]),
     "password in the tracking server's address": Bad(
         more("tracking: {uri: 'https://me:secret@host'}"),
         4,

@@ -174,7 +174,8 @@ def test_too_large_a_job_is_refused_before_it_is_copied(apples, tmp_path):
 def test_storage_must_outlive_the_job(tmp_path):
     with pytest.raises(SubmissionError, match=r"got 'grainmill-runs'; name one, for example --set storage=/"):
         job.check_storage(experiment.load(DEMO))
-    job.check_storage(experiment.load(DEMO, [f"storage={tmp_path}"]))
+    for place in (tmp_path, "s3://bucket/runs"):
+        job.check_storage(experiment.load(DEMO, [f"storage={place}"]))
 
 
 def test_data_of_the_cluster_need_not_be_here(tmp_path):

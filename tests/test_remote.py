@@ -137,6 +137,7 @@ def bucket(proxy, moto, monkeypatch, waits):
         name=name,
         put=lambda **bodies: [moto.client.put_object(Bucket=name, Key=key, Body=body) for key, body in bodies.items()],
         delete=lambda key: moto.client.delete_object(Bucket=name, Key=key),
+        objects=lambda: moto.client.list_objects_v2(Bucket=name).get("Contents", []),
     )
 
 

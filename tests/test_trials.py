@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import ray
@@ -37,7 +38,7 @@ class Bench:
 
     def plan(self, workers=1, **resources):
         data = {"diary": str(self.diary), "gate": None}
-        return Plan("trial", "toy", data, self.folder, Resources(**resources), workers)
+        return Plan("trial", "toy", data, str(self.folder), Resources(**resources), workers)
 
     def study(self, count, **changes):
         content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}
@@ -110,7 +111,7 @@ def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
     record = study.ask()
     spec = toy.Spec(height=record.setting["height"])
     run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
-    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), bench.plan().checkpoints(0))
+    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.plan().checkpoints(0)))
     first = next(left).metrics
     bench.tracker.log(run_id, 1, {"epoch": 1, **first})
     study.report(0, {"epoch": 1, **first})

@@ -187,7 +187,10 @@ class Trainable(Protocol):
 
     @staticmethod
     def prepare(data: Any, root: Path, track: Track) -> Any:
-        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials."""
+        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials.
+
+        Where the storage is in S3, a setting that names something below `root` then gets its `s3://` URL.
+        """
 
     @staticmethod
     def sources(data: Any) -> Sequence[Source]:
@@ -198,6 +201,9 @@ class Trainable(Protocol):
         """Train, on every worker alike; goes on from the checkpoints in `folder`, an epoch's result that is kept first.
 
         Ends before its last epoch, with all steps kept, where `beat` says so on any worker.
+
+        What is being written there has a name that begins with `.` or `draft` or ends in `.draft`, and gets its own
+        when it is whole: all else may be copied at any moment. One process writes, or all write the same.
         """
 
     @staticmethod

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from grainmill import catalog
+from grainmill import catalog, vault
 from grainmill.document import Location, dotted
 from grainmill.findings import describe, errors
 from grainmill.space import Parameter, Setting, Space, extremes, grid_problems, lookup, nested, resolve, space_problems
@@ -32,11 +32,7 @@ def between_sections(
         yield from ((("data",), message) for message in messages)
         if not messages:
             yield from _metric_problems({**trainable.metrics(parts["data"]), **COSTS}, parts)
-    if "tracking" in parts and parts["tracking"].study is not None:
-        yield from _address_problems(parts["tracking"].study)
-    if "tracking" in parts and "@" in (parts["tracking"].uri or ""):
-        message = "must not hold a user or a password, but does; put them into MLFLOW_TRACKING_USERNAME and _PASSWORD"
-        yield ("tracking", "uri"), message
+    yield from _place_problems(parts)
     if {"search", "base"} <= parts.keys() and (parts["search"].grace_epochs or 1) > parts["base"].epochs:
         message = f"must be at most base.epochs, got {parts['search'].grace_epochs} of {parts['base'].epochs}"
         yield ("search", "grace_epochs"), message
@@ -55,9 +51,20 @@ def between_sections(
         if parts["search"].sampler == "grid":
             yield from grid_problems(space, published, parts["search"].trials)
         if here and "tracking" in parts and parts["search"].warm_start is not None and parts["tracking"].study is None:
-            yield from _warm_start_problems(Path(parts["search"].warm_start))
+            yield from _warm_start_problems(parts["search"].warm_start)
     if "base" in parts:
         yield from _setting_problems(trainable, parts)
+
+
+def _place_problems(parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """What is wrong with the places where things are kept."""
+    if "storage" in parts and (message := vault.problem(parts["storage"])):
+        yield ("storage",), message
+    if "tracking" in parts and parts["tracking"].study is not None:
+        yield from _address_problems(parts["tracking"].study)
+    if "tracking" in parts and "@" in (parts["tracking"].uri or ""):
+        message = "must not hold a user or a password, but does; put them into MLFLOW_TRACKING_USERNAME and _PASSWORD"
+        yield ("tracking", "uri"), message
 
 
 def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -118,9 +125,9 @@ def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]
         yield ("search", "trials"), message
 
 
-def _warm_start_problems(folder: Path) -> Iterator[tuple[Location, str]]:
-    if not (folder / "study.db").is_file():
-        message = f"must be the folder of an earlier search, but there is no {folder.absolute() / 'study.db'}"
+def _warm_start_problems(place: str) -> Iterator[tuple[Location, str]]:
+    if not vault.remote(place) and not Path(place, "study.db").is_file():
+        message = f"must be the folder of an earlier search, but there is no {Path(place, 'study.db').absolute()}"
         yield ("search", "warm_start"), f"{message}; name one such as grainmill-runs/demo/run-1"
 
 

@@ -245,6 +245,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
                 self._tell(record.number)
 
     def _tell(self, number: int) -> None:
+        self.study.keep()
         record = self.study.record(number)
         self.outbox.put(record, works=number in self.began)
         self.watch.trial(self.plan.name(number), record)

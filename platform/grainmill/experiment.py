@@ -178,7 +178,8 @@ class Experiment(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     storage: str = "grainmill-runs"
-    """Folder for runs, built-in images and the local MLflow database; all nodes must see it."""
+    """Folder for runs, built-in images and the local MLflow database, which all nodes must see; or `s3://bucket/prefix`,
+    for all but that database."""
 
     @property
     def reference(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from grainmill import vault
 from grainmill.catalog import Trainable
 from grainmill.errors import SubmissionError, hidden
 from grainmill.experiment import Experiment
@@ -161,9 +162,9 @@ def check_storage(experiment: Experiment) -> None:
     Raises:
         SubmissionError: it is relative: to the job's own folder, which is deleted at its end.
     """
-    if not Path(experiment.storage).is_absolute():
+    if not vault.remote(experiment.storage) and not Path(experiment.storage).is_absolute():
         raise SubmissionError(
-            "storage must be an absolute path that all nodes see and that outlives the job, "
+            "storage must be an absolute path that all nodes see and that outlives the job, or s3://bucket/prefix, "
             f"got {experiment.storage!r}; name one, for example --set storage=/shared/grainmill-runs"
         )
 

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -145,7 +144,7 @@ class Group:
             ),
             run_config=ray.train.RunConfig(
                 name=f"group-{uuid4()}",
-                storage_path=str(Path(plan.folder, "ray")),
+                storage_path=plan.ray,
                 failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
             ),
             torch_config=Network(),
@@ -282,7 +281,7 @@ def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
         ward: that of the study; see `ward`.
     """
     number, own = config["number"], pulse.own(ward)
-    job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(number)), plan.name(number), str(uuid4()))
+    job = Job(plan.trainable, config["spec"], plan.data, plan.checkpoints(number), plan.name(number), str(uuid4()))
     try:
         if own.leave:  # a worker of a group takes a step first, for all must leave together
             raise LeftError

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from grainmill import vault
 from grainmill.errors import TrackingError, hidden
 from grainmill.origin import environment
 
@@ -47,12 +48,12 @@ def _make_database(file: Path) -> None:
 class Tracker:
     """The runs of one MLflow experiment."""
 
-    def __init__(self, uri: str, experiment: str, storage: Path) -> None:
+    def __init__(self, uri: str, experiment: str, storage: Path | str) -> None:
         """
         Args:
             uri: of the tracking server or database.
             experiment: name of the MLflow experiment, made if need be.
-            storage: folder for artifacts where `uri` is a database; a server decides for itself.
+            storage: folder, or URL in S3, for artifacts where `uri` is a database; a server decides for itself.
         Raises:
             TrackingError: no answer, within seconds.
         """
@@ -66,7 +67,7 @@ class Tracker:
             if found := self.client.get_experiment_by_name(experiment):
                 self.experiment_id: str = found.experiment_id
             else:
-                artifacts = (storage.absolute() / "mlflow-artifacts" / experiment).as_uri() if local else None
+                artifacts = f"{vault.uri(str(storage))}/mlflow-artifacts/{experiment}" if local else None
                 self.experiment_id = self.client.create_experiment(experiment, artifacts)
 
     def start(

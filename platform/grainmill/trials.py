@@ -147,7 +147,7 @@ def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, wave: int, watched
         ),
         run_config=ray_tune.RunConfig(
             name=plan.study,
-            storage_path=str(plan.folder / "ray"),
+            storage_path=plan.ray,
             verbose=0,
             callbacks=[clerk],
             failure_config=ray_tune.FailureConfig(max_failures=RESTARTS),

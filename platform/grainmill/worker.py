@@ -4,12 +4,12 @@ Kept light, for it is imported in every worker: no MLflow, no Optuna, and torch 
 """
 
 import json
+import sys
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from grainmill import catalog
+from grainmill import catalog, vault
 from grainmill.cluster import Need
 from grainmill.experiment import Resources, Workers
 
@@ -22,8 +22,8 @@ class Plan:
     trainable: str
     """Dotted path of its module."""
     data: Mapping[str, Any]
-    folder: Path
-    """Of the run; all nodes must see it."""
+    folder: str
+    """Of the run: one that all nodes see, or `s3://bucket/prefix`."""
     resources: Resources
     workers: Workers
 
@@ -31,9 +31,14 @@ class Plan:
         """Of a trial: for people, folders and MLflow."""
         return f"{self.study}-{number:04d}"
 
-    def checkpoints(self, number: int) -> Path:
+    def checkpoints(self, number: int) -> str:
         """Folder for a trial's checkpoints."""
-        return self.folder / "trials" / self.name(number)
+        return f"{self.folder}/trials/{self.name(number)}"
+
+    @property
+    def ray(self) -> str:
+        """Folder for Ray's own files."""
+        return f"{self.folder}/ray"
 
     @property
     def need(self) -> Need:
@@ -50,7 +55,7 @@ class Job:
     spec: Mapping[str, Any]
     data: Mapping[str, Any]
     folder: str
-    """For checkpoints; all workers must see it."""
+    """For checkpoints; one that all workers see, or `s3://bucket/prefix`, of which each has a copy."""
     name: str = ""
     """Of its trial."""
     attempt: str = ""
@@ -64,19 +69,35 @@ class LeftError(Exception):
 def epochs(job: Job, beat: catalog.Beat = catalog.undisturbed) -> Generator[dict[str, Any], None, None]:
     """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
 
+    What the training leaves in a folder in S3 is safe there before an epoch is yielded, and at its end.
+
     Raises:
         LeftError: it ended before its last epoch.
+        StorageError: the folder in S3 cannot be read or written.
     """
     trainable = catalog.find(job.trainable)
     spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
     done = 0
-    for result in trainable.fit(spec, data, Path(job.folder), beat):
-        metrics = {"epoch": result.epoch, **result.metrics}
-        # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
-        yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
-        done = result.epoch
+    with vault.opened(job.folder) as kept, kept.followed():
+        _meet()
+        for result in trainable.fit(spec, data, kept.path, beat):
+            kept.push()
+            metrics = {"epoch": result.epoch, **result.metrics}
+            # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
+            yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+            done = result.epoch
+        kept.push()
     if done < spec.epochs:  # type: ignore[attr-defined]  # see catalog.Trainable
         raise LeftError
+
+
+def _meet() -> None:
+    """Wait for the other ranks: what one writes must not be what another finds at its start."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
 
 
 def cause(error: BaseException) -> str:

@@ -134,7 +134,7 @@ def check_keys(bucket: str, objects: Sequence[Stored]) -> None:
 _SILENT = "needs an endpoint that answers in time, but {endpoint} does not; check AWS_ENDPOINT_URL and the network"
 _CODES = {
     "must be in a bucket that exists, but {endpoint} has none of that name; check both": "NoSuchBucket",
-    "must be open to these credentials, but access is denied; allow s3:ListBucket and s3:GetObject, or use others": (
+    "must be open to these credentials, but access is denied; allow {rights}, or use others": (
         "AccessDenied AllAccessDisabled 403"
     ),
     "needs credentials that are still good, but these have expired; renew them": (
@@ -155,8 +155,14 @@ _RULES = {code: rule for rule, codes in _CODES.items() for code in codes.split()
 
 
 @contextmanager
-def told(name: str, client: Any = None) -> Iterator[None]:
-    """What goes wrong with an object or a prefix, in our words: botocore's may show URLs with passwords."""
+def told(name: str, client: Any = None, rights: str = "s3:ListBucket and s3:GetObject") -> Iterator[None]:
+    """What goes wrong with an object or a prefix, in our words: botocore's may show URLs with passwords.
+
+    Args:
+        name: of the object or the prefix.
+        client: whose endpoint is told.
+        rights: what is needed.
+    """
     from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
     from botocore import exceptions  # type: ignore[import-untyped]
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError  # type: ignore[import-untyped]
@@ -171,8 +177,8 @@ def told(name: str, client: Any = None) -> Iterator[None]:
             rule = _SILENT
         elif isinstance(error, exceptions.ClientError):
             code = error.response["Error"]["Code"]
-            rule = _RULES.get(code, f"must be readable, but {endpoint} answers {code}; try again later")
+            rule = _RULES.get(code, f"must be served, but {endpoint} answers {code}; try again later")
         else:
             code = type(error).__name__
-            rule = _RULES.get(code, f"must be readable, but is not ({code}); check the variables of AWS")
-        raise DataError([f"{name} {rule.replace('{endpoint}', endpoint)}"]) from None
+            rule = _RULES.get(code, f"must be in reach, but is not ({code}); check the variables of AWS")
+        raise DataError([f"{name} {rule.replace('{endpoint}', endpoint).replace('{rights}', rights)}"]) from None
