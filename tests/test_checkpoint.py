@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
+import subprocess
 import threading
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -313,6 +315,37 @@ def test_a_full_disk_leaves_the_one_before_the_newest_and_no_debris(tmp_path, si
     shutil.rmtree(tmp_path / "free")
     assert names(tmp_path) == ["step-00000001"]
     assert_same(checkpoint.latest(tmp_path).model, older.model)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # torch still holds the file that it could not write
+
+
+@pytest.mark.parametrize("floats", [400_000, 200_000], ids=["model", "optimizer"])
+def test_a_disk_without_room_is_told_with_what_is_needed_and_the_one_before_stays(small_disk, floats):
+    older, newer = trained(1), trained(2)
+    checkpoint.save(small_disk, older)
+    newer.model["large"] = torch.zeros(floats)
+    newer.optimizer["state"][0]["large"] = torch.zeros(floats)
+    with closing(Writer(small_disk)) as writer:
+        writer.save(newer)
+        with pytest.raises(
+            OSError, match=rf"must fit into {small_disk}, but after [\d,]+ there are [\d,]+ free; make"
+        ) as caught:
+            writer.wait()
+    assert caught.value.errno == errno.ENOSPC
+    assert int(re.search(r"of ([\d,]+) bytes", str(caught.value))[1].replace(",", "")) >= 8 * floats
+    assert names(small_disk) == ["step-00000001"]
+    assert_same(checkpoint.latest(small_disk).model, older.model)
+    checkpoint.save(small_disk, trained(3))
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):

@@ -16,6 +16,7 @@ from conftest import TESTS
 from PIL import Image
 
 from grainmill import console
+from grainmill.errors import TrackingError
 from grainmill.tracking import local_uri
 
 # Background jobs inherit that SIGINT is ignored; a terminal's foreground does not.
@@ -182,6 +183,15 @@ def test_a_user_and_a_password_go_where_mlflow_reads_them(monkeypatch):
     assert console.tracking_uri("http://other", "runs") == "http://other"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert console.tracking_uri(storage="/runs") == "sqlite:////runs/mlflow.db"
+
+
+def test_storage_in_s3_needs_a_tracking_server(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TrackingError, match=r"none is named; set tracking\.uri or MLFLOW_TRACKING_URI"):
+        console.tracking_uri(storage="s3://bucket/runs")
+    assert console.tracking_uri("http://host", "s3://bucket/runs") == "http://host"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
+    assert console.tracking_uri(storage="s3://bucket/runs") == "http://other"
 
 
 def test_images_that_will_be_left_out_are_told_when_a_file_is_checked(tmp_path):

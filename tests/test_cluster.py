@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from grainmill import cluster
-from grainmill.cluster import Cluster, NodeType, room
+from grainmill.cluster import Cluster, Need, NodeType, room
 from grainmill.errors import ExperimentError, ResourceError
 
 INFRA = Path(__file__).parents[1] / "infra"
@@ -40,12 +40,12 @@ def test_a_node_with_part_of_a_gpu_holds_what_ten_thousandths_say():
 def test_room_counts_every_node_that_may_come_and_the_head_if_it_works():
     both = Cluster(HEAD, (LARGE, SMALL), 5, 60.0)
     # 3 nodes of one worker and 2 of five of 3 CPU, and no more than five nodes.
-    assert both.room({"CPU": 3.0}, 1) == 13
-    assert Cluster(HEAD, (LARGE, SMALL), 4, 60.0).room({"CPU": 3.0}, 1) == 8  # those without GPUs first
-    assert both.room({"CPU": 1.0, "GPU": 1.0}, 1) == 4
-    assert both.room({"CPU": 1.0, "GPU": 1.0}, 3) == 1  # over two nodes
+    assert both.room(Need({"CPU": 3.0}, 1, 1)) == 13
+    assert Cluster(HEAD, (LARGE, SMALL), 4, 60.0).room(Need({"CPU": 3.0}, 1, 1)) == 8  # those without GPUs first
+    assert both.room(Need({"CPU": 1.0, "GPU": 1.0}, 1, 1)) == 4
+    assert both.room(Need({"CPU": 1.0, "GPU": 1.0}, 3, 3)) == 1  # over two nodes
     working = NodeType("head", {"CPU": 6.0}, 1)
-    assert Cluster(working, (SMALL,), 3, 60.0).room({"CPU": 3.0}, 1) == 5
+    assert Cluster(working, (SMALL,), 3, 60.0).room(Need({"CPU": 3.0}, 1, 1)) == 5
 
 
 @pytest.mark.parametrize(
@@ -73,15 +73,37 @@ def test_room_counts_every_node_that_may_come_and_the_head_if_it_works():
 )
 def test_what_never_fits_is_refused_with_the_nearest_that_does(bundle, workers, message):
     with pytest.raises(ResourceError) as caught:
-        Cluster(HEAD, (SMALL, LARGE), 5, 60.0).room(bundle, workers)
+        Cluster(HEAD, (SMALL, LARGE), 5, 60.0).room(Need(bundle, workers, workers))
     assert str(caught.value) == message
+
+
+ONE = Need({"CPU": 1.0}, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "trials"),
+    [((2, 2), 2, 2), ((4, 1, 1), 2, 2), ((4, 1), 2, 1), ((3, 3, 3), 2, 4), ((2, 1, 1), 3, 1)],
+)
+def test_workers_of_a_trial_that_are_spread_share_no_node(cpus, workers, trials):
+    nodes = [NodeType("node", {"CPU": float(count)}, 1) for count in cpus]
+    assert room(nodes, Need({"CPU": 1.0}, workers, workers, apart=True)) == trials
+    with pytest.raises(ResourceError, match=rf"each of its 4 workers, but the cluster has {len(cpus)} that|room for"):
+        room(nodes, Need({"CPU": 1.0}, 4, 4, apart=True))
+
+
+def test_a_trial_of_few_or_many_workers_has_room_if_the_few_have():
+    nodes = [NodeType("node", {"CPU": 5.0}, 1)]
+    assert room(nodes, Need({"CPU": 1.0}, 2, 9)) == 1
+    assert room(nodes, Need({"CPU": 1.0}, 1, 2)) == 2
+    with pytest.raises(ResourceError, match="needs 6 workers of 1 CPU each, but the cluster has room for 5 at most"):
+        room(nodes, Need({"CPU": 1.0}, 6, 9))
 
 
 def test_a_cluster_without_a_worker_has_no_room():
     with pytest.raises(ResourceError, match=r"more than 0 CPU .* use a cluster that has some"):
-        room([HEAD], {"CPU": 1.0}, 1)
+        room([HEAD], ONE)
     with pytest.raises(ResourceError, match="no nodes"):
-        room([], {"CPU": 1.0}, 1)
+        room([], ONE)
 
 
 def test_the_launchers_file_is_read():

@@ -64,7 +64,7 @@ def mirrored(monkeypatch, tmp_path):
     def local(source, cache):
         if not source.startswith("s3://"):
             return Path(source)
-        asked.append((source, cache))
+        asked.append((source, cache.folder))
         if "closed" in source:
             raise DataError([f"{source} is closed"])
         return tmp_path / "mirror" / source.removeprefix("s3://")

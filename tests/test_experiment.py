@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from test_remote import SECRET, bucket, moto, proxy, waits  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
 from grainmill import catalog
@@ -274,6 +275,28 @@ BAD = {
     "later workers that do not divide": Bad(
         more("resources: {workers: 4, retrain_workers: 10}"), 4, ANY, ["504 and 3 x 1 x 10", "batch.size to 510"]
     ),
+    "no workers": Bad(more("resources: {workers: 0}"), 4, "resources.workers", ["1 worker at least", "got 0", "raise"]),
+    "none of the fewest": Bad(more("resources: {workers: [0, 2]}"), 4, "resources.workers", ["got [0, 2]", "raise"]),
+    "fewest and most swapped": Bad(
+        more("resources: {retrain_workers: [3, 1]}"),
+        4,
+        "resources.retrain_workers",
+        ["min <= max", "got [3, 1]", "swap"],
+    ),
+    "workers in words": Bad(
+        more("resources: {workers: all}"), 4, "resources.workers", ["whole number", "'all'", "for 1"]
+    ),
+    "workers in three": Bad(
+        more("resources: {workers: [1, 2, 3]}"), 4, "resources.workers", ["[min, max]", "[1, 2, 3]"]
+    ),
+    "half a worker": Bad(more("resources: {workers: [1, 1.5]}"), 4, "resources.workers", ["whole number", "[1, 1.5]"]),
+    "workers of which some do not divide": Bad(
+        more("resources: {workers: [3, 5]}"),
+        4,
+        "resources.workers",
+        ["504 and 3 x 1 x 60", "batch.size to 540 (for any of 3 to 5 workers)"],
+    ),
+    "placement": Bad(more("resources: {placement: spred}"), 4, "resources.placement", ["'spred'", "mean 'spread'"]),
     # The objective and the search
     "misspelt metric": Bad(
         head(objective="{tpo1: max}"), 3, "objective.tpo1", ["metric", "did you mean 'top1'", "known: top1"]
@@ -349,6 +372,10 @@ BAD = {
         "tracking.study",
         ["must not hold a password", "PGPASSWORD"],
     ),
+    "storage in a bucket of another kind": Bad(
+        more("storage: gs://bucket/runs"), 4, "storage", ["s3://bucket/prefix", "begins with gs://"]
+    ),
+    "storage in no bucket": Bad(more("storage: s3://me:secret@host/x"), 4, "storage", ["must be s3://bucket/prefix"]),
     "password in the tracking server's address": Bad(
         more("tracking: {uri: 'https://me:secret@host'}"),
         4,
@@ -507,6 +534,26 @@ def pictures(here):
 def test_bad_pictures_are_told_before_anything_starts(files, says, pictures, validate):
     pictures(files)
     check_told(validate(head(data="{folder: pictures}")), 2, "data", says)
+
+
+def test_a_bucket_is_checked_as_a_folder_is(bucket, validate, tmp_path_factory):  # noqa: F811
+    bucket.put(**{f"set/{name}": content for name, content in SPLIT.items()})
+    bucket.put(**{f"bad/a/{number}.png": b"" for number in range(3)})
+    cache = tmp_path_factory.mktemp("cache")
+    told = {
+        f"{bucket.name}-not/set": ["none of that name"],
+        f"{bucket.name}/absent": ["there are none; check bucket and prefix"],
+        f"me:{SECRET}@{bucket.name}": ["must be s3://bucket/prefix"],
+    }
+    for source, says in told.items():
+        check_told(validate(head(data=f"{{folder: 's3://{source}', cache: {cache}}}")), 2, "data", says)
+    listed = f"s3://{bucket.name}/set/list.csv"
+    says = [f"the manifest must exist, but there is no file {listed}"]
+    check_told(validate(head(data=f"{{manifest: {listed}, cache: {cache}}}")), 2, "data", says)
+    code, _, stderr = validate(head(data=f"{{folder: s3://{bucket.name}/bad, cache: {cache}}}"))
+    assert (code, stderr.count(f"line 2: data: every image must be usable, but s3://{bucket.name}/bad/a/")) == (2, 3)
+    assert validate(head(data=f"{{folder: s3://{bucket.name}/set, cache: {cache}}}"))[0] == 0
+    check_told(validate(head(data="{folder: x, cache_limit: 0}")), 2, "data.cache_limit", ["greater than 0"])
 
 
 def test_class_folders_may_have_any_name_that_the_disk_allows(pictures, validate):
@@ -752,7 +799,8 @@ def test_the_identity_is_everything_but_where_things_are_kept(read, override, sa
 
 
 def test_the_identity_written_as_a_file_is_the_same_experiment(read):
-    before = load(DEMO, ["space.seed={int: [0, 9]}"])
+    before = load(DEMO, ["space.seed={int: [0, 9]}", "resources.retrain_workers=[1, 2]", "resources.placement=spread"])
+    assert before.resources.retrain_workers == (1, 2)
     after = read(to_yaml(before.identity()))
     assert after.model_dump() == before.model_dump()
     assert list(after.space) == list(before.space)

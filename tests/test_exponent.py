@@ -300,6 +300,22 @@ def test_a_run_interrupted_after_an_epoch_ends_as_if_it_had_not_been(data, spec,
     assert list(fit(settings, data, tmp_path / "cut", CPU)) == [whole[1]], "nothing is left to do"
 
 
+@pytest.mark.parametrize("last", range(1, 7))
+def test_a_run_that_is_told_to_end_does_so_at_once_and_repeats_no_step(data, spec, tmp_path, monkeypatch, last):
+    settings, steps, step = spec(images_per_class=3, batch_size=3), [], finetune._Tuning._step
+    assert len(first_of_each_class(data, 3)) == 7, "three steps an epoch"
+    whole = list(fit(settings, data, tmp_path / "whole", CPU))
+    monkeypatch.setattr(finetune._Tuning, "_step", lambda *args: steps.append(args) or step(*args))
+    before = list(fit(settings, data, tmp_path / "told", CPU, lambda: len(steps) >= last))
+    assert len(steps) == checkpoint.latest(tmp_path / "told").state["steps"] == last
+    assert before == whole[: (last - 1) // 3]
+    after = list(fit(settings, data, tmp_path / "told", CPU))
+    assert len(steps) == 6
+    assert {result.epoch: result for result in before + after} == {result.epoch: result for result in whole}
+    one, other = checkpoint.latest(tmp_path / "whole"), checkpoint.latest(tmp_path / "told")
+    assert (one.state, one.optimizer) == (other.state, other.optimizer)
+
+
 def test_it_goes_on_without_the_network_that_it_began_with(data, spec, trained, tmp_path):
     (tmp_path / "trained").symlink_to(trained["plain"])
     settings = spec().model_copy(update={"checkpoint": str(tmp_path / "trained")})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from multigrain import checkpoint, model
+from multigrain import checkpoint, grid, model
 from multigrain import fit as module
 from multigrain import training as training_module
 from multigrain.data import read_dataset
@@ -58,7 +58,15 @@ EVERYTHING = {
     "evaluation": {"variants": {"sizes": [24], "exponents": [1.0, math.inf], "whiten": True}},
 }
 """All that could be forgotten when a run goes on."""
-RUNS = {"plain": {}, "everything": EVERYTHING, "loaders": {**EVERYTHING, "compute": {"loaders": 2}}}
+RARELY = {**EVERYTHING, "compute": {"checkpoint_steps": 1000}}
+"""Saves at the end of an epoch, and where it is told to end."""
+RUNS = {
+    "plain": {},
+    "everything": EVERYTHING,
+    "loaders": {**EVERYTHING, "compute": {"loaders": 2}},
+    "rarely": RARELY,
+    "rarely, loaders": {**RARELY, "compute": {"checkpoint_steps": 1000, "loaders": 2}},
+}
 
 
 def with_dropout(patch):
@@ -414,6 +422,48 @@ def test_weights_that_are_not_finite_after_the_last_step_end_the_run(data, tmp_p
     assert_finite(tmp_path)
 
 
+def counted(patch):
+    """The steps that are done from now on, a list that grows."""
+    steps, step = [], Training._train_step
+
+    def counting(self, batch):
+        step(self, batch)
+        steps.append(self.steps)
+
+    patch.setattr(Training, "_train_step", counting)
+    return steps
+
+
+@pytest.mark.parametrize("name", ["rarely", "rarely, loaders"])
+@pytest.mark.parametrize("last", range(1, EPOCHS * STEPS + 1))
+def test_a_run_that_is_told_to_end_does_so_at_once_and_repeats_no_step(
+    uninterrupted, data, tmp_path, monkeypatch, last, name
+):
+    settings, steps = spec(**RUNS[name]), counted(monkeypatch)
+    before = list(fit(settings, data, tmp_path, CPU, lambda: len(steps) >= last))
+    assert len(steps) == checkpoint.latest(tmp_path).state["steps"] == last
+    after = list(fit(settings, data, tmp_path, CPU))
+    assert len(steps) == EPOCHS * STEPS
+    results, end = uninterrupted[name]
+    assert known(before) | known(after) == known(results)
+    assert_same_state(checkpoint.latest(tmp_path), end)
+
+
+def test_an_evaluation_that_is_told_to_end_is_made_by_the_next_start(uninterrupted, data, tmp_path, monkeypatch):
+    settings, steps, shown = spec(**RARELY), counted(monkeypatch), []
+    pooled = grid.pooled
+    monkeypatch.setattr(grid, "pooled", lambda *args: shown.append(len(steps)) or pooled(*args))
+    assert list(fit(settings, data, tmp_path, CPU, lambda: bool(shown))) == []
+    assert shown == [STEPS], "no batch after the first"
+    assert known(fit(settings, data, tmp_path, CPU)) == known(uninterrupted["rarely"][0])
+    assert len(steps) == EPOCHS * STEPS
+
+
+def test_a_run_that_must_end_before_its_first_step_makes_one(data, tmp_path):
+    assert list(fit(spec(), data, tmp_path, CPU, lambda: True)) == []
+    assert checkpoint.latest(tmp_path).state["steps"] == 1
+
+
 def test_without_copies_only_the_class_is_learnt(data, tmp_path):
     settings = spec(epochs=1, loss={"weight": 1.0}, batch={"repeats": 1})
     (result,) = fit(settings, data, tmp_path, CPU)
@@ -452,6 +502,28 @@ def poisoned(rank, data, folder):
     return found
 
 
+TOLD = {0: 6, 1: 2, 2: 3, 3: 3, 5: 6}
+"""After which step the second rank is told to end, 0 for never; after which all do."""
+
+
+def told(rank, data, folder, step, evaluating=False):
+    """A run of which only the second rank is told to end, and gone on with: results, and steps done and kept."""
+    settings, shown = spec(**RARELY), []
+    with pytest.MonkeyPatch.context() as patch:
+        steps, pooled = counted(patch), grid.pooled
+        patch.setattr(grid, "pooled", lambda *args: shown.append(len(steps)) or pooled(*args))
+
+        def ends():
+            return rank == 1 and bool(shown if evaluating else 0 < step <= len(steps))
+
+        before = list(fit(settings, data, folder, CPU, ends))
+        distributed.barrier()  # the first rank may still write
+        done, kept = len(steps), checkpoint.latest(folder).state["steps"]
+        after = list(fit(settings, data, folder, CPU))
+        distributed.barrier()
+    return before, after, (done, kept, len(steps))
+
+
 def of_one_rank(rank, meeting, images):
     torch.set_num_threads(1)
     # A rank that waits for ever fails instead.
@@ -468,6 +540,8 @@ def of_one_rank(rank, meeting, images):
             outcome(spec(**EVERYTHING), data, folder / str(number), cut) for number, cut in enumerate([{}, *RANK_CUTS])
         ]
         found["again"] = list(fit(spec(**EVERYTHING), data, folder / "0", CPU))
+        found["told"] = {step: told(rank, data, folder / f"told-{step}", step) for step in TOLD}
+        found["told"]["evaluating"] = told(rank, data, folder / "told-evaluating", 0, True)
     found["saves"] = len(saves)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -523,3 +597,15 @@ def test_all_ranks_end_where_one_finds_a_loss_that_is_not_finite(two_ranks, whic
     saved = checkpoint.latest(folder / f"nan-{(1, 1000)[which]}")
     assert saved.state["steps"] == (4, 3)[which]
     assert_finite(folder / f"nan-{(1, 1000)[which]}")
+
+
+@pytest.mark.parametrize(("told", "last"), [*TOLD.items(), ("evaluating", STEPS)])
+def test_two_ranks_of_which_one_is_told_to_end_leave_together_and_repeat_no_step(two_ranks, told, last):
+    ranks, folder = two_ranks
+    for found in ranks:
+        results, _, _ = found["told"][0]
+        before, after, steps = found["told"][told]
+        assert steps == (last, last, EPOCHS * STEPS)
+        assert known(before) | known(after) == known(results)
+        assert len(before) == (EPOCHS if told == 0 else (last - 1) // STEPS)
+    assert_same_state(checkpoint.latest(folder / f"told-{told}"), checkpoint.latest(folder / "told-0"))

@@ -52,6 +52,18 @@ def test_waves_follow_each_other_and_a_node_that_waits_too_long_goes_and_comes_a
     assert (course.booting, course.waiting, course.leaving) == (300, 0, 90)
 
 
+def test_workers_that_are_spread_keep_a_node_each():
+    changes = {"search": whole(1), "resources": {"workers": 2, "placement": "spread"}}
+    course = forecast.play(experiment(**changes), cluster(2, cpus=2), Pace(10, 100), 0)
+    assert (course.search, course.again) == (140, 80)
+    assert course.nodes == {"worker": (140 + 50) + (140 + 80 + 50), "head": 270}
+
+
+def test_a_trial_of_few_or_many_workers_takes_as_many_as_there_is_room_for():
+    course = forecast.play(experiment(search=whole(1), resources={"workers": [1, 4]}), cluster(3), Pace(10, 0), 0)
+    assert (course.search, course.again, course.busy) == (40, 120, (120, 120))
+
+
 def test_groups_share_nodes_and_the_best_are_trained_on_more_workers_in_less_time():
     # Nodes of three CPUs: two groups of two on a node each; the third CPUs together hold another.
     course = forecast.play(

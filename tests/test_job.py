@@ -14,12 +14,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from conftest import TESTS
 from ray.job_submission import JobStatus
 from test_cli import left_behind, start
 
-from grainmill import catalog, experiment, job
+from grainmill import catalog, experiment, job, origin
 from grainmill.errors import ExperimentError, SubmissionError
 
 DEMO = TESTS.parent / "search_spaces" / "demo.yaml"
@@ -87,18 +88,43 @@ def files(folder):
 
 
 def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
-    (tmp_path / "job" / "old").mkdir(parents=True)
     packed = job.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
     source = Path(job.__file__).parent
     mill = {f"platform/grainmill/{path.name}" for path in source.iterdir() if path.suffix == ".py"}
     own = {"my own.yaml", "trainables/apples/__init__.py", "trainables/apples/red.py", "trainables/apples/parts/x.txt"}
     found = files(packed.folder)
-    assert {name for name in found if ".dist-info/" not in name} == mill | own
+    assert {name for name in found if ".dist-info/" not in name} == mill | own | {"commit.json"}
     assert packed.files == len(mill) + len(own)
     assert packed.bytes == 1011 + sum(path.stat().st_size for path in source.glob("*.py"))
     left_out = {name: count for name, count in packed.left_out.items() if name in (".git", ".venv", "grainmill-runs")}
     assert left_out == {".git": 1, ".venv": 1, "grainmill-runs": 1}
-    assert not (packed.folder / "old").exists()
+
+
+def test_what_was_sent_before_under_a_name_is_dropped(tmp_path):
+    for name in ("grainmill-demo-2", "grainmill-demo-10", "grainmill-demo-2-3", "grainmill-demos-1", "demo-1"):
+        (tmp_path / name / "platform").mkdir(parents=True)
+    job.drop_ended(tmp_path, "demo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-1", "grainmill-demo-2-3", "grainmill-demos-1"]
+    job.drop_ended(tmp_path / "none", "demo")
+
+
+def test_commit_travels_with_the_code(apples, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "commit", lambda: {"mlflow.source.git.commit": "abc", "git.dirty": "false"})
+    packed = job.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
+    monkeypatch.chdir(packed.folder)
+    assert origin.commit() == {"mlflow.source.git.commit": "abc", "git.dirty": "false"}
+
+
+@pytest.mark.parametrize("lost", ["typer", "mlflow"], ids=["at once", "later"])
+def test_image_that_lacks_a_requirement_is_told(tmp_path, lost):
+    packed = job.pack(DEMO, "toy", catalog.find("toy"), tmp_path / "job")
+    (packed.folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{lost!r}] = None\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packed.folder), "platform", "trainables"])}
+    words = [sys.executable, "-m", "grainmill", "tune", "demo.yaml", "--set", f"storage={tmp_path}"]
+    ran = subprocess.run(words, cwd=packed.folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert f"has no module {lost}; use an image" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_module_that_is_no_package_travels_as_its_file(tmp_path):
@@ -148,7 +174,8 @@ def test_too_large_a_job_is_refused_before_it_is_copied(apples, tmp_path):
 def test_storage_must_outlive_the_job(tmp_path):
     with pytest.raises(SubmissionError, match=r"got 'grainmill-runs'; name one, for example --set storage=/"):
         job.check_storage(experiment.load(DEMO))
-    job.check_storage(experiment.load(DEMO, [f"storage={tmp_path}"]))
+    for place in (tmp_path, "s3://bucket/runs"):
+        job.check_storage(experiment.load(DEMO, [f"storage={place}"]))
 
 
 def test_data_of_the_cluster_need_not_be_here(tmp_path):
@@ -163,8 +190,10 @@ def test_data_of_the_cluster_need_not_be_here(tmp_path):
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(self.server.code)
-        self.send_header("Content-Length", "0")
+        told = json.dumps({"version": "4", "ray_version": self.server.ray}).encode()
+        self.send_header("Content-Length", str(len(told)))
         self.end_headers()
+        self.wfile.write(told)
 
     def log_message(self, *_):
         pass
@@ -172,9 +201,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def door():
-    """A server that answers everybody with its `code`."""
+    """A server that answers everybody with its `code` and the version of its `ray`."""
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-    server.code = 200
+    server.code, server.ray = 200, ray.__version__
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -185,15 +214,26 @@ def door():
 
 def test_open_cluster_is_taken_on_this_machine_alone(door, monkeypatch):
     address = f"http://127.0.0.1:{door.server_port}"
-    monkeypatch.setattr(job, "JobSubmissionClient", lambda place: place)
-    assert job.reach(address) == address
+    client = types.SimpleNamespace(_server_ray_version=ray.__version__)
+    monkeypatch.setattr(job, "JobSubmissionClient", lambda _: client)
+    assert job.reach(address) == client
     monkeypatch.setattr(job, "_is_loopback", lambda _: False)  # what follows is one far away
     with pytest.raises(
         SubmissionError, match=r"must ask for a token, but whoever reaches http://127.* RAY_AUTH_MODE=token"
     ):
         job.reach(address)
     door.code = 401
-    assert job.reach(address) == address
+    assert job.reach(address) == client
+
+
+def test_head_of_another_ray_is_refused_with_both_versions(door):
+    address = f"http://127.0.0.1:{door.server_port}"
+    assert job.reach(address).get_address() == address
+    door.ray = "2.59.1"
+    with pytest.raises(
+        SubmissionError, match=rf"this command, {ray.__version__}, but the head at {address} has 2\.59\.1"
+    ):
+        job.reach(address)
 
 
 def test_loopback_is_told_from_the_rest():

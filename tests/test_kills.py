@@ -33,11 +33,11 @@ class Arena(Bench):
 
     def __init__(self, folder, umpire, watch):
         super().__init__(folder, Tracker(local_uri(folder), "toy", folder), watch)
-        self.umpire = umpire
+        self.umpire, self.data = umpire, {}
 
     def plan(self, workers=1, **resources):
         plan = super().plan(workers, **resources)
-        data = {**plan.data, "umpire": self.umpire.port}
+        data = {**plan.data, **self.data, "umpire": self.umpire.port}
         return Plan(plan.study, plan.trainable, data, plan.folder, plan.resources, workers)
 
     def grid(self, heights, **changes):
@@ -49,7 +49,7 @@ class Arena(Bench):
         query = f"tags.mlflow.parentRunId = '{self.parent}'"
         return self.tracker.client.search_runs([self.tracker.experiment_id], query)
 
-    def check(self, records, heights, repeated=()):
+    def check(self, records, heights, repeated=(), steps=1):
         """All trials are complete with the metrics of a calm search, and only what is named was computed twice."""
         assert [(record.number, record.state) for record in records] == [(n, "complete") for n in range(len(records))]
         expected = [[(epoch, height * epoch / 4) for epoch in (1, 2, 3, 4)] for height in (0.5, *heights)]
@@ -62,7 +62,7 @@ class Arena(Bench):
             history = self.tracker.client.get_metric_history(ids[name], "score")
             assert [(metric.step, metric.value) for metric in history] == rows
         computed = Counter(self.computed())
-        assert computed.keys() == {f"{name} {epoch}" for name in names for epoch in (1, 2, 3, 4)}
+        assert computed.keys() == {f"{name} {step}" for name in names for step in range(1, 4 * steps + 1)}
         twice = {line: count for line, count in computed.items() if count > 1}
         assert twice.keys() <= set(repeated)
         assert all(count == 2 for count in twice.values())
@@ -95,6 +95,7 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 0), kill)
     records = arena.run(arena.grid([0.25, 0.75]), concurrent=1)
     arena.check(records, [0.25, 0.75], ["trial-0001 3"])
+    assert "trial-0001: its process died; goes on from its last checkpoint" in arena.watch.notes
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -68,7 +69,7 @@ def test_second_run_adds_a_version_that_is_a_challenger(twice, client):
     assert [outcome.version.uri for outcome in outcomes] == ["models:/chain/1", "models:/chain/2"]
     assert [outcome.champion for outcome in outcomes] == [True, False]
     assert client.get_registered_model("chain").aliases == {"champion": 1, "challenger": 2}
-    assert [outcome.report.parent.name for outcome in outcomes] == ["run-1", "run-2"]
+    assert [Path(outcome.report).parent.name for outcome in outcomes] == ["run-1", "run-2"]
     done = json.loads((storage / "chain" / "run-1" / "done.json").read_text())
     assert done["version"] == "models:/chain/1"
 
@@ -92,7 +93,7 @@ def test_one_finished_parent_a_run_with_its_children_file_and_report(twice, clie
         assert sorted(run.info.run_name for run in children) == sorted(names)
         assert client.get_run(parent).data.metrics["score"] == outcome.final.metrics["score"]
         assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report", "report.html"}
-        assert outcome.report.read_text().startswith("<!doctype html>")
+        assert Path(outcome.report).read_text().startswith("<!doctype html>")
 
 
 def test_registered_model_loads_in_a_process_without_our_packages_installed(twice, tmp_path):
@@ -114,14 +115,14 @@ def test_registered_model_loads_in_a_process_without_our_packages_installed(twic
 
 def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
     checked = experiment(tmp_path, base={"height": 0.7})
-    with runs.claim(checked, "run"):
+    with runs.claim(checked, "run", print):
         pass
     outcome = call(launch.train, checked, tmp_path, watch)
     assert outcome.winner.trial is None
     assert len(outcome.candidates) == 1
     assert outcome.final.metrics["score"] == 0.7
     assert outcome.version.uri == "models:/chain/1"
-    assert outcome.report.parent.name == "train-1"
+    assert Path(outcome.report).parent.name == "train-1"
 
 
 def test_no_secret_of_the_environment_is_written(tmp_path, watch, monkeypatch):
@@ -199,7 +200,7 @@ def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_pat
         numpy.save("descriptors.npy", numpy.stack(model.predict(table)["embedding"]))
     """)
     subprocess.run([sys.executable, "-c", code, *map(str, images)], cwd=tmp_path, check=True)
-    checkpoints = outcome.report.parent / "trials" / f"final-{outcome.final.number:04d}"
+    checkpoints = Path(outcome.report).parent / "trials" / f"final-{outcome.final.number:04d}"
     expected = catalog.find("multigrain").load(checkpoints)(pd.DataFrame({"image": [p.read_bytes() for p in images]}))
     loaded = np.load(tmp_path / "descriptors.npy")
     assert loaded.shape == (len(images), 128)

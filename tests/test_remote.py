@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
@@ -19,8 +20,9 @@ import pytest
 from botocore.loaders import Loader
 from moto.server import ThreadedMotoServer
 
-from multigrain import remote
+from multigrain import cache, remote
 from multigrain.benchmarks import read
+from multigrain.cache import Cache
 from multigrain.data import DataError
 
 SECRET = "very-secret"
@@ -135,6 +137,7 @@ def bucket(proxy, moto, monkeypatch, waits):
         name=name,
         put=lambda **bodies: [moto.client.put_object(Bucket=name, Key=key, Body=body) for key, body in bodies.items()],
         delete=lambda key: moto.client.delete_object(Bucket=name, Key=key),
+        objects=lambda: moto.client.list_objects_v2(Bucket=name).get("Contents", []),
     )
 
 
@@ -142,9 +145,13 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def problems(source, cache):
+def local(source, folder, limit=None):
+    return remote.local(source, Cache(folder, limit))
+
+
+def problems(source, folder):
     with pytest.raises(DataError) as caught:
-        remote.local(source, cache)
+        local(source, folder)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None or isinstance(caught.value.__cause__, OSError)
     return caught.value.problems
@@ -154,7 +161,7 @@ THREE = {"set/a.jpg": b"an apple", "set/b/c.jpg": b"a cat", "set/list.csv": b"im
 
 
 def test_a_local_path_is_left_as_it_is(tmp_path):
-    assert remote.local("some/../folder", tmp_path) == remote.Path("some/../folder")
+    assert local("some/../folder", tmp_path) == Path("some/../folder")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +178,7 @@ ODD = {"set/a b+c%20.jpg": b"odd", "set/Ä/é &amp;.jpg": b"letters", "set/empty
 def test_all_objects_below_a_prefix_are_mirrored_and_no_others(bucket, tmp_path, proxy, end):
     markers = {"set/": b"", "set/folder/": b"", "set/folder/deeper/": b"x"}
     bucket.put(**THREE, **ODD, **markers, **{"set-2/x": b"x", "settings": b"x", "other": b"x"})
-    folder = remote.local(f"s3://{bucket.name}/set{end}", tmp_path)
+    folder = local(f"s3://{bucket.name}/set{end}", tmp_path)
     assert folder == tmp_path / bucket.name / "set"
     assert files(tmp_path / bucket.name) == THREE | ODD
     assert set(proxy.got().values()) == {1}, "one request for each object"
@@ -179,7 +186,7 @@ def test_all_objects_below_a_prefix_are_mirrored_and_no_others(bucket, tmp_path,
 
 def test_an_object_comes_with_all_that_lies_beside_it(bucket, tmp_path):
     bucket.put(**THREE, other=b"x")
-    file = remote.local(f"s3://{bucket.name}/set/list.csv", tmp_path)
+    file = local(f"s3://{bucket.name}/set/list.csv", tmp_path)
     assert file == tmp_path / bucket.name / "set" / "list.csv"
     assert files(tmp_path / bucket.name) == THREE
 
@@ -187,7 +194,7 @@ def test_an_object_comes_with_all_that_lies_beside_it(bucket, tmp_path):
 @pytest.mark.parametrize("key", ["", "/", "/list.csv"])
 def test_the_root_of_a_bucket_is_a_prefix_too(bucket, tmp_path, key):
     bucket.put(**{"list.csv": b"image", "a/b.jpg": b"b"})
-    assert remote.local(f"s3://{bucket.name}{key}", tmp_path) == tmp_path / f"{bucket.name}{key}"
+    assert local(f"s3://{bucket.name}{key}", tmp_path) == tmp_path / f"{bucket.name}{key}"
     assert files(tmp_path / bucket.name) == {"list.csv": b"image", "a/b.jpg": b"b"}
 
 
@@ -195,14 +202,14 @@ def test_a_listing_of_several_pages_is_read_to_its_end(bucket, tmp_path, proxy):
     proxy.page = "&max-keys=2"
     many = {f"set/{number}": str(number).encode() for number in range(7)}
     bucket.put(**many)
-    assert files(remote.local(f"s3://{bucket.name}/set", tmp_path).parent) == many
+    assert files(local(f"s3://{bucket.name}/set", tmp_path).parent) == many
     assert sum("/" not in path[1:] for path, _ in proxy.seen) == 1 + 4
 
 
 def test_a_large_object_is_read_in_parts(bucket, tmp_path, proxy):
     body = bytes(range(256)) * (20 * 2**12)  # 20 MiB
     bucket.put(large=body, small=b"small")
-    assert files(remote.local(f"s3://{bucket.name}", tmp_path)) == {"large": body, "small": b"small"}
+    assert files(local(f"s3://{bucket.name}", tmp_path)) == {"large": body, "small": b"small"}
     parts = sorted(int(part[6:].split("-")[0]) for path, part in proxy.seen if path.endswith("/large"))
     assert parts == [0, 8 * 2**20, 16 * 2**20]
 
@@ -211,18 +218,18 @@ def test_what_is_there_is_not_read_again(bucket, tmp_path, proxy):
     bucket.put(**THREE)
     for _ in range(2):
         for source in ("set", "set/list.csv", "set/b", ""):
-            remote.local(f"s3://{bucket.name}/{source}", tmp_path)
+            local(f"s3://{bucket.name}/{source}", tmp_path)
     assert proxy.got() == Counter(f"/{bucket.name}/{key}" for key in THREE)
 
 
 def test_a_mirror_follows_its_bucket(bucket, tmp_path, proxy):
     bucket.put(**THREE)
     source = f"s3://{bucket.name}/set"
-    remote.local(source, tmp_path)
+    local(source, tmp_path)
     bucket.put(**{"set/a.jpg": b"an olive", "set/new": b"new"})  # as long as before
     bucket.delete("set/b/c.jpg")
     proxy.seen.clear()
-    remote.local(source, tmp_path)
+    local(source, tmp_path)
     left = {"set/a.jpg": b"an olive", "set/list.csv": b"image,class", "set/new": b"new"}
     assert files(tmp_path / bucket.name) == left
     assert not (tmp_path / bucket.name / "set" / "b").exists()
@@ -232,7 +239,7 @@ def test_a_mirror_follows_its_bucket(bucket, tmp_path, proxy):
 def test_what_others_did_to_a_mirror_is_undone(bucket, tmp_path, proxy):
     bucket.put(**THREE)
     source = f"s3://{bucket.name}/set"
-    folder = remote.local(source, tmp_path)
+    folder = local(source, tmp_path)
     (folder / "a.jpg").write_bytes(b"an elbow")  # as long as before
     (folder / "list.csv").unlink()
     (folder / "strange").mkdir()
@@ -242,7 +249,7 @@ def test_what_others_did_to_a_mirror_is_undone(bucket, tmp_path, proxy):
     (outside / "mine").write_text("")
     (folder / "link").symlink_to(outside)
     proxy.seen.clear()
-    remote.local(source, tmp_path)
+    local(source, tmp_path)
     assert files(tmp_path / bucket.name) == THREE
     assert not (folder / "strange").exists()
     assert not (folder / "link").is_symlink()
@@ -250,43 +257,71 @@ def test_what_others_did_to_a_mirror_is_undone(bucket, tmp_path, proxy):
     assert len(proxy.got()) == 2
     folder.rename(tmp_path / "moved")
     folder.symlink_to(outside)
-    remote.local(source, tmp_path)
+    local(source, tmp_path)
     assert files(folder.parent) == THREE
     assert files(outside) == {"mine": b""}
 
 
 def test_a_prefix_within_another_does_not_make_it_forget(bucket, tmp_path):
     bucket.put(**THREE)
-    remote.local(f"s3://{bucket.name}/set", tmp_path)
+    local(f"s3://{bucket.name}/set", tmp_path)
     bucket.put(**{"set/b/c.jpg": b"a cow"})
-    remote.local(f"s3://{bucket.name}/set/b", tmp_path)
+    local(f"s3://{bucket.name}/set/b", tmp_path)
     assert files(tmp_path / bucket.name) == THREE | {"set/b/c.jpg": b"a cow"}
     bucket.put(**{"set/b/c.jpg": b"a cat"})
-    remote.local(f"s3://{bucket.name}/set", tmp_path)
+    local(f"s3://{bucket.name}/set", tmp_path)
     assert files(tmp_path / bucket.name) == THREE
 
 
 def test_an_object_may_become_a_folder_and_a_folder_an_object(bucket, tmp_path):
     source = f"s3://{bucket.name}"
     bucket.put(**{"a": b"1", "b/c": b"2"})
-    remote.local(source, tmp_path)
+    local(source, tmp_path)
     for key in ("a", "b/c"):
         bucket.delete(key)
     bucket.put(**{"a/d/e": b"3", "b": b"4"})
-    remote.local(f"{source}/a/d", tmp_path)
+    local(f"{source}/a/d", tmp_path)
     assert files(tmp_path / bucket.name) == {"a/d/e": b"3", "b/c": b"2"}
-    remote.local(source, tmp_path)
+    local(source, tmp_path)
     assert files(tmp_path / bucket.name) == {"a/d/e": b"3", "b": b"4"}
 
 
 def test_a_benchmark_is_read_from_a_mirror_as_from_a_folder(bucket, tmp_path):
     root = layouts.copydays(tmp_path / "here", crops=("crops/10",), distractors=2)
     bucket.put(**{f"sets/{name}": content for name, content in files(root).items()})
-    there, here = read("copydays", remote.local(f"s3://{bucket.name}/sets", tmp_path / "cache")), read("copydays", root)
+    there, here = read("copydays", local(f"s3://{bucket.name}/sets", tmp_path / "cache")), read("copydays", root)
     assert [one.path.relative_to(tmp_path / "cache" / bucket.name / "sets") for one in there.database] == [
         one.path.relative_to(root) for one in here.database
     ]
     assert (len(there.queries), there.problems) == (len(here.queries), here.problems)
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 1000])
+def test_single_objects_are_looked_up_from_key_to_key(bucket, tmp_path, proxy, page):
+    proxy.page = f"&max-keys={page}"
+    keys = [f"set/{number:03}.png" for number in range(60)]
+    near = ["set/010.pnf1", "set/010.pnf2"]  # just before a key that is wanted
+    bucket.put(**{key: key.encode() for key in (*keys, "a", *near, "set/z", "z", "é/ö.png")})
+    wanted = [*keys[10:14], keys[30], keys[59], "é/ö.png"]
+    absent = ["set/0305.png", "set/", "z/", "b", "ü"]
+    remote.fetch(
+        dict.fromkeys(f"s3://{bucket.name}/{key}" for key in (*wanted, *absent) if key[-1] != "/"), Cache(tmp_path)
+    )
+    assert files(tmp_path / bucket.name) == {key: key.encode() for key in wanted}
+    pages = sum("/" not in path[1:] for path, _ in proxy.seen)
+    assert pages <= (1 if page == 1000 else 2 * (len(wanted) + len(absent)))
+
+
+def test_a_single_object_that_is_gone_leaves_no_file_and_others_stay(bucket, tmp_path):
+    bucket.put(**THREE, **{"set/d": b"file"})
+    local(f"s3://{bucket.name}/set", tmp_path)
+    for key in ("set/a.jpg", "set/d"):
+        bucket.delete(key)
+    bucket.put(**{"set/d/e": b"in a folder"})
+    urls = [f"s3://{bucket.name}/{key}" for key in ("set/a.jpg", "set/d", "set/d/e")]
+    remote.fetch(dict.fromkeys(urls), Cache(tmp_path))
+    left = {"set/b/c.jpg": b"a cat", "set/list.csv": b"image,class", "set/d/e": b"in a folder"}
+    assert files(tmp_path / bucket.name) == left
 
 
 # --- what goes wrong on the way
@@ -304,7 +339,7 @@ FAULTS = {
 def test_a_reading_that_fails_is_repeated(bucket, tmp_path, proxy, faults):
     bucket.put(**THREE)
     proxy.faults[f"/{bucket.name}/set/a.jpg"] = [*FAULTS[faults]]
-    remote.local(f"s3://{bucket.name}/set", tmp_path)
+    local(f"s3://{bucket.name}/set", tmp_path)
     assert files(tmp_path / bucket.name) == THREE
     assert proxy.got()[f"/{bucket.name}/set/a.jpg"] == 1 + len(FAULTS[faults])
 
@@ -312,7 +347,7 @@ def test_a_reading_that_fails_is_repeated(bucket, tmp_path, proxy, faults):
 def test_a_listing_that_fails_is_repeated(bucket, tmp_path, proxy):
     bucket.put(**THREE)
     proxy.faults[f"/{bucket.name}"] = [(503, "SlowDown"), (503, "SlowDown")]
-    assert remote.local(f"s3://{bucket.name}/set", tmp_path).is_dir()
+    assert local(f"s3://{bucket.name}/set", tmp_path).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -321,7 +356,7 @@ def test_a_listing_that_fails_is_repeated(bucket, tmp_path, proxy):
         ((503, "SlowDown"), ["answers SlowDown", "try again later"]),
         ((403, "AccessDenied"), ["access is denied", "s3:GetObject"]),
         ((400, "ExpiredToken"), ["expired", "renew"]),
-        ((404, "NoSuchKey"), ["must not change"]),
+        ((404, "NoSuchKey"), ["must stay as it was listed"]),
         ("cut", ["answers in time"]),
         ("shorter", ["must have 8 bytes as listed, got 4"]),
     ],
@@ -336,7 +371,7 @@ def test_an_object_that_cannot_be_read_is_named_and_leaves_nothing(bucket, tmp_p
     assert there.items() <= THREE.items()
     assert "set/a.jpg" not in there
     proxy.faults.clear()
-    remote.local(f"s3://{bucket.name}/set", tmp_path)
+    local(f"s3://{bucket.name}/set", tmp_path)
     assert files(tmp_path / bucket.name) == THREE
 
 
@@ -369,7 +404,7 @@ def test_what_is_not_in_the_endpoint_is_told(bucket, tmp_path):
 
 def test_a_mirror_outlives_a_wrong_prefix_and_an_emptied_bucket(bucket, tmp_path):
     bucket.put(**THREE)
-    remote.local(f"s3://{bucket.name}/set", tmp_path)
+    local(f"s3://{bucket.name}/set", tmp_path)
     for key in THREE:
         bucket.delete(key)
     problems(f"s3://{bucket.name}/set", tmp_path)
@@ -423,7 +458,7 @@ def test_a_region_that_is_none_is_told(bucket, tmp_path, monkeypatch):
 def test_a_crash_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp_path, proxy, monkeypatch):
     keys = [f"set/{number}" for number in range(6)]
     bucket.put(**{key: key.encode() for key in keys})
-    monkeypatch.setattr(remote, "_READERS", 1)
+    monkeypatch.setattr(remote, "REQUESTS", 1)
     download = remote._download
 
     def crash(manager, name, one, draft):
@@ -433,22 +468,28 @@ def test_a_crash_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp
 
     monkeypatch.setattr(remote, "_download", crash)
     with pytest.raises(RuntimeError, match="crash"):
-        remote.local(f"s3://{bucket.name}/set", tmp_path)
+        local(f"s3://{bucket.name}/set", tmp_path)
     monkeypatch.setattr(remote, "_download", download)
     assert files(tmp_path / bucket.name) == {key: key.encode() for key in keys[:2]}
     proxy.seen.clear()
-    remote.local(f"s3://{bucket.name}/set", tmp_path)
+    local(f"s3://{bucket.name}/set", tmp_path)
     assert files(tmp_path / bucket.name) == {key: key.encode() for key in keys}
     assert proxy.got() == Counter(f"/{bucket.name}/{key}" for key in keys[2:])
 
 
-MIRROR = "import pathlib, sys; from multigrain import remote; {}remote.local(sys.argv[1], pathlib.Path(sys.argv[2]))"
+MIRROR = """
+import pathlib, sys
+from multigrain import remote
+from multigrain.cache import Cache
+{}
+remote.local(sys.argv[1], Cache(pathlib.Path(sys.argv[2])))
+"""
 
 
 def test_a_killed_process_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp_path, proxy):
     keys = [f"set/{number}" for number in range(6)]
     bucket.put(**{key: key.encode() for key in keys})
-    code = MIRROR.format("remote._READERS = 1; ")
+    code = MIRROR.format("remote.REQUESTS = 1")
     child = subprocess.Popen([sys.executable, "-c", code, f"s3://{bucket.name}/set", str(tmp_path)])
     proxy.faults[f"/{bucket.name}/set/3"] = [lambda: child.send_signal(signal.SIGKILL)]
     assert child.wait() == -signal.SIGKILL
@@ -458,7 +499,7 @@ def test_a_killed_process_leaves_no_half_file_and_costs_only_what_was_missing(bu
     (tmp_path / ".s3" / bucket.name / "drafts" / "left").write_text("over")
     proxy.seen.clear()
     for _ in range(2):
-        remote.local(f"s3://{bucket.name}/set", tmp_path)
+        local(f"s3://{bucket.name}/set", tmp_path)
     assert files(tmp_path / bucket.name) == {key: key.encode() for key in keys}
     assert proxy.got() == Counter(f"/{bucket.name}/{key}" for key in keys[3:])
     assert list((tmp_path / ".s3" / bucket.name / "drafts").iterdir()) == []
@@ -478,10 +519,10 @@ def test_nothing_is_asked_while_another_process_has_the_mirror(bucket, tmp_path,
     books = tmp_path / ".s3" / bucket.name
     books.mkdir(parents=True)
     waiting, flock = threading.Event(), fcntl.flock
-    monkeypatch.setattr(remote.fcntl, "flock", lambda *lock: (waiting.set(), flock(*lock)))
+    monkeypatch.setattr(cache.fcntl, "flock", lambda *lock: (waiting.set(), flock(*lock)))
     with (books / "lock").open("w") as lock:
         flock(lock, fcntl.LOCK_EX)
-        thread = threading.Thread(target=remote.local, args=(f"s3://{bucket.name}/set", tmp_path))
+        thread = threading.Thread(target=local, args=(f"s3://{bucket.name}/set", tmp_path))
         thread.start()
         assert waiting.wait(60)
         assert proxy.seen == []
@@ -491,14 +532,14 @@ def test_nothing_is_asked_while_another_process_has_the_mirror(bucket, tmp_path,
 
 def test_a_full_disk_is_told_before_anything_is_read(bucket, tmp_path, proxy, monkeypatch):
     bucket.put(one=b"x" * 20_000_000, two=b"x" * 10_000_000)
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=29_999_999))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=29_999_999))
     (problem,) = problems(f"s3://{bucket.name}", tmp_path)
-    assert f"needs 0.03 GB free in {tmp_path}, got 0.03; name another folder with --set cache=" in problem
+    assert f"needs 0.03 GB free in {tmp_path}, got 0.03 beside what is in use; raise `cache_limit`, or" in problem
     assert proxy.got() == Counter()
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
-    remote.local(f"s3://{bucket.name}", tmp_path)
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    remote.local(f"s3://{bucket.name}", tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=30_000_000))
+    local(f"s3://{bucket.name}", tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=0))
+    local(f"s3://{bucket.name}", tmp_path)
 
 
 # --- names
@@ -531,7 +572,7 @@ def test_a_key_cannot_be_an_object_and_a_folder(bucket, tmp_path):
     bucket.put(**{"set/a": b"1", "set/a/b": b"2", "set/a-b": b"3"})
     (problem,) = problems(f"s3://{bucket.name}/set", tmp_path)
     assert "an object and a folder at once, got 'set/a'" in problem
-    remote.local(f"s3://{bucket.name}/set/a/", tmp_path)
+    local(f"s3://{bucket.name}/set/a/", tmp_path)
     assert files(tmp_path / bucket.name) == {"set/a/b": b"2"}
 
 
@@ -556,7 +597,7 @@ def test_a_folder_that_is_no_mirror_is_not_touched(bucket, tmp_path):
     (tmp_path / bucket.name).mkdir()
     (tmp_path / bucket.name / "mine").write_text("mine")
     (problem,) = problems(f"s3://{bucket.name}/set", tmp_path)
-    assert "name another folder with --set cache=" in problem
+    assert "name another folder in `cache`" in problem
     assert files(tmp_path) == {f"{bucket.name}/mine": b"mine"}
 
 
@@ -564,4 +605,4 @@ def test_a_cache_that_cannot_be_written_is_told(bucket, tmp_path):
     (tmp_path / "file").write_text("")
     (problem,) = problems(f"s3://{bucket.name}/set", tmp_path / "file" / "cache")
     assert "Not a directory" in problem
-    assert "--set cache=" in problem
+    assert "name another folder in `cache`" in problem

@@ -34,8 +34,10 @@ def tree(folder):
 
 def begin(experiment, kind="run", *, finished=False):
     """The name of the folder that a run gets; the run is cut short unless finished."""
-    with runs.claim(experiment, kind) as folder:
+    with runs.claim(experiment, kind, print) as (folder, place, keep):
         assert folder.is_dir()
+        assert place == str(folder)
+        keep()
         assert folder.parent == Path(experiment.storage) / experiment.name
         if finished:
             runs.finish(folder, {})
@@ -54,7 +56,7 @@ def test_a_finished_run_is_followed_by_the_next_number(read):
 
 
 def test_a_run_that_failed_is_carried_on(read):
-    with pytest.raises(ZeroDivisionError), runs.claim(read(), "run"):
+    with pytest.raises(ZeroDivisionError), runs.claim(read(), "run", print):
         raise ZeroDivisionError
     assert begin(read()) == "run-1"
 
@@ -78,22 +80,23 @@ def test_the_record_is_the_experiment_file(read, tmp_path):
     begin(before)
     record = tmp_path / "storage" / "small" / "experiment.yaml"
     assert record.read_text().startswith(to_yaml(before.identity()))
-    assert runs.recorded("small", tmp_path / "storage") == record
+    with runs.recorded("small", str(tmp_path / "storage")) as found:
+        assert found == record
     assert load(record).model_dump() == before.model_dump()
 
 
 def test_a_name_that_was_not_used_cannot_be_carried_on(read, tmp_path):
     begin(read())
-    with pytest.raises(StorageError, match="'smal' has not; known: small; name one of them"):
-        runs.recorded("smal", tmp_path / "storage")
+    with pytest.raises(StorageError, match="'smal' has not; known: small; name one that"):
+        runs.recorded("smal", str(tmp_path / "storage")).__enter__()
     with pytest.raises(StorageError, match="known: none"):
-        runs.recorded("small", tmp_path / "elsewhere")
+        runs.recorded("small", str(tmp_path / "elsewhere")).__enter__()
 
 
 def test_checkpoints_of_a_finished_run_are_those_of_its_model(tmp_path):
-    assert runs.checkpoints(tmp_path) is None
+    assert runs.checkpoints(str(tmp_path)) is None
     runs.finish(tmp_path, {"checkpoints": "trials/final-0001"})
-    assert runs.checkpoints(tmp_path) == tmp_path / "trials" / "final-0001"
+    assert runs.checkpoints(str(tmp_path)) == f"{tmp_path}/trials/final-0001"
 
 
 @pytest.mark.parametrize(
@@ -166,12 +169,12 @@ def test_the_storage_folder_may_move_and_the_tracking_server_may_change(read, tm
 
 def test_a_relative_storage_folder_lies_in_the_working_directory(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with runs.claim(read("storage=here"), "run") as folder:
+    with runs.claim(read("storage=here"), "run", print) as (folder, _, _):
         assert folder == tmp_path / "here" / "small" / "run-1"
 
 
 def test_one_process_gets_a_name_only_once_at_a_time(read):
-    with runs.claim(read(), "run"), pytest.raises(BusyError):
+    with runs.claim(read(), "run", print), pytest.raises(BusyError):
         begin(read(), "train")
     assert begin(read(), "train") == "train-1"
 
@@ -182,7 +185,7 @@ from pathlib import Path
 from grainmill import runs
 from grainmill.experiment import load
 
-with runs.claim(load(Path(sys.argv[1]), sys.argv[2:]), "run") as folder:
+with runs.claim(load(Path(sys.argv[1]), sys.argv[2:]), "run", print) as (folder, _, _):
     print(folder.name, flush=True)
     sys.stdin.read()  # until the other end of the pipe is closed
 """
@@ -218,7 +221,7 @@ def test_a_second_process_is_refused_until_the_first_ends_or_is_killed(read, tmp
 
 
 def test_a_finished_run_holds_its_outcome(read):
-    with runs.claim(read(), "run") as folder:
+    with runs.claim(read(), "run", print) as (folder, _, _):
         runs.finish(folder, {"version": "models:/small/1", "metrics": {"top1": 0.5}})
     outcome = json.loads((folder / "done.json").read_text())
     assert outcome == {"version": "models:/small/1", "metrics": {"top1": 0.5}}
@@ -231,7 +234,7 @@ def test_a_run_that_is_cut_short_while_it_is_finished_is_carried_on(read, monkey
             file.write(text[: len(text) // 2])
         raise KeyboardInterrupt
 
-    with runs.claim(read(), "run") as folder, monkeypatch.context() as patched:
+    with runs.claim(read(), "run", print) as (folder, _, _), monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", cut_short)
         with pytest.raises(KeyboardInterrupt):
             runs.finish(folder, {"version": "models:/small/1"})

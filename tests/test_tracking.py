@@ -1,12 +1,11 @@
 import socket
-import subprocess
 
 import pytest
 from mlflow import MlflowClient
 
 from grainmill import tracking
 from grainmill.errors import TrackingError
-from grainmill.tracking import PACKAGES, Tracker, environment, local_uri
+from grainmill.tracking import Tracker, local_uri
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +51,6 @@ def test_second_tracker_uses_the_same_experiment_and_keeps_artifacts_in_the_stor
     assert again.experiment_id == tracker.experiment_id
     stored = MlflowClient(tracker.uri).get_experiment(tracker.experiment_id)
     assert stored.artifact_location.endswith("/mlflow-artifacts/apples")
-
-
-def test_environment_names_packages_and_the_commit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "mlflow.source.git.commit" not in environment()
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    tags = environment()
-    assert tags["mlflow.source.git.commit"] == head
-    assert tags["git.dirty"] == "false"
-    assert set(PACKAGES) <= tags.keys()
-    (tmp_path / "new.txt").write_text("")
-    assert environment()["git.dirty"] == "true"
 
 
 def test_server_that_does_not_answer_is_named_with_the_remedy(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
+from test_remote import SECRET, bucket, moto, proxy, waits  # noqa: F401 - fixtures
 
-from multigrain import trainable
+from multigrain import remote, trainable
 from multigrain.data import SHOWN, DataError, DataSettings, read_dataset, untracked
 from multigrain.manifest import read_manifest
 from multigrain.spec import MultiGrainSpec
@@ -283,3 +284,188 @@ def test_worker_problems_are_those_of_the_batch_and_of_the_weights(tmp_path):
     assert len(told) == 1
     assert trainable.worker_problems(wrong, 2) == told
     assert trainable.worker_problems(wrong, 5) == [problem, *told]
+
+
+# --- in s3://
+
+
+@pytest.fixture
+def stored(bucket, tmp_path):  # noqa: F811
+    """Images below `set/` of a bucket, and the same in the folder `here`."""
+    many(tmp_path / "here", [], 10)
+    for path in (path for path in (tmp_path / "here").rglob("*") if path.is_file()):
+        bucket.put(**{f"set/{path.relative_to(tmp_path / 'here')}": path.read_bytes()})
+    bucket.url = f"s3://{bucket.name}/set"
+    return bucket
+
+
+def there(bucket, tmp_path, node="cache", **settings):  # noqa: F811
+    """Data of a bucket, as a node with a disk of its own sees them."""
+    source = settings if "manifest" in settings else {"folder": bucket.url}
+    return DataSettings(**source | settings, cache=str(tmp_path / node))
+
+
+TIMES = ("views_per_second", "data_wait")
+
+
+def relative(paths, root):
+    return [str(path.relative_to(root)) for path in paths]
+
+
+def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(stored, tmp_path, proxy):  # noqa: F811
+    here, data = DataSettings(folder=str(tmp_path / "here")), there(stored, tmp_path)
+    assert trainable.data_problems(data, untracked) == []
+    assert trainable.metrics(data) == trainable.metrics(here) == ALL
+    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    assert len(proxy.got()) == len(read_dataset(tmp_path / "here").paths)
+    assert set(proxy.got().values()) == {1}
+    # Another node has nothing yet.
+    results = [
+        next(trainable.fit(SPEC, source, tmp_path / f"run-{number}"))
+        for number, source in enumerate((here, prepared, prepared.model_copy(update={"cache": str(tmp_path / "b")})))
+    ]
+    first, *others = ({name: value for name, value in one.metrics.items() if name not in TIMES} for one in results)
+    assert set(ALL) < set(first)
+    assert others == [first, first]
+    assert set(proxy.got().values()) == {2}
+    told = [part._replace(where="") for part in trainable.sources(here)]
+    assert [part._replace(where="") for part in trainable.sources(prepared)] == told
+    assert {part.where for part in trainable.sources(prepared)} == {stored.url}
+    examples = [list(trainable.example(source)["image"]) for source in (here, prepared)]
+    assert examples[0] == examples[1]
+
+
+def test_what_a_node_has_is_listed_at_most(stored, tmp_path, proxy):  # noqa: F811
+    data = there(stored, tmp_path)
+    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    proxy.seen.clear()
+    again = trainable.images_of(data)
+    assert {path for path, _ in proxy.seen} == {f"/{stored.name}"}
+    proxy.seen.clear()
+    pinned = trainable.images_of(prepared)
+    assert proxy.seen == []
+    assert (pinned.train, pinned.val, pinned.copies) == (again.train, again.val, again.copies)
+    assert relative(pinned.paths, tmp_path / "cache" / stored.name / "set") == relative(
+        read_dataset(tmp_path / "here").paths, tmp_path / "here"
+    )
+
+
+def test_progress_of_the_first_reading_is_shown(stored, tmp_path):
+    shown = []
+
+    def track(items, title, length):
+        count = 0
+        for item in items:
+            yield item
+            count += 1
+        shown.append((title, length, count))
+
+    for _ in range(2):
+        trainable.data_problems(there(stored, tmp_path), track)
+    assert shown == [(f"reading {stored.url}", 22, 22), *[("checking images", 22, 22)] * 2]
+
+
+def test_a_manifest_names_objects_beside_it_and_of_other_buckets(stored, tmp_path, moto, proxy):  # noqa: F811
+    other = stored.name.replace("bucket", "other")
+    moto.client.create_bucket(Bucket=other)
+    moto.client.put_object(Bucket=other, Key="x/0.png", Body=(tmp_path / "here/b/0.png").read_bytes())
+    rows = ["a/0.png,a,train", "a/../a/1.png,a,val", f"s3://{other}/x/0.png,b,train", f"{tmp_path}/here/b/1.png,b,val"]
+    text = "\n".join(["image,class,role", *rows])
+    stored.put(**{"set/list.csv": text.encode()})
+    data = there(stored, tmp_path, manifest=f"{stored.url}/list.csv")
+    assert trainable.data_problems(data, untracked) == []
+    keys = [f"{stored.name}/set/{name}" for name in ("list.csv", "a/0.png", "a/1.png")]
+    assert proxy.got() == {f"/{key}": 1 for key in (*keys, f"{other}/x/0.png")}
+    mirror = tmp_path / "cache"
+    expected = (mirror / keys[1], mirror / other / "x/0.png"), (mirror / keys[2], tmp_path / "here/b/1.png")
+    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    for source in (data, prepared):
+        dataset = trainable.images_of(source)
+        assert (dataset.train, dataset.val, dataset.classes) == (*expected, ("a", "b"))
+    (tmp_path / "mine.csv").write_text(text.replace("\na/", f"\n{stored.url}/a/").replace("/../a", ""))
+    assert trainable.images_of(there(stored, tmp_path, manifest=str(tmp_path / "mine.csv"))) == dataset
+
+
+def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored, tmp_path):
+    stored.put(**{"set/a/3.png": b""})
+    pins = ["12,", ",x", "x,x", "-1,x"]
+    rows = [f"{stored.url}/a/0.png,a,,", "a/0.png,a,,", f"{stored.url}/a/99.png,a,,", f"s3://me:{SECRET}@x/y,a,,"]
+    rows += [f"{stored.url}/b/{number}.png,b,{pin}" for number, pin in enumerate(pins)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,class,size,etag", *rows]))
+    problems = trainable.data_problems(there(stored, tmp_path, manifest=str(tmp_path / "list.csv")), untracked)
+    told = {
+        "line 3": f"there is no file {tmp_path}/a/0.png",
+        "line 4": f"there is no file {stored.url}/a/99.png",
+        "line 5": "must be s3://bucket/prefix",
+        **{f"line {line}": "both a size in bytes and an etag" for line in range(6, 10)},
+    }
+    for line, words in told.items():
+        assert any(f"{line}: " in problem and words in problem for problem in problems), (line, problems)
+
+
+def test_a_broken_object_is_told_by_its_url_and_left_out_by_choice(stored, tmp_path):
+    stored.put(**{"set/a/3.png": b"", "set/a/4.png": b"<html>"})
+    problems = trainable.data_problems(there(stored, tmp_path), untracked)
+    assert [f"{stored.url}/a/{number}.png is" in one for number, one in zip((3, 4), problems, strict=True)] == [
+        True
+    ] * 2
+    data = there(stored, tmp_path, skip_broken=True)
+    with pytest.warns(UserWarning, match="2 of 22 images will be left out") as warned:
+        assert trainable.data_problems(data, untracked) == []
+    assert f"{stored.url}/a/3.png is empty" in str(warned[0].message)
+    with pytest.warns(UserWarning, match="2 of 22 images left out, listed in ") as warned:
+        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    listed = Path(str(warned[0].message).rpartition("listed in ")[2]).read_text()
+    assert listed.splitlines()[0] == f"{stored.url}/a/3.png\tis empty"
+    node = prepared.model_copy(update={"cache": str(tmp_path / "b")})
+    expected = {*relative(read_dataset(tmp_path / "here").paths, tmp_path / "here")} - {"a/3.png", "a/4.png"}
+    assert {*relative(trainable.images_of(node).paths, tmp_path / "b" / stored.name / "set")} == expected
+    assert not (tmp_path / "b" / stored.name / "set/a/3.png").exists()
+
+
+@pytest.mark.parametrize("change", ["other", "gone"])
+def test_an_object_that_changes_in_mid_search_is_refused_where_it_must_be_read(stored, tmp_path, proxy, change):  # noqa: F811
+    prepared = trainable.prepare(there(stored, tmp_path), tmp_path / "data", untracked)
+    before = trainable.images_of(prepared)
+    key = f"set/{relative(before.train, tmp_path / 'cache' / stored.name / 'set')[0]}"
+    content = before.train[0].read_bytes()
+    if change == "other":
+        stored.put(**{key: content[:-1] + b"x", "set/a/new.png": b"as long as before, and one more"})
+    else:
+        stored.delete(key)
+    assert trainable.images_of(prepared) == before
+    assert before.train[0].read_bytes() == content
+    with pytest.raises(DataError) as caught:
+        trainable.images_of(prepared.model_copy(update={"cache": str(tmp_path / "b")}))
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"s3://{stored.name}/{key} must stay as it was listed, but has changed")
+    assert not (tmp_path / "b" / stored.name / key).exists()
+
+
+def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_path, proxy, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(remote, "REQUESTS", 1)
+    keys = [f"set/a/{number}.png" for number in range(10)]
+    proxy.faults = {f"/{stored.name}/{keys[6]}": [(400, "ExpiredToken")] * 9}
+    (problem,) = trainable.data_problems(there(stored, tmp_path), untracked)
+    assert problem.startswith(
+        f"s3://{stored.name}/{keys[6]} needs credentials that are still good, but these have expired"
+    )
+    assert SECRET not in problem
+    assert proxy.got() == {f"/{stored.name}/{key}": 1 for key in keys[:7]}, "it is told at once"
+    proxy.faults.clear()
+    proxy.seen.clear()
+    assert trainable.data_problems(there(stored, tmp_path), untracked) == []
+    assert not {f"/{stored.name}/{key}" for key in keys[:6]} & set(proxy.got())
+    assert len(proxy.got()) == 22 - 6
+
+
+def test_settings_of_the_cache_stay_in_prepared_data(stored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in ({"folder": stored.url}, {"folder": "here"}, {"builtin": "shapes", "images": 20, "image_size": 16}):
+        data = DataSettings(**source, cache="relative", cache_limit=1)
+        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+        assert (Path(prepared.cache), prepared.cache_limit) == (tmp_path / "relative", 1), source
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    prepared = trainable.prepare(DataSettings(folder=stored.url), tmp_path / "data", untracked)
+    assert prepared.cache == "~/.cache/grainmill", "another node has another home"
+    assert (tmp_path / "home/.cache/grainmill" / stored.name / "set").is_dir()

@@ -1,14 +1,18 @@
 """Trials of the toy on real Ray: alone in a process, and as a group of two."""
 
+import http.server
+import re
 import subprocess
 import sys
 import textwrap
+import threading
+from pathlib import Path
 
 import pytest
 import ray
 import toy
 
-from grainmill import trials
+from grainmill import capacity, group, trials
 from grainmill.errors import ResourceError
 from grainmill.experiment import Resources, experiment_model
 from grainmill.study import Study
@@ -34,7 +38,7 @@ class Bench:
 
     def plan(self, workers=1, **resources):
         data = {"diary": str(self.diary), "gate": None}
-        return Plan("trial", "toy", data, self.folder, Resources(**resources), workers)
+        return Plan("trial", "toy", data, str(self.folder), Resources(**resources), workers)
 
     def study(self, count, **changes):
         content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}
@@ -107,7 +111,7 @@ def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
     record = study.ask()
     spec = toy.Spec(height=record.setting["height"])
     run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
-    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), bench.plan().checkpoints(0))
+    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.plan().checkpoints(0)))
     first = next(left).metrics
     bench.tracker.log(run_id, 1, {"epoch": 1, **first})
     study.report(0, {"epoch": 1, **first})
@@ -158,9 +162,33 @@ def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, 
 
 
 def test_as_many_are_asked_for_at_once_as_the_cluster_holds(bench):
-    assert trials.at_once(bench.plan(), bench.watch) == 2
-    assert trials.at_once(bench.plan(workers=2), bench.watch) == 1
+    assert capacity.at_once(bench.plan(), bench.watch.note) == 2
+    assert capacity.at_once(bench.plan(workers=2), bench.watch.note) == 1
+    assert capacity.at_once(bench.plan(workers=(1, 2)), bench.watch.note) == 1
     assert bench.watch.notes == []
+
+
+def test_trial_fits_if_its_fewest_workers_do(bench):
+    assert capacity.at_once(bench.plan(workers=(2, 5)), bench.watch.note) == 1
+    with pytest.raises(ResourceError, match=r"needs 3 workers of 1 CPU each, but the cluster has room for 2 at most"):
+        capacity.at_once(bench.plan(workers=(3, 5)), bench.watch.note)
+
+
+def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
+    with pytest.raises(
+        ResourceError, match=r"a node for each of its 2 workers, but the cluster has 1 that can hold one;"
+    ):
+        capacity.at_once(bench.plan(workers=2, placement="spread"), bench.watch.note)
+    assert capacity.at_once(bench.plan(workers=(2, 3), placement="spread"), bench.watch.note) == 1
+    assert capacity.at_once(bench.plan(workers=1, placement="spread"), bench.watch.note) == 2
+
+
+def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
+    assert re.fullmatch(
+        r"waiting for the cluster: a trial needs 3 CPU \([012] of 2 free\)", group.scarcity(bench.plan(workers=(3, 5)))
+    )
+    told = group.scarcity(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
+    assert told.endswith("3 nodes for its workers (1 there)")
 
 
 @pytest.mark.slow
@@ -184,6 +212,67 @@ def test_local_ray_heeds_our_sigterm_and_leaves_no_process():
     assert process.communicate()[0] == "interrupted\n"
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert session not in commands
+
+
+def test_cluster_of_other_versions_is_refused_with_both():
+    script = """
+        import sys, ray
+        ray.__version__ = "2.59.1"  # what the driver says of itself
+        from grainmill.errors import ResourceError
+        from grainmill.trials import cluster
+        try:
+            with cluster(sys.argv[1]):
+                print("in")
+        except ResourceError as error:
+            print(error)
+        print(ray.is_initialized())
+    """
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", textwrap.dedent(script), address]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    python = ".".join(map(str, sys.version_info[:3]))
+    theirs = f"Ray {ray.__version__} and Python {python}"
+    assert told == (
+        f"a cluster must have the versions of this command, Ray 2.59.1 and Python {python}, but the one at {address} "
+        f"has {theirs}; install those here, or these there\nFalse\n"
+    )
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=["nothing", "a dashboard"])
+def no_head(request):
+    """An address where no head answers."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
+    if request.param == "nothing":
+        server.server_close()
+        yield f"127.0.0.1:{server.server_port}"
+        return
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_address_where_no_head_answers_is_refused_soon(no_head, monkeypatch):
+    monkeypatch.setattr(trials, "HEAD_SECONDS", 1)
+    with pytest.raises(
+        ResourceError, match=rf"must answer at \S+:{no_head.partition(':')[2]} within 1 seconds, but did"
+    ):
+        trials._check_head(no_head)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265"])
+def test_address_that_is_none_is_refused(address):
+    script = "import sys; from grainmill.trials import cluster\nwith cluster(sys.argv[1]): pass"
+    command = [sys.executable, "-c", script, address]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"ResourceError: Ray must let this command in at {address}, but said: Invalid" in told.stderr
 
 
 def test_losers_that_pause_go_on_from_their_checkpoint_or_are_stopped_in_the_end(bench):
@@ -245,10 +334,10 @@ def test_every_epoch_has_its_cost_and_it_can_be_an_objective(bench):
 def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
     study = bench.study(1, search={"scheduler": "none"})
     plan = bench.plan(cpus_per_worker=3, concurrent=2)
-    assert trials.at_once(plan, bench.watch) == 2
+    assert capacity.at_once(plan, bench.watch.note) == 2
     (note,) = bench.watch.notes
     assert note.startswith("waiting for the cluster to grow: one worker needs 3 CPU")
-    assert trials.at_once(bench.plan(concurrent=1), bench.watch) == 1
+    assert capacity.at_once(bench.plan(concurrent=1), bench.watch.note) == 1
     assert study.remaining == 1
 
 

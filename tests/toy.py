@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict
 class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     epochs: int = 4
+    steps: int = 1
+    """In an epoch; the end of an epoch is kept, and the step where a beat says that the toy must end."""
     height: float = 0.5
     kind: Literal["plain", "nan", "broken"] = "plain"
     """`nan`: the score is not a number. `broken`: raises in the second epoch."""
@@ -27,11 +29,13 @@ class Spec(BaseModel):
 class Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     diary: str | None = None
-    """A file that gets a line for each epoch that is really computed."""
+    """A file that gets a line for each step that is really computed, counted over all epochs."""
     gate: str | None = None
     """A named pipe: from the second epoch on, a new process waits until someone opens it for writing."""
+    hold: str | None = None
+    """A step, `trial-0001 5`, that lasts until a beat says that the toy must end."""
     umpire: int | None = None
-    """A port of this machine: before an epoch is kept, each process says there where it is, and waits for an answer."""
+    """A port of this machine: in each step, each process says there where it is, and waits for an answer."""
 
 
 class Evaluation(BaseModel):
@@ -136,30 +140,50 @@ def sources(data: Data) -> list[Source]:
     return [Source("heights", "training", "a1b2", 3, "nowhere"), Source("scale", "evaluation", "c3d4", 1, "nowhere")]
 
 
-def fit(spec: Spec, data: Data, folder: Path) -> Iterator[Result]:
-    state, done = folder / "state.json", 0
-    if state.exists():
-        done = json.loads(state.read_text())["epoch"]
-        yield _result(spec, done)
-    for epoch in range(done + 1, spec.epochs + 1):
-        if spec.kind == "broken" and epoch == 2:
-            raise RuntimeError("the toy is broken")
-        if data.gate and epoch == 2:
-            Path(data.gate).read_text()
-        time.sleep(spec.seconds)
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 and data.diary:
-            with Path(data.diary).open("a") as file:
-                file.write(f"{folder.name} {epoch}\n")
-        if data.umpire:
-            with socket.create_connection(("127.0.0.1", data.umpire)) as line:
-                line.sendall(f"{folder.name} {epoch} {rank} {os.getpid()}\n".encode())
-                line.recv(1)
-        if rank == 0:
+def fit(spec: Spec, data: Data, folder: Path, beat: Callable[[], bool] = lambda: False) -> Iterator[Result]:
+    state, rank = folder / "state.json", int(os.environ.get("RANK", "0"))
+    done = _highest(json.loads(state.read_text())["step"] if rank == 0 and state.exists() else 0)
+    if done and done % spec.steps == 0:
+        yield _result(spec, done // spec.steps)
+    for step in range(done + 1, spec.epochs * spec.steps + 1):
+        _compute(spec, data, folder.name, step, rank)
+        while data.hold == f"{folder.name} {step}" and not beat():
+            time.sleep(0.05)
+        ends = _highest(beat())
+        if rank == 0 and (ends or step % spec.steps == 0):
             folder.mkdir(parents=True, exist_ok=True)
-            state.with_suffix(".draft").write_text(json.dumps({"epoch": epoch, "height": spec.height}))
+            state.with_suffix(".draft").write_text(json.dumps({"step": step, "height": spec.height}))
             state.with_suffix(".draft").rename(state)
-        yield _result(spec, epoch)
+        if ends and step < spec.epochs * spec.steps:
+            return
+        if step % spec.steps == 0:
+            yield _result(spec, step // spec.steps)
+
+
+def _compute(spec: Spec, data: Data, name: str, step: int, rank: int) -> None:
+    if spec.kind == "broken" and step == spec.steps + 1:
+        raise RuntimeError("the toy is broken")
+    if data.gate and step == spec.steps + 1:
+        Path(data.gate).read_text()
+    time.sleep(spec.seconds / spec.steps)
+    if rank == 0 and data.diary:
+        with Path(data.diary).open("a") as file:
+            file.write(f"{name} {step}\n")
+    if data.umpire:
+        with socket.create_connection(("127.0.0.1", data.umpire)) as line:
+            line.sendall(f"{name} {step} {rank} {os.getpid()}\n".encode())
+            line.recv(1)
+
+
+def _highest(number: int) -> int:
+    """Of all ranks of a group, which all call this."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return number
+    import torch
+
+    found = torch.tensor(number)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def _result(spec: Spec, epoch: int) -> Result:

@@ -1,6 +1,6 @@
 """How many trials the Ray cluster holds at once: when it has grown, if it grows by itself, else as it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,29 +9,29 @@ import ray
 from grainmill import cluster
 from grainmill.cluster import Cluster, NodeType
 from grainmill.errors import ExperimentError, ResourceError
+from grainmill.worker import Plan
 
 MONITOR = "monitor.py"
 """Ray's autoscaler, a process on the head."""
 
 
-def at_once(bundle: Mapping[str, float], workers: int, limit: int | None, note: Callable[[str], None]) -> int:
-    """How many trials of so many workers are to be asked for at once.
+def at_once(plan: Plan, note: Callable[[str], None]) -> int:
+    """How many trials are to be asked for at once.
 
     Args:
-        bundle: what one worker takes.
-        workers: of one trial.
-        limit: trials that the user allows at once. Where it cannot be told whether the cluster grows, so many are
-            asked for, whatever is there.
+        plan: theirs. Where it cannot be told whether the cluster grows, as many are asked for as its resources allow
+            at once, whatever is there.
         note: hears of a cluster that must grow for the first trial, if that cannot be told.
     Raises:
         ResourceError: not one fits, nor will.
     """
+    need, limit = plan.need, plan.resources.concurrent
     found = possible()
     if found is not None:
-        fits = found.room(bundle, workers)
+        fits = found.room(need)
         return min(fits, limit or fits)
     try:
-        fits = cluster.room(present(), bundle, workers)
+        fits = cluster.room(present(), need)
     except ResourceError as error:
         if limit is None:
             raise ResourceError(f"{error}, or set resources.concurrent if the cluster grows by itself") from None

@@ -23,6 +23,21 @@ def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
     return items
 
 
+class Beat(Protocol):
+    """What a trainable calls on every worker after each step, and now and then in an evaluation: it is alive.
+
+    Where it returns True, and it does so from then on, the worker must leave: all save a checkpoint at once, and end.
+    Of a group's workers some may hear it earlier than others.
+    """
+
+    def __call__(self) -> bool: ...
+
+
+def undisturbed() -> bool:
+    """The `Beat` of a training that nobody watches."""
+    return False
+
+
 class EpochResult(Protocol):
     """What a trainable yields after each epoch."""
 
@@ -172,15 +187,24 @@ class Trainable(Protocol):
 
     @staticmethod
     def prepare(data: Any, root: Path, track: Track) -> Any:
-        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials."""
+        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials.
+
+        Where the storage is in S3, a setting that names something below `root` then gets its `s3://` URL.
+        """
 
     @staticmethod
     def sources(data: Any) -> Sequence[Source]:
         """The parts of prepared data."""
 
     @staticmethod
-    def fit(spec: Any, data: Any, folder: Path) -> Iterator[EpochResult]:
-        """Train, on every worker alike; goes on from the checkpoints in `folder`, their last result first."""
+    def fit(spec: Any, data: Any, folder: Path, beat: Beat = undisturbed) -> Iterator[EpochResult]:
+        """Train, on every worker alike; goes on from the checkpoints in `folder`, an epoch's result that is kept first.
+
+        Ends before its last epoch, with all steps kept, where `beat` says so on any worker.
+
+        What is being written there has a name that begins with `.` or `draft` or ends in `.draft`, and gets its own
+        when it is whole: all else may be copied at any moment. One process writes, or all write the same.
+        """
 
     @staticmethod
     def load(folder: Path) -> Predictor:

@@ -1,14 +1,15 @@
 """What is wrong between the sections of an experiment file, and with the points of its space."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from grainmill import catalog
+from grainmill import catalog, vault
 from grainmill.document import Location, dotted
 from grainmill.findings import describe, errors
 from grainmill.space import Parameter, Setting, Space, extremes, grid_problems, lookup, nested, resolve, space_problems
@@ -31,11 +32,7 @@ def between_sections(
         yield from ((("data",), message) for message in messages)
         if not messages:
             yield from _metric_problems({**trainable.metrics(parts["data"]), **COSTS}, parts)
-    if "tracking" in parts and parts["tracking"].study is not None:
-        yield from _address_problems(parts["tracking"].study)
-    if "tracking" in parts and "@" in (parts["tracking"].uri or ""):
-        message = "must not hold a user or a password, but does; put them into MLFLOW_TRACKING_USERNAME and _PASSWORD"
-        yield ("tracking", "uri"), message
+    yield from _place_problems(parts)
     if {"search", "base"} <= parts.keys() and (parts["search"].grace_epochs or 1) > parts["base"].epochs:
         message = f"must be at most base.epochs, got {parts['search'].grace_epochs} of {parts['base'].epochs}"
         yield ("search", "grace_epochs"), message
@@ -54,9 +51,20 @@ def between_sections(
         if parts["search"].sampler == "grid":
             yield from grid_problems(space, published, parts["search"].trials)
         if here and "tracking" in parts and parts["search"].warm_start is not None and parts["tracking"].study is None:
-            yield from _warm_start_problems(Path(parts["search"].warm_start))
+            yield from _warm_start_problems(parts["search"].warm_start)
     if "base" in parts:
         yield from _setting_problems(trainable, parts)
+
+
+def _place_problems(parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """What is wrong with the places where things are kept."""
+    if "storage" in parts and (message := vault.problem(parts["storage"])):
+        yield ("storage",), message
+    if "tracking" in parts and parts["tracking"].study is not None:
+        yield from _address_problems(parts["tracking"].study)
+    if "tracking" in parts and "@" in (parts["tracking"].uri or ""):
+        message = "must not hold a user or a password, but does; put them into MLFLOW_TRACKING_USERNAME and _PASSWORD"
+        yield ("tracking", "uri"), message
 
 
 def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -117,9 +125,9 @@ def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]
         yield ("search", "trials"), message
 
 
-def _warm_start_problems(folder: Path) -> Iterator[tuple[Location, str]]:
-    if not (folder / "study.db").is_file():
-        message = f"must be the folder of an earlier search, but there is no {folder.absolute() / 'study.db'}"
+def _warm_start_problems(place: str) -> Iterator[tuple[Location, str]]:
+    if not vault.remote(place) and not Path(place, "study.db").is_file():
+        message = f"must be the folder of an earlier search, but there is no {Path(place, 'study.db').absolute()}"
         yield ("search", "warm_start"), f"{message}; name one such as grainmill-runs/demo/run-1"
 
 
@@ -142,9 +150,10 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
     """What is wrong with settings at the ends of the space; each message once."""
     space, base = parts["space"], parts["base"].model_dump()
     defaults = trainable.Spec().model_dump()
-    workers: dict[int, str] = {}
+    workers: dict[Sequence[int], str] = {}
     if "resources" in parts:
-        workers = {parts["resources"].retrain_workers: "retrain_workers", parts["resources"].workers: "workers"}
+        for key in ("retrain_workers", "workers"):
+            workers[counts(getattr(parts["resources"], key))] = key
     seen: set[tuple[Location, str]] = set()
     published = reference(trainable.Spec(), space)
     for setting in _points(parts, space, {name: lookup(defaults, name) for name in space}):
@@ -152,8 +161,8 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
         moved = [name for name, value in setting.items() if value != published[name]]
         try:
             spec = trainable.Spec.model_validate(nested(setting, base))
-            for count, key in workers.items():
-                found += [(("resources", key), message) for message in trainable.worker_problems(spec, count)]
+            for some, key in workers.items():
+                found += [(("resources", key), message) for message in _worker_problems(trainable, spec, some)]
         except ValidationError as error:
             for details in errors(error):
                 culprits = [name for name in [dotted(details["loc"]), *moved] if name in space]
@@ -164,6 +173,21 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
                 seen.add((place, rule))
                 at = " (at " + ", ".join(f"{name} = {setting[name]}" for name in moved) + ")" if moved else ""
                 yield place, message + at
+
+
+def counts(workers: int | tuple[int, int]) -> Sequence[int]:
+    """All numbers of workers that a trial may have."""
+    return range(workers, workers + 1) if isinstance(workers, int) else range(workers[0], workers[1] + 1)
+
+
+def _worker_problems(trainable: catalog.Trainable, spec: Any, counts: Sequence[int]) -> list[str]:
+    """What keeps a spec from running on any of these numbers of workers."""
+    found = [message for count in counts for message in trainable.worker_problems(spec, count)]
+    if not found or len(counts) == 1:
+        return found
+    # What suits one number of workers may not suit the next; what suits their common multiple suits all.
+    found = trainable.worker_problems(spec, math.lcm(*counts)) or found
+    return [f"{message} (for any of {counts[0]} to {counts[-1]} workers)" for message in found]
 
 
 def _points(parts: Mapping[str, Any], space: Space, defaults: Setting) -> Iterator[Setting]:

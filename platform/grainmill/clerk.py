@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeVar
 
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
 from grainmill.study import Record, Study
+from grainmill.ward import Listener
 from grainmill.worker import Plan
 
 WAIT_SECONDS = 60
@@ -62,18 +62,23 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     included.
     """
 
-    def __init__(self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch) -> None:
+    def __init__(
+        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: Listener
+    ) -> None:
         self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
+        self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
-        self.began: dict[int, tuple[float, Mapping[str, float]]] = {}
-        """When a trial began or went on, in seconds, and what it had cost before."""
+        self.began: dict[int, tuple[float, Mapping[str, float], int]] = {}
+        """Since when a trial has had so many workers, in seconds; what it had cost before; how many."""
         records = study.records
         self.costs = {record.number: dict(record.cost) for record in records}
         self.causes: Counter[str] = Counter()
         self.ended_well = 0
-        self.places: dict[int, PlacementGroup] = {}
+        self.places: dict[int, group.Place] = {}
         """What the workers of a trial's group occupy."""
+        self.left: set[int] = set()
+        """Trials that left a node, and are to begin again elsewhere."""
         self.busy_at = time.monotonic()
         """When last a trial ran."""
         self.forecast = ""
@@ -88,24 +93,22 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It runs."""
         number = trial.config["number"]
-        if number in self.began:  # its process died, and Tune began it again
+        if number in self.began:  # Tune began it again
             self._vacate(number)
+            if number not in self.left:
+                self.watch.note(f"{self.plan.name(number)}: its process died; goes on from its last checkpoint")
+            self.left.discard(number)
             return
-        self.began[number] = time.monotonic(), self.study.record(number).cost
+        self.began[number] = time.monotonic(), self.study.record(number).cost, self.plan.need.fewest
         self._tell(number)
 
     @_fatal
     def goes_on(self, trial: Trial, result: Mapping[str, Any]) -> bool:
         """Take down an epoch, or the cause of a failure; whether the trial goes on after it."""
         number = trial.config["number"]
-        if "waiting" in result:
-            self.watch.note(result["waiting"])
-            return True
-        if "cause" in result:
-            self.study.note(number, "cause", result["cause"])
-            return False
-        if place := result.get("place"):
-            self.places[number] = place
+        if "reported" not in result:
+            return self._hear(number, result)
+        self.left.discard(number)
         self.costs[number] = self._cost(number)
         metrics = {name: float(result[name]) for name in result["reported"]} | self.costs[number]
         if variants := json.loads(result["variants"]):
@@ -125,6 +128,24 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self.study.note(number, "paused", True)
         return verdict == "continue"
 
+    def _hear(self, number: int, result: Mapping[str, Any]) -> bool:
+        """What a trial says besides its epochs; whether it goes on."""
+        if "cause" in result:
+            self.study.note(number, "cause", result["cause"])
+            return False
+        if "workers" in result or self.plan.need.most > 1:
+            self._work(number, result.get("workers", 0))
+        if "left" in result:
+            self.left.add(number)
+            epoch = len(self.study.record(number).history) + 1
+            name = self.plan.name(number)
+            self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
+        elif "waiting" in result:
+            self.watch.note(result["waiting"])
+        else:
+            self.places[number] = result["place"]
+        return True
+
     @_fatal
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close it, unless it waits for another chance."""
@@ -141,12 +162,14 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """End the search here, where Tune passes errors on; say so if it waits for others to leave the cluster."""
         if self.fatal:
             raise self.fatal
+        if message := self.listener.heard():
+            self.watch.note(message)
         now = time.monotonic()
         if any(trial.status == Trial.RUNNING for trial in trials):
             self.busy_at = now
         elif now - self.busy_at > WAIT_SECONDS:
             self.busy_at = now
-            self.watch.note(group.scarcity(self.plan.bundle, self.plan.workers))
+            self.watch.note(group.scarcity(self.plan))
 
     def _end(self, number: int) -> None:
         self.costs[number] = self._cost(number)
@@ -186,15 +209,25 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         )
 
     def _cost(self, number: int) -> dict[str, float]:
-        began, before = self.began[number]
-        seconds = (time.monotonic() - began) * self.plan.workers
-        amounts = {"cpu_seconds": self.plan.bundle.get("CPU", 0), "gpu_seconds": self.plan.bundle.get("GPU", 0)}
+        began, before, workers = self.began[number]
+        seconds = (time.monotonic() - began) * workers
+        amounts = {
+            "cpu_seconds": self.plan.need.bundle.get("CPU", 0),
+            "gpu_seconds": self.plan.need.bundle.get("GPU", 0),
+        }
         return {name: before.get(name, 0) + seconds * amount for name, amount in amounts.items()}
 
+    def _work(self, number: int, workers: int) -> None:
+        """From now on, so many work on a trial."""
+        *_, before = self.began[number]
+        self.began[number] = time.monotonic(), self._cost(number), workers
+        if workers and workers != before and self.plan.need.fewest < self.plan.need.most:
+            self.watch.note(f"{self.plan.name(number)}: {workers} of up to {self.plan.need.most} workers")
+
     def _vacate(self, number: int) -> None:
-        """Free what workers without a leader occupy: Ray Train does only where it can ask a dashboard for the dead."""
+        """Free what workers without a leader occupy."""
         if place := self.places.pop(number, None):
-            remove_placement_group(place)
+            group.vacate(place)
 
     def end_unfinished(self) -> None:
         """No process works on the trials any more that were interrupted; they stay to be carried on."""
@@ -212,6 +245,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
                 self._tell(record.number)
 
     def _tell(self, number: int) -> None:
+        self.study.keep()
         record = self.study.record(number)
         self.outbox.put(record, works=number in self.began)
         self.watch.trial(self.plan.name(number), record)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,14 +70,15 @@ def tune(
 
     Started again, it carries on where it was cut short; a finished run is followed by another.
     """
-    with clear_errors():
+    with clear_errors(), ExitStack() as stack:
         if (file is None) == (resume is None):
             raise typer.BadParameter("one of FILE and --resume NAME is required")
         if resume is not None:
             places = [value for key, _, value in (one.partition("=") for one in overrides or ()) if key == "storage"]
-            file = runs.recorded(resume, Path(places[-1] if places else Experiment.model_fields["storage"].default))
+            storage = places[-1] if places else Experiment.model_fields["storage"].default
+            file = stack.enter_context(runs.recorded(resume, storage))
         assert file, "one of them is given"
-    _mill(file, overrides, address, "tune")
+        _mill(file, overrides, address, "tune")
 
 
 @app.command()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,19 @@ from grainmill.findings import describe, errors
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
+
+
+class Need(NamedTuple):
+    """What a trial takes of a cluster."""
+
+    bundle: Mapping[str, float]
+    """What one worker takes."""
+    fewest: int
+    """Workers with which it can go on."""
+    most: int
+    """Workers where there is room for all."""
+    apart: bool = False
+    """Whether each worker must have a node of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,9 @@ class Cluster:
         workers = [one for one in ranked for _ in range(one.most)][: self.most]
         return [self.head] * (self.head.holds(bundle) > 0) + workers
 
-    def room(self, bundle: Mapping[str, float], workers: int) -> int:
+    def room(self, need: Need) -> int:
         """`room` when it has grown."""
-        return room(self.nodes(bundle) or [self.head, *self.types], bundle, workers)
+        return room(self.nodes(need.bundle) or [self.head, *self.types], need)
 
 
 def _times(have: float, amount: float) -> int:
@@ -76,26 +89,34 @@ def _waste(node: NodeType, bundle: Mapping[str, float]) -> tuple[bool, float]:
     return idle_gpu, -min(used, default=0.0)
 
 
-def room(nodes: Sequence[NodeType], bundle: Mapping[str, float], workers: int) -> int:
+def room(nodes: Sequence[NodeType], need: Need) -> int:
     """How many trials nodes hold at once; the workers of one may be spread over several nodes.
 
     Args:
         nodes: the type of each that is there, or can be.
-        bundle: what one worker takes.
-        workers: of one trial.
+        need: of each trial.
     Raises:
         ResourceError: not one; says what is missing, and the nearest that is possible.
     """
-    total = sum(node.holds(bundle) for node in nodes)
-    if total >= workers:
-        return total // workers
-    needs = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    if total == 0:
-        raise ResourceError(f"one worker needs {needs}, but {_too_small(nodes, bundle)}")
-    raise ResourceError(
-        f"a trial needs {workers} workers of {needs} each, but the cluster has room for {total} at most "
-        f"({_listed(nodes)}); lower the workers to {total}"
-    )
+    holds = [count for node in nodes if (count := node.holds(need.bundle))]
+    needs = " and ".join(f"{amount:g} {name}" for name, amount in need.bundle.items())
+    if not holds:
+        raise ResourceError(f"one worker needs {needs}, but {_too_small(nodes, need.bundle)}")
+    if (total := sum(holds)) < need.fewest:
+        raise ResourceError(
+            f"a trial needs {need.fewest} workers of {needs} each, but the cluster has room for {total} at most "
+            f"({_listed(nodes)}); lower the workers to {total}"
+        )
+    if not need.apart:
+        return max(1, total // need.most)
+    if len(holds) < need.fewest:
+        raise ResourceError(
+            f"with resources.placement spread, a trial needs a node for each of its {need.fewest} workers, but the "
+            f"cluster has {len(holds)} that can hold one; lower the workers to {len(holds)}, or set placement to pack"
+        )
+    # Of so many trials, a node can hold one worker of each.
+    fitting = (n for n in range(total // need.most, 0, -1) if sum(min(n, held) for held in holds) >= n * need.most)
+    return next(fitting)
 
 
 def _too_small(nodes: Iterable[NodeType], bundle: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import track as rich_track
 
-from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
+from grainmill.errors import ExperimentError, GrainmillError, NameTakenError, TrackingError
 from grainmill.experiment import Experiment
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -64,6 +64,7 @@ def prepare_process() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     for name in ("alembic", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -74,10 +75,20 @@ def tracking_uri(named: str | None = None, storage: str = Experiment.model_field
     """MLflow's: the one that is named, MLFLOW_TRACKING_URI, or that of a storage folder.
 
     A user and a password in it go where MLflow reads them, so that nothing can show them.
-    """
-    from grainmill import tracking
 
-    uri = named or os.environ.get("MLFLOW_TRACKING_URI") or tracking.local_uri(Path(storage))
+    Raises:
+        TrackingError: there is none: MLflow has no database in S3.
+    """
+    from grainmill import tracking, vault
+
+    uri = named or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        if vault.remote(storage):
+            raise TrackingError(
+                "storage in S3 needs a tracking server, for MLflow's own database is a local file, but none is named; "
+                "set tracking.uri or MLFLOW_TRACKING_URI"
+            )
+        uri = tracking.local_uri(Path(storage))
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
         return uri

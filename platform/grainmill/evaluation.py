@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
-from grainmill import catalog, evidence, group, registry, runs
+from grainmill import catalog, evidence, group, registry, runs, vault
 from grainmill.document import Document
 from grainmill.errors import EvaluationError, TrackingError, hidden
 from grainmill.findings import describe, errors
@@ -38,7 +38,7 @@ def evaluate(
     """Evaluate a model; a registered one's run gets the figures and the files, its name the model that comes of it.
 
     Args:
-        model: `models:/name@alias`, `models:/name/version`, or a folder: of a run, or with checkpoints.
+        model: `models:/name@alias`, `models:/name/version`, or a folder, also in S3: of a run, or with checkpoints.
         overrides: the trainable's `Evaluation`, as `a.b=value`; the value is read as YAML.
         trainable: of a folder; a registered model knows its own.
         out: folder for files. With several workers, their nodes must see it and the model's folder.
@@ -51,11 +51,14 @@ def evaluate(
         ResourceError: the cluster is too small.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
-    with _seen_by_all(out) if workers > 1 else nullcontext() as shared:
+    with ExitStack() as stack:
+        shared = stack.enter_context(_seen_by_all(out)) if workers > 1 else None
         stored = None
         if model.startswith("models:/"):
             stored = registry.fetch(tracking_uri, model, shared and shared / "model")
-        folder, name = (stored.folder, stored.trainable) if stored else (_checkpoints(Path(model)), trainable)
+            folder, name = stored.folder, stored.trainable
+        else:
+            folder, name = stack.enter_context(vault.opened(_checkpoints(model), within=shared)).path, trainable
         try:
             found = catalog.find(name)
         except LookupError as error:
@@ -97,12 +100,12 @@ def _settings(trainable: catalog.Trainable, overrides: Sequence[str]) -> Any:
     raise AssertionError("a validation error is a problem")
 
 
-def _checkpoints(folder: Path) -> Path:
-    """The checkpoints in a folder: of a finished run, those of its model."""
-    if folder.is_dir():
-        return runs.checkpoints(folder) or folder
+def _checkpoints(place: str) -> str:
+    """Where the checkpoints are in a folder: of a finished run, those of its model."""
+    if vault.remote(place) or Path(place).is_dir():
+        return runs.checkpoints(place.rstrip("/")) or place
     raise EvaluationError(
-        f"a model must be a folder or models:/name@alias, but there is no folder {folder.absolute()}; "
+        f"a model must be a folder or models:/name@alias, but there is no folder {Path(place).absolute()}; "
         "name a run, such as grainmill-runs/demo/run-1"
     )
 

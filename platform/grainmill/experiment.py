@@ -5,15 +5,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from grainmill import catalog, checks
+from grainmill.cluster import Need
 from grainmill.document import Document
 from grainmill.findings import describe, errors
 from grainmill.space import Parameter, ScalarField, lookup, nested
 
 NotNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _workers(value: Any) -> Any:
+    """Checked by hand: a failed union would be reported once for each of its types."""
+    counts = value if isinstance(value, list | tuple) else [value]
+    if any(type(count) is not int for count in counts) or (counts is value and len(counts) != 2):
+        raise ValueError(f"must be a whole number, or two as [min, max], got {value!r}; leave it out for 1")
+    if min(counts) < 1:
+        raise ValueError(f"a trial has 1 worker at least, got {value!r}; raise it")
+    if counts[0] > counts[-1]:
+        raise ValueError(f"min <= max must hold, got {value!r}; swap them")
+    return tuple(counts) if counts is value else value
+
+
+Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
+"""Of a trial: so many, or as few and as many as it may have."""
 
 
 class Section(BaseModel):
@@ -96,16 +114,25 @@ class Promotion(Section):
 class Resources(Section):
     """What a trial gets from the cluster."""
 
-    workers: int = Field(1, ge=1)
-    """Workers of one trial; more than one train together through Ray Train."""
-    retrain_workers: int = Field(1, ge=1)
-    """Workers that train the winner again."""
+    workers: Workers = 1
+    """Workers of one trial; more than one train together through Ray Train. With [min, max], as many as there is room
+    for, when a node has come or gone, too; they share the same batch."""
+    retrain_workers: Workers = 1
+    """Workers that train the winner again, likewise."""
+    placement: Literal["pack", "spread"] = "pack"
+    """`pack` puts the workers of a trial on as few nodes as hold them; `spread` puts each on a node of its own, or,
+    where their number is [min, max], on as many nodes as there are."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPUs of one worker."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of one worker; a fraction lets workers share one."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once, at most; as many as the cluster holds when it has grown by default."""
+
+    def need(self, workers: Workers) -> Need:
+        """What a trial of so many workers takes from the cluster."""
+        fewest, most = (workers, workers) if isinstance(workers, int) else workers
+        return Need(self.bundle, fewest, most, self.placement == "spread" and fewest == most)
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -151,7 +178,8 @@ class Experiment(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     storage: str = "grainmill-runs"
-    """Folder for runs, built-in images and the local MLflow database; all nodes must see it."""
+    """Folder for runs, built-in images and the local MLflow database, which all nodes must see; or `s3://bucket/prefix`,
+    for all but that database."""
 
     @property
     def reference(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from grainmill.cluster import Cluster, NodeType
+from grainmill.cluster import Cluster, Need, NodeType, room
 from grainmill.experiment import Experiment
 from grainmill.halving import Halving
 from grainmill.space import Scalar
@@ -94,20 +94,25 @@ class _Fleet:
     def _gone(self, node: _Node, now: float) -> bool:
         return not node.stays and now > node.idle + self.timeout
 
-    def take(self, workers: int, now: float) -> tuple[float, list[_Node]]:
-        """Places for the workers of a trial, and when the last of them is ready."""
+    def workers(self, need: Need) -> int:
+        """That a trial has: as many as it may have and there is room for."""
+        return min(need.most, sum(node.size for node in self.nodes))
+
+    def take(self, workers: int, apart: bool, now: float) -> tuple[float, list[_Node]]:
+        """Places for the workers of a trial, each on a node of its own or not, and when the last of them is ready."""
         # Whole on one node, rather one that is there, rather one with no more room than needed; else on the emptiest.
+        together = 1 if apart else workers
         there = sorted(
             self.nodes,
             key=lambda node: (
-                node.free < workers,
+                node.free < together,
                 self._gone(node, now),
-                node.free if node.free >= workers else -node.free,
+                node.free if together <= node.free and not apart else -node.free,
             ),
         )
         places: list[_Node] = []
         for node in there:
-            count = min(node.free, workers - len(places))
+            count = min(node.free, together, workers - len(places))
             if count:
                 self._wake(node, now)
                 node.free -= count
@@ -240,13 +245,14 @@ class _Running:
     places: list[_Node] = field(compare=False)
 
 
-def _play(work: _Work, fleet: _Fleet, workers: int, limit: int | None, epoch: float, now: float) -> float:
+def _play(work: _Work, fleet: _Fleet, need: Need, limit: int | None, epoch: float, now: float) -> float:
     """Run trials, so many at once as there is room for, from `now` on; the time at which the last has ended."""
-    at_once = min(fits := sum(node.size for node in fleet.nodes) // workers, limit or fits)
+    fits, workers = room([node.type for node in fleet.nodes], need), fleet.workers(need)
+    at_once = min(fits, limit or fits)
     running: list[_Running] = []
     while True:
         while len(running) < at_once and (number := work.next()) is not None:
-            began, places = fleet.take(workers, now)
+            began, places = fleet.take(workers, need.apart, now)
             heapq.heappush(running, _Running(began + epoch, number, began, places))
         if not running:
             return now
@@ -268,13 +274,16 @@ def play(experiment: Experiment, cluster: Cluster, pace: Pace, seed: int) -> Cou
         seed: of what is left to chance.
     """
     bundle, limit = experiment.resources.bundle, experiment.resources.concurrent
-    workers, again = experiment.resources.workers, experiment.resources.retrain_workers
+    need, need_again = (
+        experiment.resources.need(of) for of in (experiment.resources.workers, experiment.resources.retrain_workers)
+    )
     fleet = _Fleet(cluster, bundle, pace.boot)
     search = _Search(experiment, bundle, random.Random(seed))
-    ended = _play(search, fleet, workers, limit, pace.epoch, 0.0)
+    ended = _play(search, fleet, need, limit, pace.epoch, 0.0)
     best = min(experiment.winner.candidates, search.complete)
     rest = _Again(best * experiment.winner.seeds, experiment.base.epochs)
-    last = _play(rest, fleet, again, limit, pace.epoch * workers / again, ended)
+    epoch = pace.epoch * fleet.workers(need) / fleet.workers(need_again)
+    last = _play(rest, fleet, need_again, limit, epoch, ended)
     gone = fleet.close(last)
     nodes: dict[str, float] = defaultdict(float)
     for node in fleet.nodes:

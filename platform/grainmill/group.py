@@ -5,11 +5,17 @@ Kept light, for it is imported in every worker: no MLflow, and Ray only where th
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grainmill import catalog
 from grainmill.errors import EvaluationError, ResourceError
+from grainmill.worker import Plan
+
+START_SECONDS = "10"
+"""For room to be found for a group, before Ray Train looks anew for how many workers there is room: when a node has
+died, it counts on that for a while. A cluster that grows by itself is asked to all the time, whatever this is."""
 
 
 def assess(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path) -> catalog.Assessment:
@@ -43,6 +49,8 @@ def assess_on(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from grainmill.network import Network
+
     total = ray.cluster_resources()
     if total.get("CPU", 0) < workers:
         raise ResourceError(
@@ -62,6 +70,7 @@ def assess_on(
             num_workers=workers, resources_per_worker={"CPU": 1}, use_gpu=total.get("GPU", 0) >= workers
         ),
         run_config=ray.train.RunConfig(name="group", storage_path=str(storage.absolute())),
+        torch_config=Network(),
     )
     try:
         assessment: catalog.Assessment = ray.get(fitted(trainer)).return_value
@@ -94,18 +103,68 @@ def fitted(trainer: Any) -> Any:
     def fit() -> Any:
         return trainer.fit()
 
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
+    }
     # After its one call the process ends, and with it Ray Train's own actors.
-    return ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env={"env_vars": address})(fit).remote()
+    once = {"num_cpus": 0, "max_calls": 1, "max_retries": 0, "scheduling_strategy": beside()}
+    return ray.remote(**once, runtime_env={"env_vars": environment})(fit).remote()
 
 
-def scarcity(bundle: Mapping[str, float], workers: int) -> str:
-    """What workers that wait for room in the cluster lack, in words."""
+def beside() -> Any:
+    """Has Ray start what a group depends on where this process is: not on a node of which others could lose it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+class Place(NamedTuple):
+    """What the workers of a group occupy."""
+
+    bundles: Any
+    """Ray's placement group."""
+    request: str
+    """The name under which Ray Train has asked for room, for three minutes at a time."""
+
+
+def place() -> Place:
+    """That of the worker which asks."""
+    from ray.train.v2._internal.execution.context import get_train_context
+    from ray.util.placement_group import get_current_placement_group
+
+    return Place(get_current_placement_group(), f"train-{get_train_context().train_run_context.run_id}")
+
+
+def vacate(left: Place) -> None:
+    """Free what workers leave behind that were ended from outside; Ray Train does only for those that it ends."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(left.bundles)
+    with suppress(ValueError):  # nobody is asked
+        coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
+        coordinator.cancel_request.remote(left.request)
+
+
+def hosts(bundle: Mapping[str, float]) -> int:
+    """Nodes that can hold a worker, when nothing else runs there."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(all(node.get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes)
+
+
+def scarcity(plan: Plan) -> str:
+    """What a trial that waits for room in the cluster needs, in words."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [
-        f"{amount * workers:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
-        for name, amount in bundle.items()
+        f"{amount * plan.need.fewest:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
+        for name, amount in plan.need.bundle.items()
     ]
+    if plan.need.apart:
+        parts.append(f"{plan.need.fewest} nodes for its workers ({hosts(plan.need.bundle)} there)")
     return f"waiting for the cluster: a trial needs {', '.join(parts)}"

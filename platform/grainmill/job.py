@@ -15,12 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
+import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from grainmill import vault
 from grainmill.catalog import Trainable
 from grainmill.errors import SubmissionError, hidden
 from grainmill.experiment import Experiment
+from grainmill.origin import CARRIED, commit
 
 LIMIT_BYTES = 100 * 2**20
 """Of all that is sent. Ray takes a few times as much, but what is larger is no code."""
@@ -48,7 +51,8 @@ def reach(address: str) -> JobSubmissionClient:
     """The client of a cluster.
 
     Raises:
-        SubmissionError: no head answers there, it does not take the token, or it takes anybody's jobs from anywhere.
+        SubmissionError: no head answers there, it does not take the token, it takes anybody's jobs from anywhere, or
+            its Ray is another one.
     """
     place = urlsplit(address)
     if place.scheme not in ("http", "https") or not place.hostname or "@" in place.netloc:
@@ -60,7 +64,7 @@ def reach(address: str) -> JobSubmissionClient:
             "start its head with RAY_AUTH_MODE=token, or let only this machine reach it, through a tunnel to 127.0.0.1"
         )
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except AuthenticationError as error:
         came = "was wrong" if "Authentication failed" in str(error) else "is missing"
         raise SubmissionError(
@@ -69,6 +73,12 @@ def reach(address: str) -> JobSubmissionClient:
         ) from None
     except (ConnectionError, RuntimeError) as error:
         raise SubmissionError(f"{address} must be the dashboard of a Ray cluster, but said: {error}") from error
+    if (theirs := client._server_ray_version) != ray.__version__:
+        raise SubmissionError(
+            f"a cluster must have the Ray of this command, {ray.__version__}, but the head at {address} has {theirs}; "
+            "install that one here, or this one there"
+        )
+    return client
 
 
 def _is_open(address: str) -> bool:
@@ -100,8 +110,7 @@ def new_id(client: JobSubmissionClient, address: str, name: str) -> str:
     Raises:
         SubmissionError: a job of this name is not at its end.
     """
-    form = re.compile(rf"grainmill-{re.escape(name)}-(\d+)")
-    last = 0
+    form, last = _form(name), 0
     for job in client.list_jobs():
         if found := form.fullmatch(job.submission_id or ""):
             if not job.status.is_terminal():
@@ -111,6 +120,17 @@ def new_id(client: JobSubmissionClient, address: str, name: str) -> str:
                 )
             last = max(last, int(found[1]))
     return f"grainmill-{name}-{last + 1}"
+
+
+def _form(name: str) -> re.Pattern[str]:
+    return re.compile(rf"grainmill-{re.escape(name)}-(\d+)")
+
+
+def drop_ended(jobs: Path, name: str) -> None:
+    """Delete what was sent for a name before, once `new_id` has found that all its jobs are at their end."""
+    for folder in jobs.glob("grainmill-*"):
+        if _form(name).fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def state(client: JobSubmissionClient, job: str) -> JobStatus:
@@ -142,15 +162,15 @@ def check_storage(experiment: Experiment) -> None:
     Raises:
         SubmissionError: it is relative: to the job's own folder, which is deleted at its end.
     """
-    if not Path(experiment.storage).is_absolute():
+    if not vault.remote(experiment.storage) and not Path(experiment.storage).is_absolute():
         raise SubmissionError(
-            "storage must be an absolute path that all nodes see and that outlives the job, "
+            "storage must be an absolute path that all nodes see and that outlives the job, or s3://bucket/prefix, "
             f"got {experiment.storage!r}; name one, for example --set storage=/shared/grainmill-runs"
         )
 
 
 def pack(file: Path, name: str, trainable: Trainable, folder: Path) -> Pack:
-    """Put an experiment file, the mill and a trainable's top-level package into a folder, in place of what is there.
+    """Put an experiment file, the mill and a trainable's top-level package into a new folder.
 
     Args:
         file: lies there under its own name, whatever its folder was.
@@ -174,12 +194,12 @@ def pack(file: Path, name: str, trainable: Trainable, folder: Path) -> Pack:
             f"a job must be at most {megabytes(LIMIT_BYTES)}, got {megabytes(total)}: {told}; "
             "keep data out of the package, where all nodes see them"
         )
-    shutil.rmtree(folder, ignore_errors=True)
     for target, path in found.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / target)
     for one in _distributions(name):
         _announce(one, folder / SOURCE_ROOTS[0])
+    (folder / CARRIED).write_text(json.dumps(commit()))
     return Pack(folder, len(found), total, left_out)
 
 

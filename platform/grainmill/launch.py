@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grainmill import catalog, registry, report, runs, trials, winner
+from grainmill import capacity, catalog, registry, report, runs, trials, vault, winner
 from grainmill.checks import COSTS
 from grainmill.clerk import Watch
 from grainmill.document import to_yaml
 from grainmill.errors import SearchError, TrackingError
-from grainmill.experiment import Budget, Experiment, Search
+from grainmill.experiment import Budget, Experiment, Search, Workers
 from grainmill.halving import expected_epochs
 from grainmill.lineage import Interval, Lineage, machine
+from grainmill.origin import environment
 from grainmill.space import Setting
 from grainmill.study import Record, Study
-from grainmill.tracking import PARENT, Tracker, clear, environment, reach
+from grainmill.tracking import PARENT, Tracker, clear, reach
 from grainmill.winner import Candidate
 from grainmill.worker import Plan
 
@@ -40,7 +41,8 @@ class Outcome:
     version: registry.Version
     champion: bool
     """Whether it is for users already, or a challenger of the one that is."""
-    report: Path
+    report: str
+    """Its path, or its URL in S3."""
 
 
 def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track) -> Outcome:
@@ -78,12 +80,17 @@ def train(
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
     with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, trials.cluster(address):
-        watch.note(f"training on {_count(experiment.resources.retrain_workers, 'worker')}")
+        workers = experiment.resources.retrain_workers
+        watch.note(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
         return run.finish([None], None)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _range(workers: Workers) -> str:
+    return f"{workers}" if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
 
 
 def _forecast(experiment: Experiment) -> str:
@@ -113,7 +120,7 @@ class _Run:
     experiment: Experiment
     trainable: catalog.Trainable
     data: Any
-    folder: Path
+    home: runs.Run
     tracker: Tracker
     watch: Watch
     parent: str
@@ -124,41 +131,43 @@ class _Run:
         cls, experiment: Experiment, tracking_uri: str, track: catalog.Track, watch: Watch, kind: str
     ) -> Iterator["_Run"]:
         """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
-        storage = Path(experiment.storage).absolute()
-        with runs.claim(experiment, kind) as folder:
+        with runs.claim(experiment, kind, watch.note) as home:
             trainable = catalog.find(experiment.trainable)
-            data = trainable.prepare(experiment.data, storage / "data", track)
-            tracker = Tracker(tracking_uri, experiment.name, storage)
-            parent = _parent(tracker, experiment, folder)
+            data = _prepared(trainable, experiment, track)
+            tracker = Tracker(tracking_uri, experiment.name, experiment.storage)
+            parent = _parent(tracker, experiment, home)
             try:
-                yield cls(experiment, trainable, data, folder, tracker, watch, parent)
+                yield cls(experiment, trainable, data, home, tracker, watch, parent)
             except BaseException as error:
                 with suppress(TrackingError):  # the error that came first is the one to tell
                     reach(tracking_uri)
                     tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
 
-    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: int) -> Study:
+    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: Workers) -> Study:
         """Run the study `name`: `count` trials, the first with the settings `first`."""
-        url, prefix = _database(experiment, self.folder)
+        url, prefix = _database(experiment, self.home.folder, self.home.place)
         study = Study(url, prefix + name, experiment, first, count)
+        study.keep = self.home.keep
         if experiment.search.warm_start is not None:
-            earlier, prefix = _database(experiment, Path(experiment.search.warm_start))
-            study.adopt(earlier, prefix + name)
+            home, _, run = vault.absolute(experiment.search.warm_start).rpartition("/")
+            with vault.opened(home, runs.BESIDES) as earlier:
+                url, prefix = _database(experiment, earlier.path / run, f"{home}/{run}")
+                study.adopt(url, prefix + name)
         trials.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
         return study
 
-    def check_room(self, name: str, workers: int) -> None:
+    def check_room(self, name: str, workers: Workers) -> None:
         """Refuse a study whose trials never fit into the cluster.
 
         Raises:
             ResourceError: says what is missing.
         """
-        trials.at_once(self._plan(name, workers), self.watch)
+        capacity.at_once(self._plan(name, workers), self.watch.note)
 
-    def _plan(self, study: str, workers: int) -> Plan:
+    def _plan(self, study: str, workers: Workers) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
-        return Plan(study, module, self.data.model_dump(), self.folder, self.experiment.resources, workers)
+        return Plan(study, module, self.data.model_dump(), self.home.place, self.experiment.resources, workers)
 
     def _run_of(self, trial: str) -> str:
         """Id of the MLflow run of a trial."""
@@ -183,36 +192,39 @@ class _Run:
         self.watch.note("registering the model")
         plan = self._plan("final", workers)
         run_id = self._run_of(plan.name(final.number))
-        with clear(self.tracker.uri):
+        trained = plan.checkpoints(final.number)
+        with vault.opened(trained) as kept, clear(self.tracker.uri):
             version = registry.register(
                 self.tracker,
                 run_id,
                 experiment.tracking.model or experiment.name,
-                plan.checkpoints(final.number),
+                kept.path,
                 self.trainable.example(self.data),
                 {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
                 self._lineage(plan, chosen, final),
             )
             champion = registry.is_champion(self.tracker.client, version)
         self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
-        page, pictures = report.write(self.folder, experiment, search, study.records, found, chosen, version)
+        page, pictures = report.write(self.home.folder, experiment, search, study.records, found, chosen, version)
         self.tracker.attach(self.parent, "report.html", page.read_text())
         for picture in pictures:
             for owner in (self.parent, run_id):
                 self.tracker.attach_file(owner, picture, "report")
-        outcome = Outcome(search.records if search else (), found, chosen, final, version, champion, page)
-        of_model = {"checkpoints": str(plan.checkpoints(final.number).relative_to(self.folder))}
+        where = f"{self.home.place}/{page.name}"
+        outcome = Outcome(search.records if search else (), found, chosen, final, version, champion, where)
+        of_model = {"checkpoints": trained.removeprefix(f"{self.home.place}/")}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
         self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on
-        runs.finish(self.folder, told | of_model)
+        runs.finish(self.home.folder, told | of_model)
+        self.home.keep()
         return outcome
 
     def _lineage(self, plan: Plan, chosen: Candidate, final: Record) -> Lineage:
-        workers = " ".join(f"{amount:g} {name}" for name, amount in plan.bundle.items())
+        bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
         runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
         places = {
-            "search": self.folder.as_uri(),
+            "search": vault.uri(self.home.place),
             "search.run": self.parent,
             "trial": trial,
             "trial.run": runs_by_name.get(trial, "none"),
@@ -225,7 +237,7 @@ class _Run:
             places,
             self.trainable.sources(self.data),
             environment(),
-            {**machine(), "workers": f"{plan.workers} of {workers}"},
+            {**machine(), "workers": f"{_range(plan.workers)} of {bundle}"},
             {name: final.cost[name] for name in COSTS if name in final.cost},
             {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
         )
@@ -243,25 +255,42 @@ def _resolved(experiment: Experiment) -> str:
     return to_yaml(experiment.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def _database(experiment: Experiment, folder: Path) -> tuple[str, str]:
+def _prepared(trainable: catalog.Trainable, experiment: Experiment, track: catalog.Track) -> Any:
+    """The data to train with; what is built in lies where all nodes see it."""
+    storage = vault.absolute(experiment.storage)
+    # In S3 beside the runs of the name: whoever works under another must not write there.
+    place = f"{storage}/{experiment.name}/data" if vault.remote(storage) else f"{storage}/data"
+    with vault.opened(place) as images:
+        data = trainable.prepare(experiment.data, images.path, track)
+        images.push()
+        written = {
+            name: place + value.removeprefix(str(images.path))
+            for name, value in data
+            if isinstance(value, str) and Path(value).is_relative_to(images.path)
+        }
+        return data.model_copy(update=written)
+
+
+def _database(experiment: Experiment, folder: Path, place: str) -> tuple[str, str]:
     """Where the studies of a run are, and how their names begin."""
     if experiment.tracking.study is None:
         return f"sqlite:///{folder.absolute() / 'study.db'}", ""
-    return experiment.tracking.study, f"{folder.absolute().parent.name}/{folder.name}/"
+    return experiment.tracking.study, "/".join([*Path(place).absolute().parts[-2:], ""])
 
 
-def _parent(tracker: Tracker, experiment: Experiment, folder: Path) -> str:
+def _parent(tracker: Tracker, experiment: Experiment, home: runs.Run) -> str:
     """The parent MLflow run: a new one, or that of the run that is carried on."""
-    note = folder / "parent-run"
+    note, folder = home.folder / "parent-run", vault.uri(home.place)
     if note.exists():
         run_id = note.read_text()
         tracker.set_status(run_id, "RUNNING")
         return run_id
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
     # A process that was killed before it could write the note has left its run.
-    left = next(iter(tracker.tagged(FOLDER, folder.as_uri())), None)
-    run_id = left or tracker.start(f"{experiment.name} {folder.name}", {}, {FOLDER: folder.as_uri()})
+    left = next(iter(tracker.tagged(FOLDER, folder)), None)
+    run_id = left or tracker.start(f"{experiment.name} {home.folder.name}", {}, {FOLDER: folder})
     tracker.parameters(run_id, parameters)
     note.write_text(run_id)
+    home.keep()
     tracker.attach(run_id, "experiment.yaml", _resolved(experiment))
     return run_id

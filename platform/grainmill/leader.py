@@ -3,13 +3,13 @@
 A warm group stays for one training after another, for starting it takes longer than a short one. Its leader, the
 trial, lays a job on a desk. The workers take it from there, train, and after each epoch hand in
 its metrics and wait for the word to go on. A worker that fails takes its group with it; Ray Train starts the group
-again, and the job goes on from its last checkpoint.
+again, with as many as there is room for, and the job goes on from its last checkpoint.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -17,17 +17,21 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.tune
-from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group_table
 
-from grainmill import group
-from grainmill.worker import Job, Plan, cause, epochs
+from grainmill import group, pulse
+from grainmill.network import Network
+from grainmill.worker import Job, LeftError, Plan, cause, epochs
 
 RESTARTS = 1
-"""Failures of its workers, or of its whole group, before a job is given up."""
+"""Failures of its workers without an epoch in between, or of its whole group, before a job is given up."""
 GROUP_RESTARTS = 20
 """Failures before a group is given up, over all its jobs."""
-START_SECONDS = 60
-"""For a group to start, before the user hears what it waits for."""
+WAIT_SECONDS = 60
+"""Without workers, before the user hears what a trial waits for."""
+RESIZE_SECONDS = 60.0
+"""Between two looks of an elastic group whether there is room for more workers."""
 
 
 class _Desk:
@@ -39,6 +43,8 @@ class _Desk:
         self.over = True
         self.causes: dict[str, str] = {}
         """Groups that took the job, by the identity that each start gives them, and why they failed."""
+        self.failures = self.workers = self.epoch = 0
+        """Since the last epoch of the job; of the group that took it last; finished."""
         self.reports: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
         self.word: asyncio.Future[bool] | None = None
         self.changed = asyncio.Condition()
@@ -48,22 +54,29 @@ class _Desk:
         async with self.changed:
             self.number, self.job, self.over = self.number + 1, job, False
             self.causes, self.reports, self.word = {}, asyncio.Queue(), None
+            self.failures = self.workers = self.epoch = 0
             self.changed.notify_all()
 
-    async def begun(self) -> None:
-        """Waits until a worker has taken the job."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: bool(self.causes))
+    async def take(self, done: int, name: str, workers: int, place: group.Place) -> tuple[int, Job]:
+        """The next job for a worker that has done those up to `done`; one that was begun too often is not given.
 
-    async def take(self, done: int, group: str) -> tuple[int, Job]:
-        """The next job for a worker that has done those up to `done`; one that was begun too often is not given."""
+        Args:
+            done: the number of a job.
+            name: of the worker's group.
+            workers: of the group.
+            place: what they occupy.
+        """
         async with self.changed:
             while True:
                 await self.changed.wait_for(lambda: self.number > done and not self.over)
                 assert self.job, "was waited for"
-                if group in self.causes or len(self.causes) <= RESTARTS:
-                    self.causes.setdefault(group, "a worker died")
-                    self.changed.notify_all()
+                if name in self.causes:
+                    return self.number, self.job
+                # A group of another size is there because a node came or went: the job is not to blame.
+                self.failures += workers == self.workers
+                if self.failures <= RESTARTS:
+                    self.causes[name], self.workers = "a worker died", workers
+                    await self.reports.put({"workers": workers, "place": place})
                     return self.number, self.job
                 self.over = True
                 await self.reports.put({"cause": [*self.causes.values()][-1]})
@@ -72,6 +85,8 @@ class _Desk:
         """An epoch, from the first worker; returns whether to go on."""
         if number != self.number or self.over:
             return False
+        if metrics["epoch"] > self.epoch:  # the one before comes again after each start
+            self.epoch, self.failures = metrics["epoch"], 0
         self.word = asyncio.get_running_loop().create_future()
         await self.reports.put(metrics)
         return await self.word
@@ -82,17 +97,23 @@ class _Desk:
             self.over = True
             await self.reports.put(None)
 
+    async def leave(self, number: int) -> None:
+        """A worker saved the job, and leaves: a node of its group is to be taken away. The next group goes on."""
+        if number == self.number and not self.over and self.workers:
+            self.workers = 0  # of no size, so that the next one is no failure
+            await self.reports.put({"left": True})
+
     async def failing(self, number: int, group: str, why: str) -> None:
         """Why a worker is about to fail; what the first says is the cause, the others only lose contact."""
         if number == self.number and self.causes.get(group) == "a worker died":
             self.causes[group] = why
 
     async def read(self) -> Mapping[str, Any] | None:
-        """For the leader: metrics, the cause of a failure, or None at the end."""
+        """For the leader: who has begun, metrics, the cause of a failure, that they leave, or None at the end."""
         return await self.reports.get()
 
     async def answer(self, go_on: bool) -> None:
-        """The leader's word on what it read."""
+        """The leader's word on the metrics that it read; or, whatever it read, that the job is over."""
         self.over = self.over or not go_on
         if self.word and not self.word.done():
             self.word.set_result(go_on)
@@ -105,29 +126,38 @@ class GroupGoneError(Exception):
 class Group:
     """The workers, as their leader sees them. They end with the leader's process."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.desk = plan, ray.remote(_Desk).options(num_cpus=0).remote()
+    def __init__(self, plan: Plan, ward: Any) -> None:
+        self.plan = plan
+        self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
+        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if plan.need.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
-            train_loop_config={"desk": self.desk},
+            train_loop_config={"desk": self.desk, "ward": ward},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=plan.workers, use_gpu="GPU" in plan.bundle, resources_per_worker=plan.bundle
+                num_workers=plan.need.most
+                if plan.need.fewest == plan.need.most
+                else (plan.need.fewest, plan.need.most),
+                use_gpu="GPU" in plan.need.bundle,
+                resources_per_worker=plan.need.bundle,
+                placement_strategy=strategy[plan.resources.placement],
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=ray.train.RunConfig(
                 name=f"group-{uuid4()}",
-                storage_path=str(Path(plan.folder, "ray")),
+                storage_path=plan.ray,
                 failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
             ),
+            torch_config=Network(),
         )
         self.end = group.fitted(trainer)
-        self.place: PlacementGroup | None = None
+        self.place: group.Place | None = None
         """What the workers occupy, as far as they have told."""
 
     def close(self) -> None:
         """End the workers, and free what they occupy."""
         ray.cancel(self.end, force=True)
         if self.place:
-            remove_placement_group(self.place)
+            group.vacate(self.place)
 
     @property
     def gone(self) -> bool:
@@ -137,30 +167,31 @@ class Group:
     def train(self, job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         """Train, calling `report` with every epoch's metrics; if that raises, the workers leave the job.
 
-        Each has the workers' `place`, too. What they wait for is reported as `waiting`, why the job failed, in the
-        end, as its `cause`.
+        When workers begin, at first or after a failure, their number is reported as `workers`, with their `place`; what
+        they wait for as `waiting`; why the job failed, in the end, as its `cause`.
 
         Raises:
             GroupGoneError: the group has ended.
         """
         ray.get(self.desk.lay.remote(job))
-        while not ray.wait([self.desk.begun.remote(), self.end], timeout=START_SECONDS)[0]:
-            report({"waiting": group.scarcity(self.plan.bundle, self.plan.workers)})
-        while (message := self._read()) is not None:
-            self.place = message.get("place", self.place)
-            go_on = False
-            try:
+        try:
+            while (message := self._read(report)) is not None:
+                self.place = message.get("place", self.place)
                 report(dict(message))
-                go_on = True
-            finally:
-                ray.get(self.desk.answer.remote(go_on))
-            if "cause" in message:  # no end follows a failure
-                return
+                if "cause" in message:  # no end follows a failure
+                    return
+                if "epoch" in message:
+                    ray.get(self.desk.answer.remote(True))
+        except BaseException:
+            self.desk.answer.remote(False)
+            raise
 
-    def _read(self) -> Mapping[str, Any] | None:
+    def _read(self, report: Callable[[dict[str, Any]], None]) -> Mapping[str, Any] | None:
         message = self.desk.read.remote()
-        (first,), _ = ray.wait([message, self.end])
-        if first != message:
+        while not (ready := ray.wait([message, self.end], timeout=WAIT_SECONDS)[0]):
+            if not self._stands():
+                report({"waiting": group.scarcity(self.plan)})
+        if ready[0] != message:
             try:
                 ray.get(self.end)
             except Exception as error:
@@ -168,6 +199,10 @@ class Group:
             raise GroupGoneError("the group of workers ended")
         found: Mapping[str, Any] | None = ray.get(message)
         return found
+
+    def _stands(self) -> bool:
+        """Whether the workers have the place that they told: they lose it with a node, or when they fail."""
+        return self.place is not None and placement_group_table(self.place.bundles).get("state") == "CREATED"
 
 
 def _serve(config: Mapping[str, Any]) -> None:
@@ -184,15 +219,20 @@ def _serve(config: Mapping[str, Any]) -> None:
         distributed.broadcast_object_list(box)
         return box[0]
 
-    place = {"place": get_current_placement_group()}
+    own, place, workers = pulse.own(config["ward"]), group.place(), distributed.get_world_size()
     name, number = agreed(str(uuid4())), 0
     while True:
-        number, job = ray.get(desk.take.remote(number, name))
+        number, job = ray.get(desk.take.remote(number, name, workers, place))
         try:
-            with closing(epochs(job)) as results:
+            with own.of(replace(job, attempt=name)), closing(epochs(job, own.beat)) as results:
                 for metrics in results:
-                    if not agreed(ray.get(desk.hand_in.remote(number, metrics | place)) if first else None):
+                    with own.resting():
+                        go_on = agreed(ray.get(desk.hand_in.remote(number, metrics)) if first else None)
+                    if not go_on:
                         break
+        except LeftError:
+            ray.get(desk.leave.remote(number))
+            raise _taken_away() from None
         except Exception as error:
             ray.get(desk.failing.remote(number, name, cause(error)))
             raise
@@ -200,15 +240,20 @@ def _serve(config: Mapping[str, Any]) -> None:
             ray.get(desk.done.remote(number))
 
 
+def _taken_away() -> RayActorError:
+    """As if the process had died with a node that was taken away: Tune and Ray Train do not count that as a failure."""
+    return RayActorError(None, "its node is to be taken away", False, True)
+
+
 _groups: dict[str, Group] = {}
 
 
-def _lead(plan: Plan, job: Job) -> None:
+def _lead(plan: Plan, job: Job, ward: Any) -> None:
     """Train a job with the group of this process for a plan, started if need be."""
     for left in reversed(range(1 + RESTARTS)):
         found = _groups.get(plan.study)
         if found is None or found.gone:
-            found = _groups[plan.study] = Group(plan)
+            found = _groups[plan.study] = Group(plan, ward)
         try:
             return found.train(job, ray.tune.report)
         except GroupGoneError:
@@ -218,18 +263,35 @@ def _lead(plan: Plan, job: Job) -> None:
     raise AssertionError("the last try returns or raises")
 
 
-def trial(plan: Plan, config: Mapping[str, Any]) -> None:
+def _train(job: Job, own: pulse.Pulse) -> None:
+    """Train a job in this process."""
+    with closing(epochs(job, own.beat)) as results:
+        for metrics in results:
+            with own.resting():
+                ray.tune.report(metrics)
+
+
+def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
     """One Tune trial, of `number` and `spec`: alone in this process, or at the head of a warm Ray Train group.
 
-    What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die.
+    What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die. That a node is
+    to be taken away is reported as `left`; the trial, or its group, begins again elsewhere, as often as that happens.
+
+    Args:
+        ward: that of the study; see `ward`.
     """
-    job = Job(plan.trainable, config["spec"], plan.data, str(plan.checkpoints(config["number"])))
+    number, own = config["number"], pulse.own(ward)
+    job = Job(plan.trainable, config["spec"], plan.data, plan.checkpoints(number), plan.name(number), str(uuid4()))
     try:
-        if plan.workers == 1:
-            with closing(epochs(job)) as results:
-                for metrics in results:
-                    ray.tune.report(metrics)
-        else:
-            _lead(plan, job)
+        if own.leave:  # a worker of a group takes a step first, for all must leave together
+            raise LeftError
+        with own.of(job, trains=plan.need.most == 1):
+            if plan.need.most == 1:
+                _train(job, own)
+            else:
+                _lead(plan, job, ward)
+    except LeftError:
+        ray.tune.report({"left": True})
+        raise _taken_away() from None
     except Exception as error:
         ray.tune.report({"cause": cause(error)})

@@ -64,7 +64,7 @@ def plan(
         epoch = tried(lambda: _epoch(seconds, like))
         if checked and found:
             for workers in dict.fromkeys((checked.resources.workers, checked.resources.retrain_workers)):
-                tried(partial(found.room, checked.resources.bundle, workers))
+                tried(partial(found.room, checked.resources.need(workers)))
         if problems:
             for error in problems:
                 err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -92,21 +92,21 @@ def _epoch(seconds: float | None, like: Path | None) -> float:
 
 def _show(checked: Experiment, on: Cluster, courses: Sequence["Course"], pace: "Pace") -> None:
     resources, trials = checked.resources, checked.search.trials
-    fits = on.room(resources.bundle, resources.workers)
+    need, again = resources.need(resources.workers), resources.need(resources.retrain_workers)
+    fits = on.room(need)
     at_once = min(fits, resources.concurrent or fits, trials)
     needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.bundle.items())
-    workers = f"{resources.workers} x {needs}" if resources.workers > 1 else needs
+    count = f"{need.most}" if need.fewest == need.most else f"{need.fewest} to {need.most}"
+    workers = f"{count} x {needs}" if need.most > 1 else needs
     _say(f"{trials} trials, {at_once} at once ({workers} each), in {math.ceil(trials / at_once)} waves")
     table = Table("", *(Column(head, justify="right") for head in ("search", "the best again", "in all")))
     for name, parts in _rows(checked, courses):
         table.add_row(name, *(_cell(values) for values in (*parts, [sum(pair) for pair in zip(*parts, strict=True)])))
     out.print(table)
     _show_nodes(on, courses)
-    again = f"; on {resources.retrain_workers} workers proportionally" * (
-        resources.retrain_workers != resources.workers
-    )
+    shared = f"; on {again.most} workers proportionally" if again.most != need.most else ""
     _say(
-        f"taken for granted: {pace.epoch:g} seconds an epoch{again}; {pace.boot / 60:g} minutes until a node works; "
+        f"taken for granted: {pace.epoch:g} seconds an epoch{shared}; {pace.boot / 60:g} minutes until a node works; "
         f"{on.idle_seconds / 60:g} minutes without work until it goes; no node is lost, none is there at the start"
     )
 

@@ -53,6 +53,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         else:
             # A trial that still runs can bring about that a paused one goes on.
             return None if self._out and self.study.experiment.search.losers == "pause" else Searcher.FINISHED
+        self.study.keep()  # before it leaves a checkpoint under its number
         self._out.add(trial_id)
         return {"number": record.number, "spec": self.study.experiment.spec(record.setting).model_dump()}
 

@@ -47,8 +47,9 @@ def submit(
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray holds it above every --address
         client = job.reach(address)
         name = job.new_id(client, address, checked.name)
-        folder = Path(JOBS).expanduser() / name
-        packed = job.pack(file, checked.trainable, catalog.find(checked.trainable), folder)
+        jobs = Path(JOBS).expanduser()
+        job.drop_ended(jobs, checked.name)
+        packed = job.pack(file, checked.trainable, catalog.find(checked.trainable), jobs / name)
         left_out = ", ".join(f"{one} ({count})" for one, count in packed.left_out.items())
         _say(f"sending {packed.files} files, {job.megabytes(packed.bytes)}; left out: {left_out or 'nothing'}")
         line = job.line(address, name, packed, verb, file, overrides or ())

@@ -1,12 +1,9 @@
 """MLflow runs: one parent for a search, one child for each trial, all written by one process."""
 
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -17,9 +14,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from grainmill import vault
 from grainmill.errors import TrackingError, hidden
+from grainmill.origin import environment
 
-PACKAGES = ("grainmill", "mlflow", "optuna", "ray", "torch")
 SQLITE = "sqlite:///"
 PARENT = "mlflow.parentRunId"
 """The tag that makes a run a child."""
@@ -50,12 +48,12 @@ def _make_database(file: Path) -> None:
 class Tracker:
     """The runs of one MLflow experiment."""
 
-    def __init__(self, uri: str, experiment: str, storage: Path) -> None:
+    def __init__(self, uri: str, experiment: str, storage: Path | str) -> None:
         """
         Args:
             uri: of the tracking server or database.
             experiment: name of the MLflow experiment, made if need be.
-            storage: folder for artifacts where `uri` is a database; a server decides for itself.
+            storage: folder, or URL in S3, for artifacts where `uri` is a database; a server decides for itself.
         Raises:
             TrackingError: no answer, within seconds.
         """
@@ -69,7 +67,7 @@ class Tracker:
             if found := self.client.get_experiment_by_name(experiment):
                 self.experiment_id: str = found.experiment_id
             else:
-                artifacts = (storage.absolute() / "mlflow-artifacts" / experiment).as_uri() if local else None
+                artifacts = f"{vault.uri(str(storage))}/mlflow-artifacts/{experiment}" if local else None
                 self.experiment_id = self.client.create_experiment(experiment, artifacts)
 
     def start(
@@ -162,18 +160,3 @@ def reach(uri: str) -> None:
     if uri.startswith("http"):
         with clear(uri):
             http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)
-
-
-def environment() -> dict[str, str]:
-    """What a run was made with: Python, packages, and the git commit of the working directory."""
-    tags = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    try:
-        commit = _git("rev-parse", "HEAD")
-        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(_git("status", "--porcelain"))).lower()}
-    except (OSError, subprocess.CalledProcessError):
-        pass  # not in a repository, or no git: there is no commit to tell
-    return tags
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()

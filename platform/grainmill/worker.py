@@ -4,13 +4,14 @@ Kept light, for it is imported in every worker: no MLflow, no Optuna, and torch 
 """
 
 import json
+import sys
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from grainmill import catalog
-from grainmill.experiment import Resources
+from grainmill import catalog, vault
+from grainmill.cluster import Need
+from grainmill.experiment import Resources, Workers
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,28 @@ class Plan:
     trainable: str
     """Dotted path of its module."""
     data: Mapping[str, Any]
-    folder: Path
-    """Of the run; all nodes must see it."""
+    folder: str
+    """Of the run: one that all nodes see, or `s3://bucket/prefix`."""
     resources: Resources
-    workers: int
+    workers: Workers
 
     def name(self, number: int) -> str:
         """Of a trial: for people, folders and MLflow."""
         return f"{self.study}-{number:04d}"
 
-    def checkpoints(self, number: int) -> Path:
+    def checkpoints(self, number: int) -> str:
         """Folder for a trial's checkpoints."""
-        return self.folder / "trials" / self.name(number)
+        return f"{self.folder}/trials/{self.name(number)}"
 
     @property
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes from the cluster."""
-        return self.resources.bundle
+    def ray(self) -> str:
+        """Folder for Ray's own files."""
+        return f"{self.folder}/ray"
+
+    @property
+    def need(self) -> Need:
+        """What a trial takes from the cluster."""
+        return self.resources.need(self.workers)
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,49 @@ class Job:
     spec: Mapping[str, Any]
     data: Mapping[str, Any]
     folder: str
-    """For checkpoints; all workers must see it."""
+    """For checkpoints; one that all workers see, or `s3://bucket/prefix`, of which each has a copy."""
+    name: str = ""
+    """Of its trial."""
+    attempt: str = ""
+    """Of this start of it, unlike all others."""
 
 
-def epochs(job: Job) -> Generator[dict[str, Any], None, None]:
-    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`."""
+class LeftError(Exception):
+    """A training ended early, with all steps kept, because its beat said so."""
+
+
+def epochs(job: Job, beat: catalog.Beat = catalog.undisturbed) -> Generator[dict[str, Any], None, None]:
+    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
+
+    What the training leaves in a folder in S3 is safe there before an epoch is yielded, and at its end.
+
+    Raises:
+        LeftError: it ended before its last epoch.
+        StorageError: the folder in S3 cannot be read or written.
+    """
     trainable = catalog.find(job.trainable)
     spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
-    for result in trainable.fit(spec, data, Path(job.folder)):
-        metrics = {"epoch": result.epoch, **result.metrics}
-        # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
-        yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+    done = 0
+    with vault.opened(job.folder) as kept, kept.followed():
+        _meet()
+        for result in trainable.fit(spec, data, kept.path, beat):
+            kept.push()
+            metrics = {"epoch": result.epoch, **result.metrics}
+            # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
+            yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+            done = result.epoch
+        kept.push()
+    if done < spec.epochs:  # type: ignore[attr-defined]  # see catalog.Trainable
+        raise LeftError
+
+
+def _meet() -> None:
+    """Wait for the other ranks: what one writes must not be what another finds at its start."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
 
 
 def cause(error: BaseException) -> str:

@@ -42,6 +42,7 @@ def steps(config):
             distributed.barrier()
             started = time.perf_counter()
         training._train_step(batch)
+        training.ending.after_step()
     distributed.barrier()
     if distributed.get_rank() == 0:
         Path(config["out"]).write_text(json.dumps(BATCH * config["steps"] / (time.perf_counter() - started)))

@@ -6,6 +6,7 @@ SHA-256 of each. Neither torch nor safetensors notices a flipped byte, so a chec
 its manifest is passed over, with a warning, for the one before.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ FORMAT = 2
 FILES, OPTIMIZER = {"model.safetensors", "state.json"}, "optimizer.pt"
 NETWORK, AVERAGED = "network.", "ema."
 """What the names of the network's tensors begin with, and those of its running average."""
+_LEAST_FREE = 2**16
+"""Bytes; a disk with less is full, whatever is still to be written."""
 KEEP = 2
 """Checkpoints kept: the newest, and one to fall back to."""
 
@@ -62,7 +65,11 @@ def _directories(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint below `folder` and drop all but the newest two; returns its directory."""
+    """Write a checkpoint below `folder` and drop all but the newest two; returns its directory.
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, with what is needed. Those before it stay.
+    """
     target = folder / f"step-{checkpoint.state['steps']:08d}"
     draft = folder / f"draft-{target.name}"
     for stale in (draft, target):
@@ -78,14 +85,31 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         for path in (*files, draft / "MANIFEST.json", draft):
             _sync(path)
         draft.rename(target)
-    except BaseException:
+    except BaseException as error:
+        full = _full(draft, checkpoint)
         shutil.rmtree(draft, ignore_errors=True)
+        if full and isinstance(error, Exception):  # of any kind: safetensors and torch have their own
+            raise full from error
         raise
     _sync(folder)
     # What was just written stays even beside damaged ones of more steps, which a run that went back has left.
     for old in [path for path in _directories(folder) if path != target][KEEP - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _full(draft: Path, checkpoint: Checkpoint) -> OSError | None:
+    """That the disk has no room for what is still to be written of a checkpoint; None if it has."""
+    tensors = [value for value in pytree.tree_leaves(checkpoint) if isinstance(value, Tensor)]
+    needed = sum(tensor.nbytes for tensor in tensors)
+    written = sum(path.stat().st_size for path in draft.iterdir())
+    if (free := shutil.disk_usage(draft).free) > max(needed - written, _LEAST_FREE):
+        return None
+    return OSError(
+        errno.ENOSPC,
+        f"a checkpoint of {needed:,} bytes must fit into {draft.parent}, but after {written:,} there are {free:,} "
+        "free; make room, and the same command carries on from the checkpoint before",
+    )
 
 
 def _copy(value: Any, old: Any) -> Any:

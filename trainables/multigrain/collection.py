@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from multigrain import remote
+from multigrain import buckets
 from multigrain.data import SUFFIXES, DataError
 from multigrain.manifest import Reader
 
@@ -73,26 +73,26 @@ class Bucket:
 
     def names(self) -> Sequence[str]:
         """As in `Folder.names`."""
-        bucket, _ = remote.parsed(self.source)
-        with remote.told(self.source, self._client):
-            stored = remote.listed(self._client, bucket, self._prefix)
+        bucket, _ = buckets.parsed(self.source)
+        with buckets.told(self.source, self._client):
+            stored = buckets.listed(self._client, bucket, self._prefix)
         return [name for one in stored if _is_image(name := one.key.removeprefix(self._prefix))]
 
     def read(self, name: str) -> bytes:
         """As in `Folder.read`; many threads may."""
-        bucket, _ = remote.parsed(self.source)
-        with remote.told(f"s3://{bucket}/{self._prefix}{name}", self._client):
+        bucket, _ = buckets.parsed(self.source)
+        with buckets.told(f"s3://{bucket}/{self._prefix}{name}", self._client):
             return self._client.get_object(Bucket=bucket, Key=self._prefix + name)["Body"].read()
 
     @cached_property
     def _prefix(self) -> str:
-        bucket, key = remote.parsed(self.source)
-        with remote.told(self.source, self._client):
-            return remote.prefix_of(self._client, bucket, key)
+        bucket, key = buckets.parsed(self.source)
+        with buckets.told(self.source, self._client):
+            return buckets.prefix_of(self._client, bucket, key)
 
     @cached_property
     def _client(self) -> Any:
-        return ExitStack().enter_context(remote.connect(self.source))
+        return ExitStack().enter_context(buckets.connect(self.source))
 
     def __reduce__(self) -> tuple[type["Bucket"], tuple[str]]:
         return Bucket, (self.source,)  # another process gets a client of its own
@@ -107,7 +107,7 @@ def images(source: str) -> Folder | Bucket:
         DataError: it is none of these.
     """
     if source.startswith("s3://"):
-        remote.parsed(source)
+        buckets.parsed(source)
         return Bucket(source)
     path = Path(source).absolute()
     if source.lower().endswith(".csv"):

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from multigrain.spec import Settings
+from multigrain.spec import Positive, Settings
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 BLOCK = 4
@@ -40,9 +40,11 @@ class DataSettings(Settings):
     builtin: Literal["digits", "shapes"] | None = None
     """`digits`: 1,797 scans of handwritten digits. `shapes`: drawn coloured shapes of any size and number."""
     folder: str | None = None
-    """`train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`, then split by file name."""
+    """`train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`, then split by file name.
+    It can be s3://bucket/prefix."""
     manifest: str | None = None
-    """A CSV file with the columns `image`, `class` and, optionally, `role` and `instance_id`."""
+    """A CSV file with the columns `image`, `class` and, optionally, `role` and `instance_id`. It and its images can be
+    s3://bucket/key."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class held out where the folder has no `val/`, or the manifest no `role`."""
     skip_broken: bool = False
@@ -51,6 +53,10 @@ class DataSettings(Settings):
     """Side of the `shapes`, in pixels."""
     images: int = Field(600, ge=20)
     """Number of `shapes`."""
+    cache: str = "~/.cache/grainmill"
+    """Folder for what is read from s3://, shared by all processes of a machine."""
+    cache_limit: Positive | None = None
+    """GB that it may hold, half of the disk by default; what no running process reads makes room, the latest last."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from multigrain import grid, group
+from multigrain.beat import Beat, undisturbed
 from multigrain.data import Dataset
 from multigrain.grid import Setting
 from multigrain.model import MultiGrain
@@ -32,10 +33,15 @@ Metrics = dict[str, float]
 
 
 def evaluate(
-    network: MultiGrain, dataset: Dataset, spec: MultiGrainSpec, device: torch.device, loaders: int = 0
+    network: MultiGrain,
+    dataset: Dataset,
+    spec: MultiGrainSpec,
+    device: torch.device,
+    loaders: int = 0,
+    beat: Beat = undisturbed,
 ) -> Metrics:
     """The `METRICS` that the data set has truth for, at the network's own setting."""
-    return evaluate_grid(network, dataset, spec, VariantSettings(), device, loaders)[0]
+    return evaluate_grid(network, dataset, spec, VariantSettings(), device, loaders, beat)[0]
 
 
 @torch.no_grad()
@@ -46,6 +52,7 @@ def evaluate_grid(
     wanted: VariantSettings,
     device: torch.device,
     loaders: int = 0,
+    beat: Beat = undisturbed,
 ) -> tuple[Metrics, dict[str, Metrics]]:
     """The `METRICS` that the data set has truth for: at the network's own setting, and at all others of a grid.
 
@@ -59,6 +66,9 @@ def evaluate_grid(
         network: on `device`; it is left in evaluation mode.
         wanted: the grid, to which the network's own size and exponent are added.
         loaders: processes that read the files; 0: this one does.
+        beat: called between batches.
+    Raises:
+        EndedError: `beat` was True on a rank.
     Returns:
         The metrics at the network's own setting, and at each other by its name, such as `s500-p4-whitened`. Where
         training images cannot be whitened, such as those that a network maps to one point, a warning says so.
@@ -70,7 +80,8 @@ def evaluate_grid(
     found: dict[str, Metrics] = {}
     for size in dict.fromkeys((own.size, *wanted.sizes)):
         transform = spec.evaluation.transform if size == own.size else "rect"
-        for p, embeddings in grid.embed(network, images, size, transform, exponents, device, loaders).items():
+        embedded = grid.embed(network, images, size, transform, exponents, device, loaders, beat=beat)
+        for p, embeddings in embedded.items():
             shown, training = np.split(embeddings, [len(held_out)])
             whitening = group.first(partial(_fitted, training)) if wanted.whiten else None
             for one in (None, whitening) if whitening else (None,):

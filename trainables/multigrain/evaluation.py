@@ -11,9 +11,10 @@ from typing import Annotated, NamedTuple, Self, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from multigrain import benchmarks, remote
+from multigrain.cache import Cache
 from multigrain.data import DataError, Dataset, read_dataset
 from multigrain.pictures import Benchmark, images, noted, some
-from multigrain.spec import Settings
+from multigrain.spec import Positive, Settings
 
 Found = TypeVar("Found")
 Size = Annotated[int, Field(ge=16)]
@@ -66,7 +67,9 @@ class Evaluation(Settings):
     """The setting at which a copy of the model is kept for its users, such as `{size: 500, p: 4, whitened: true}`, with
     `proxy` for p* as the proxy task chose it; none by default."""
     cache: str = "~/.cache/grainmill"
-    """Folder for what is read from s3://."""
+    """Folder for what is read from s3://, shared by all processes of a machine."""
+    cache_limit: Positive | None = None
+    """GB that it may hold, half of the disk by default; what no running process reads makes room, the latest last."""
     loaders: int = Field(0, ge=0)
     """Processes that read images."""
 
@@ -89,7 +92,7 @@ class Evaluation(Settings):
         Raises:
             DataError: it cannot be read.
         """
-        return remote.local(source, Path(self.cache).expanduser())
+        return remote.local(source, Cache(Path(self.cache).expanduser().absolute(), self.cache_limit))
 
 
 class Inputs(NamedTuple):

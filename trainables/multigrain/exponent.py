@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field
 
+from multigrain.beat import Beat, undisturbed
 from multigrain.data import DataSettings
 from multigrain.spec import NotNegative, Positive, Settings, Strength
 from multigrain.trainable import (  # noqa: F401 - all but its settings and how it is done is that of training
@@ -72,8 +73,8 @@ def worker_problems(spec: Spec, workers: int) -> list[str]:
     return problems
 
 
-def fit(spec: Spec, data: DataSettings, folder: Path) -> Iterator["EpochResult"]:
+def fit(spec: Spec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
     """Fine-tune p on prepared data; see `multigrain.finetune.fit`."""
     import multigrain.finetune
 
-    return multigrain.finetune.fit(spec, images_of(data), folder)
+    return multigrain.finetune.fit(spec, images_of(data), folder, beat=beat)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from torch.utils import data as torch_data
 
 from multigrain import checkpoint
 from multigrain.augment import evaluation_pixels, scale
+from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.data import Dataset
 from multigrain.evaluate import evaluate
 from multigrain.exponent import Spec
 from multigrain.fit import EpochResult
+from multigrain.group import Ending
 from multigrain.pooling import GeM
 from multigrain.predict import network_of
 from multigrain.training import TrainingError
@@ -28,18 +30,21 @@ LARGEST = 100.0
 """Largest p that the settings of a network allow."""
 
 
-def fit(spec: Spec, dataset: Dataset, folder: Path, device: torch.device | None = None) -> Iterator[EpochResult]:
+def fit(
+    spec: Spec, dataset: Dataset, folder: Path, device: torch.device | None = None, beat: Beat = undisturbed
+) -> Iterator[EpochResult]:
     """Learn p by the cross-entropy of whole images at another size, evaluating and saving after every epoch.
 
     The result is a checkpoint like those of training, whose settings hold the new p, and the size and
-    transform for which it was learnt. Goes on from the newest intact checkpoint below `folder`, whose
-    result comes again; it holds all that is needed.
+    transform for which it was learnt. Goes on from the newest intact checkpoint below `folder`, which holds
+    all that is needed; where that lies at the end of an epoch, its result comes again.
 
     Args:
         spec: the settings; must be those of the checkpoints in `folder`.
         dataset: of the classes that the network knows.
         folder: for checkpoints; the same for all ranks, which must all see it.
         device: the current GPU, if there is one, by default.
+        beat: where it is True on any rank, all save a checkpoint at most a step later, and end.
     Yields:
         One result an epoch, the same on every rank: `evaluate.METRICS`, `p`, and `loss`, the mean over the steps.
     Raises:
@@ -54,20 +59,23 @@ def fit(spec: Spec, dataset: Dataset, folder: Path, device: torch.device | None 
         raise ValueError(
             f"a fine-tuning goes on with the settings it began with, but {folder} holds others; use another"
         )
-    tuning = _Tuning(spec, dataset, saved or _trained(spec), device)
+    tuning, ending = _Tuning(spec, dataset, saved or _trained(spec), device), Ending(beat, device)
     done = 0
-    if saved:
-        done = saved.state["steps"]
-        tuning.restore(saved)
-        yield tuning.result(saved)
-    with closing(checkpoint.Writer(folder)) as writer:
+    with closing(checkpoint.Writer(folder)) as writer, suppress(EndedError):  # the next start evaluates again
+        if saved:
+            done = saved.state["epochs"]
+            tuning.restore(saved)
+            if tuning.step == 0:
+                yield tuning.result(saved, beat)
         for epoch in range(done, spec.epochs):
-            tuning.train_epoch(epoch)
-            state = tuning.state(epoch + 1)
+            whole = tuning.train_epoch(epoch, ending)
+            state = tuning.state(epoch + whole)
             if tuning.rank == 0:
                 writer.save(state)
                 writer.wait()
-            yield tuning.result(state)
+            if not whole:
+                return
+            yield tuning.result(state, beat)
 
 
 def _trained(spec: Spec) -> checkpoint.Checkpoint:
@@ -134,13 +142,21 @@ class _Tuning:
         self.settings = settings.model_copy(update={"evaluation": shown})
         default = torch.get_num_threads() if device.type == "cuda" else 0
         self.loaders = default if spec.loaders is None else spec.loaders
-        self.loss = 0.0
+        self.step, self.loss = 0, 0.0
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        """Of the losses of this pass's steps."""
 
-    def train_epoch(self, epoch: int) -> None:
-        """One pass over the images, counted from 0."""
-        spec = self.spec
+    @property
+    def steps(self) -> int:
+        """In one pass over the images."""
+        return -(-len(self.images) // self.spec.batch_size)
+
+    def train_epoch(self, epoch: int, ending: Ending | None = None) -> bool:
+        """What is left of one pass over the images, counted from 0; False where `ending` said before its end to end."""
+        spec, ending = self.spec, ending or Ending(undisturbed, self.device)
         order = np.random.default_rng((spec.seed, epoch)).permutation(self.images).tolist()
-        steps = [order[start : start + spec.batch_size] for start in range(0, len(order), spec.batch_size)]
+        begins = range(self.step * spec.batch_size, len(order), spec.batch_size)
+        steps = [order[begin : begin + spec.batch_size] for begin in begins]
         shares = [images[self.rank :: self.world_size] for images in steps]
         mine = [(self.dataset.train[index], self.dataset.train_labels[index]) for share in shares for index in share]
         images_one_by_one = _Images(mine, spec.image_size)  # every image has a shape of its own
@@ -148,17 +164,22 @@ class _Tuning:
             images_one_by_one, batch_size=None, num_workers=self.loaders, generator=torch.Generator()
         )
         views = iter(loader)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for step, (images, share) in enumerate(zip(steps, shares, strict=True)):
-            self.optimizer.param_groups[0]["lr"] = rate(spec, (epoch + step / len(steps)) / spec.epochs)
-            total += self._step(islice(views, len(share)), len(images))
-        self.loss = total.item() / len(steps)
+        for images, share in zip(steps, shares, strict=True):
+            self.optimizer.param_groups[0]["lr"] = rate(spec, (epoch + self.step / self.steps) / spec.epochs)
+            self.total += self._step(islice(views, len(share)), len(images))
+            self.step += 1
+            if ending.after_step() and self.step < self.steps:
+                return False
+        self.loss = self.total.item() / self.steps
+        self.step = 0
+        self.total.zero_()
         p = self.p.item()
         if not (math.isfinite(self.loss) and math.isfinite(p) and p <= LARGEST):
             raise TrainingError(
                 f"loss and p must be finite, and p at most {LARGEST:.0f}, but they were {self.loss} and {p} after "
                 f"epoch {epoch + 1}; lower rate"
             )
+        return True
 
     def _step(self, views: Iterable[tuple[Tensor, int]], count: int) -> Tensor:
         """One step of all ranks, over `count` images, of which `views` are this rank's; the loss of all."""
@@ -183,7 +204,10 @@ class _Tuning:
             checkpoint.NETWORK + name: tensor for name, tensor in self.network.state_dict().items() if name != "pool.p"
         }
         state = {
-            "steps": epochs,
+            "steps": epochs * self.steps + self.step,
+            "epochs": epochs,
+            "step": self.step,
+            "total": self.total.item(),
             "p": self.p.item(),
             "loss": self.loss,
             "spec": self.settings.model_copy(update={"model": model}).model_dump(),
@@ -196,10 +220,12 @@ class _Tuning:
         """Go on from a checkpoint of this fine-tuning."""
         with torch.no_grad():
             self.p.fill_(saved.state["p"])
+            self.total.fill_(saved.state["total"])
+        self.step, self.loss = saved.state["step"], saved.state["loss"]
         self.optimizer.load_state_dict(saved.optimizer)
 
-    def result(self, saved: checkpoint.Checkpoint) -> EpochResult:
+    def result(self, saved: checkpoint.Checkpoint, beat: Beat = undisturbed) -> EpochResult:
         """What the network that is left is worth."""
         network, settings = network_of(saved)
-        metrics = evaluate(network.to(self.device), self.dataset, settings, self.device, self.loaders)
-        return EpochResult(saved.state["steps"], {**metrics, "p": settings.model.p, "loss": saved.state["loss"]})
+        metrics = evaluate(network.to(self.device), self.dataset, settings, self.device, self.loaders, beat)
+        return EpochResult(saved.state["epochs"], {**metrics, "p": settings.model.p, "loss": saved.state["loss"]})

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from multigrain import checkpoint
+from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.data import Dataset
 from multigrain.evaluate import evaluate_grid
 from multigrain.spec import MultiGrainSpec, VariantSettings
@@ -31,7 +32,11 @@ class EpochResult:
 
 
 def fit(
-    spec: MultiGrainSpec, dataset: Dataset, folder: Path, device: torch.device | None = None
+    spec: MultiGrainSpec,
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device | None = None,
+    beat: Beat = undisturbed,
 ) -> Iterator[EpochResult]:
     """Train, evaluating after every epoch; checkpoints are written then and every so many steps.
 
@@ -45,6 +50,7 @@ def fit(
         dataset: the images.
         folder: for checkpoints; the same for all ranks, which must all see it.
         device: the current GPU, if there is one, by default.
+        beat: where it is True on any rank, all save a checkpoint at most a step later, and end.
     Yields:
         One result an epoch, the same on every rank but for the speed; the last has the variants.
     Raises:
@@ -53,7 +59,7 @@ def fit(
     """
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    training = Training(spec, dataset, device)
+    training = Training(spec, dataset, device, beat)
     if saved := checkpoint.latest(folder):
         begun = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
         if begun != (spec, list(dataset.classes)):
@@ -67,8 +73,15 @@ def fit(
             if epoch > training.epoch:
                 training.begin_epoch(epoch)
             metrics = training.train_epoch(save)
+            if metrics is None:
+                return
             wanted = spec.evaluation.variants if epoch + 1 == spec.epochs else VariantSettings()
-            own, variants = evaluate_grid(training.result_network, dataset, spec, wanted, device, training.loaders)
+            try:
+                own, variants = evaluate_grid(
+                    training.result_network, dataset, spec, wanted, device, training.loaders, beat
+                )
+            except EndedError:  # the next start evaluates again
+                return
             writer.wait()
             yield EpochResult(epoch + 1, metrics | own, variants)
 

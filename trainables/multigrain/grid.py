@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from multigrain import group
 from multigrain.augment import EvaluationTransform, scale
+from multigrain.beat import Beat, EndedError, undisturbed
 from multigrain.model import MultiGrain, l2_normalise
 from multigrain.pooling import gem_all
 from multigrain.views import Source, evaluation_batches, readable
@@ -58,6 +59,7 @@ def embed(
     device: torch.device,
     loaders: int = 0,
     folder: Path | None = None,
+    beat: Beat = undisturbed,
 ) -> dict[float, NDArray[np.float32]]:
     """Embeddings (N, C) of pictures for each exponent, in order, not normalised, computed in fp32.
 
@@ -71,18 +73,24 @@ def embed(
         folder: where embeddings lie, not in memory, and are kept as they are made, so that a later call with the same
             network, pictures and settings reads those instead. Pictures count as the same if name, length and time of
             the file are.
+        beat: called after each batch.
     Raises:
+        EndedError: `beat` was True on a rank.
         DataError: a picture cannot be read.
     """
     rank, world = group.place()
     exponents = tuple(map(float, exponents))
-    mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder)
-    if not distributed.is_initialized():
-        return dict(zip(exponents, mine, strict=True))
+    mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder, beat)
     shares = [mine] * world
-    distributed.all_gather_object(shares, mine)
-    whole = room((len(exponents), len(pictures), mine.shape[2]), folder)
-    for index, share in enumerate(shares):
+    if distributed.is_initialized():
+        distributed.all_gather_object(shares, mine)
+    whole_shares = [share for share in shares if share is not None]
+    if len(whole_shares) < world:
+        raise EndedError
+    if world == 1:
+        return dict(zip(exponents, whole_shares[0], strict=True))
+    whole = room((len(exponents), len(pictures), whole_shares[0].shape[2]), folder)
+    for index, share in enumerate(whole_shares):
         whole[:, index::world] = share
     return dict(zip(exponents, whole, strict=True))
 
@@ -96,8 +104,9 @@ def _share(
     device: torch.device,
     loaders: int,
     folder: Path | None,
-) -> NDArray[np.float32]:
-    """Embeddings (P, N, C) of one rank's pictures."""
+    beat: Beat,
+) -> NDArray[np.float32] | None:
+    """Embeddings (P, N, C) of one rank's pictures; None if `beat` was True meanwhile."""
     found = room((len(exponents), len(pictures), network.classifier.in_features), folder)
     blocks = [range(start, min(start + BLOCK, len(pictures))) for start in range(0, len(pictures), BLOCK)]
     kept: dict[int, _Kept] = {}
@@ -112,6 +121,8 @@ def _share(
         missing[start] -= len(positions)
         if kept and not missing[start]:
             kept[start].write(found[:, start : start + BLOCK])
+        if beat():
+            return None
     return found
 
 

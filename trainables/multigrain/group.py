@@ -6,7 +6,10 @@ Where one rank raises, the others lose their connection to it as they wait for i
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed
+
+from multigrain.beat import Beat
 
 Item = TypeVar("Item")
 
@@ -41,3 +44,30 @@ def first(work: Callable[[], Item]) -> Item:
     if distributed.is_initialized():
         distributed.broadcast_object_list(found, src=0)
     return found[0]
+
+
+class Ending:
+    """When all ranks end: what one of them is told after a step is known to all after the next.
+
+    They ask each other while that step runs, so that nobody waits for an answer.
+    """
+
+    def __init__(self, beat: Beat, device: torch.device) -> None:
+        self.beat, self.device = beat, device
+        # Not the stream of the steps: to read the answer would be to wait for the step that runs.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._asked: tuple[Tensor, distributed.Work] | None = None
+
+    def after_step(self) -> bool:
+        """Whether to end now; every rank must call it after each step."""
+        told, ends = self.beat(), False
+        if not distributed.is_initialized():
+            return told
+        with torch.cuda.stream(self._stream):
+            if self._asked:
+                flag, work = self._asked
+                work.wait()
+                ends = bool(flag.item())
+            flag = torch.full((1,), float(told), device=self.device)
+            self._asked = flag, distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True)
+        return ends

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from multigrain.data import Copies, DataError, Dataset
-from multigrain.manifest import manifest_text
 
 MOST = 10
 """At most one image in so many may be left out."""
@@ -94,14 +93,12 @@ def _problems(dataset: Dataset, intact: Dataset, left_out: Mapping[Path, str]) -
     return problems
 
 
-def write_intact(intact: Dataset, left_out: Mapping[Path, str], root: Path) -> Path:
+def write_intact(manifest: str, skipped: str, root: Path) -> Path:
     """Write `intact-<digest>/manifest.csv` below `root`, and `skipped.txt` beside it; returns the manifest.
 
     The digest is of the content, so that processes that write at once write the same.
     """
-    text = manifest_text(intact)
-    skipped = "".join(f"{path}\t{fault}\n" for path, fault in left_out.items())
-    content = {"skipped.txt": skipped.encode(errors="backslashreplace"), "manifest.csv": text.encode()}
+    content = {"skipped.txt": skipped.encode(errors="backslashreplace"), "manifest.csv": manifest.encode()}
     digest = hashlib.sha256(b"\0".join(content.values())).hexdigest()[:12]
     folder = root / f"intact-{digest}"
     folder.mkdir(parents=True, exist_ok=True)

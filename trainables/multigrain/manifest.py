@@ -3,21 +3,29 @@
 Columns: `image`, a path that starts at the file's folder or at the root; `class`; optionally `role`, one of
 `ROLES`; optionally `instance_id`. Training images of one instance_id show the same. A query's instance_id
 is that of its original among the rows of the database; the other rows of the database are distractors.
+
+An image can be s3://bucket/key, and is an object if the file itself is one. Optional columns `size`, in bytes, and
+`etag` tell which version of an object is meant, and spare asking its bucket.
 """
 
 import csv
 import difflib
 import io
 import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from multigrain.data import Copies, DataError, Dataset, split
+from multigrain import remote
+from multigrain.buckets import SCHEME
+from multigrain.cache import Cache
+from multigrain.data import Copies, DataError, Dataset, Track, split, untracked
 
 COLUMNS = ("image", "class", "role", "instance_id")
 REQUIRED = ("image", "class")
+PINS = ("size", "etag")
 ROLES = ("train", "val", "database", "query")
 OF_CLASSES = ("", "train", "val")
 """Roles whose rows need a class."""
@@ -37,8 +45,10 @@ class Row(NamedTuple):
 class Reader:
     """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, cache: Cache | None = None, track: Track = untracked) -> None:
+        """Read a manifest; what it names in s3:// is mirrored in a cache, if there is one."""
         self.file = file.absolute()
+        self.cache, self.track = cache, track
         self.problems: list[str] = []
 
     def add(self, line: int, problem: str) -> None:
@@ -75,7 +85,7 @@ class Reader:
         for name in dict.fromkeys(header):
             if header.count(name) > 1:
                 self.add(line, f"each column may come once, but {name!r} comes {header.count(name)} times")
-            if name not in COLUMNS:
+            if name not in (*COLUMNS, *PINS):
                 near = difflib.get_close_matches(name, COLUMNS, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COLUMNS)}, with commas between"
                 self.add(line, f"unknown column {name!r}; {hint}")
@@ -85,6 +95,8 @@ class Reader:
 
     def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[Row]:
         """The rows that say enough to be looked at together."""
+        if self.cache is not None:
+            self._fetch(self.cache, header, records)
         rows = []
         for line, values in records:
             if len(values) != len(header):
@@ -92,7 +104,7 @@ class Reader:
                 continue
             cells = {name: value if value.strip() else "" for name, value in zip(header, values, strict=True)}
             image, label, role = cells["image"], cells["class"], cells.get("role", "")
-            row = Row(line, self.file.parent / image, image, label, role, cells.get("instance_id", ""))
+            row = Row(line, self._path(image), image, label, role, cells.get("instance_id", ""))
             needed = {"image": True, "class": role in OF_CLASSES, "role": "role" in header}
             empty = [name for name in needed if needed[name] and not cells[name]]
             for name in empty:
@@ -107,6 +119,36 @@ class Reader:
                 rows.append(row)
         self._check_repeats(rows)
         return rows
+
+    def _path(self, image: str) -> Path:
+        path = self.file.parent / image
+        if self.cache is None:
+            return path
+        if image.startswith(SCHEME):
+            return self.cache.path(image)
+        return Path(os.path.normpath(path)) if self.cache.url(path) else path
+
+    def _fetch(self, cache: Cache, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> None:
+        """Mirror the objects that rows name."""
+        wanted: dict[str, remote.Pin | None] = {}
+        for line, values in records:
+            cells = dict(zip(header, values, strict=False))
+            image = cells.get("image", "")
+            url = image if image.startswith(SCHEME) else cache.url(self._path(image)) if image.strip() else None
+            if url:
+                size, etag = (cells.get(name, "") for name in PINS)
+                if bool(size) != bool(etag) or (size and not re.fullmatch("[0-9]{1,15}", size)):
+                    self.add(
+                        line, f"an object has both a size in bytes and an etag, or none, got {size!r} and {etag!r}"
+                    )
+                    continue
+                try:
+                    remote.parsed(url)
+                except DataError as error:
+                    self.add(line, str(error))
+                else:
+                    wanted[url] = remote.Pin(int(size), etag) if size else None
+        remote.fetch(wanted, cache, self.track)
 
     def _check_repeats(self, rows: Sequence[Row]) -> None:
         first: dict[tuple[str, Path], int] = {}
@@ -166,13 +208,18 @@ class Reader:
         )
 
 
-def read_manifest(file: Path, val_share: float = 0.2) -> Dataset:
+def read_manifest(file: Path, val_share: float = 0.2, cache: Cache | None = None, track: Track = untracked) -> Dataset:
     """List the images that a manifest names, in its order; without a column `role`, they are split as a folder's are.
 
+    Args:
+        file: the manifest.
+        val_share: of each class.
+        cache: for images in s3://; without one, there are none.
+        track: shows the progress of reading them.
     Raises:
         DataError: with everything that is wrong about the manifest.
     """
-    reader = Reader(file)
+    reader = Reader(file, cache, track)
     (line, header), *records = reader.records()
     reader.check_header(line, header)
     wrong_header = bool(reader.problems)
@@ -201,19 +248,29 @@ def read_manifest(file: Path, val_share: float = 0.2) -> Dataset:
     )
 
 
-def manifest_text(dataset: Dataset) -> str:
-    """The manifest that `read_manifest` reads as this data set; absolute paths, numbers as instance_id."""
+def manifest_text(dataset: Dataset, objects: Mapping[Path, tuple[str, remote.Pin]] | None = None) -> str:
+    """The manifest that `read_manifest` reads as this data set; absolute paths, numbers as instance_id.
+
+    Args:
+        dataset: the images.
+        objects: URL and version of those images that are mirrored.
+    """
     text = io.StringIO(newline="")
-    write = csv.writer(text).writerow
-    write(COLUMNS)
+    rows, objects = csv.writer(text), objects or {}
+    rows.writerow((*COLUMNS, *PINS) if objects else COLUMNS)
+
+    def write(path: Path, *cells: object) -> None:
+        url, pin = objects.get(path, (path.absolute(), ("", "")))
+        rows.writerow((url, *cells, *pin) if objects else (url, *cells))
+
     for path, label, instance in zip(dataset.train, dataset.train_labels, dataset.instances, strict=True):
-        write((path.absolute(), dataset.classes[label], "train", instance))
+        write(path, dataset.classes[label], "train", instance)
     for path, label in zip(dataset.val, dataset.val_labels, strict=True):
-        write((path.absolute(), dataset.classes[label], "val", ""))
+        write(path, dataset.classes[label], "val", "")
     if copies := dataset.copies:
         originals = set(copies.truth)
         for index, path in enumerate(copies.database):
-            write((path.absolute(), "", "database", index if index in originals else ""))
+            write(path, "", "database", index if index in originals else "")
         for path, index in zip(copies.queries, copies.truth, strict=True):
-            write((path.absolute(), "", "query", index))
+            write(path, "", "query", index)
     return text.getvalue()

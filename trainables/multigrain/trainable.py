@@ -5,13 +5,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from multigrain import remote
 from multigrain import spec as settings
-from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened
+from multigrain.beat import Beat, undisturbed
+from multigrain.buckets import SCHEME
+from multigrain.cache import Cache
+from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened, untracked
 from multigrain.digests import Part, parts
 from multigrain.evaluation import Evaluation
 from multigrain.images import image_faults, image_problems
 from multigrain.intact import leave_out, write_intact
-from multigrain.manifest import read_manifest
+from multigrain.manifest import manifest_text, read_manifest
 from multigrain.spec import MultiGrainSpec
 from multigrain.weights import weight_problems
 
@@ -46,12 +50,28 @@ __all__ = [
 ]
 
 
-def images_of(data: DataSettings) -> Dataset:
-    """The images of a folder or a manifest."""
-    if data.manifest is not None:
-        return read_manifest(Path(data.manifest), data.val_share)
-    assert data.folder is not None, "prepare() writes a built-in source to a folder"
-    return read_dataset(Path(data.folder), data.val_share)
+def images_of(data: DataSettings, track: Track = untracked) -> Dataset:
+    """The images of a folder or a manifest; those in s3:// are read first, as far as this machine has them not yet.
+
+    Raises:
+        DataError: the images cannot be read or listed.
+    """
+    cache = _cache(data)
+    try:
+        if data.manifest is not None:
+            file = Path(data.manifest)
+            if data.manifest.startswith(SCHEME):
+                remote.fetch({data.manifest: None}, cache)
+                file = cache.path(data.manifest)
+            return read_manifest(file, data.val_share, cache, track)
+        assert data.folder is not None, "prepare() writes a built-in source to a folder"
+        return read_dataset(remote.local(data.folder, cache, track), data.val_share)
+    except DataError as error:
+        raise DataError([cache.named(problem) for problem in error.problems]) from error
+
+
+def _cache(data: DataSettings) -> Cache:
+    return Cache(Path(data.cache).expanduser().absolute(), data.cache_limit)
 
 
 def metrics(data: DataSettings) -> Mapping[str, Literal["max", "min"]]:
@@ -72,17 +92,18 @@ def data_problems(data: DataSettings, track: Track) -> list[str]:
     """
     if data.builtin is not None:
         return []
+    named = _cache(data).named
     try:
-        dataset = images_of(data)
+        dataset = images_of(data, track)
         if not data.skip_broken:
-            return shortened(image_problems(dataset, track))
+            return shortened([named(problem) for problem in image_problems(dataset, track)])
         _, left_out = leave_out(dataset, image_faults(dataset, track))
     except DataError as error:
-        return shortened(error.problems)
+        return shortened([named(problem) for problem in error.problems])
     except OSError as error:
         return [f"the images must be readable, but are not ({error}); change the permissions or name others"]
     if left_out:
-        lines = shortened([f"{path} {fault}" for path, fault in left_out.items()])
+        lines = shortened([named(f"{path} {fault}") for path, fault in left_out.items()])
         found = f"{len(left_out)} of {len(dataset.paths)} images will be left out:"
         warnings.warn("\n  ".join([found, *lines]), stacklevel=2)
     return []
@@ -91,33 +112,46 @@ def data_problems(data: DataSettings, track: Track) -> list[str]:
 def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
     """What to train on: a built-in source is written below `root`, unless it is there; paths become absolute.
 
-    With `skip_broken`, the result is a manifest of the intact images, so that all workers see the same; a warning
-    tells how many are left out, and the file below `root` that lists them.
+    What lies in s3:// becomes a manifest below `root` that pins every object, so that all workers see the same, or
+    refuse. With `skip_broken`, the result is a manifest of the intact images; a warning tells how many are left out,
+    and the file below `root` that lists them.
 
     Raises:
         DataError: the images cannot be used; see `data_problems`.
     """
+    if not data.cache.startswith("~"):  # a home is each machine's own
+        data = data.model_copy(update={"cache": _absolute(data.cache)})
     if data.builtin is not None:
         from multigrain.demo import write_builtin
 
-        return DataSettings(folder=str(write_builtin(data, root.absolute(), track)))
+        folder = str(write_builtin(data, root.absolute(), track))
+        return DataSettings(folder=folder, cache=data.cache, cache_limit=data.cache_limit)
     sources = {"folder": data.folder, "manifest": data.manifest}
-    absolute = {name: str(Path(source).absolute()) for name, source in sources.items() if source is not None}
-    data = data.model_copy(update=absolute)
-    if not data.skip_broken:
+    data = data.model_copy(update={name: _absolute(source) for name, source in sources.items() if source is not None})
+    if data.folder is not None and not (data.skip_broken or data.folder.startswith(SCHEME)):
         return data
-    dataset = images_of(data)
-    intact, left_out = leave_out(dataset, image_faults(dataset, track))
-    manifest = write_intact(intact, left_out, root.absolute())
+    dataset, cache = images_of(data, track), _cache(data)
+    pins = remote.pins(dataset.paths, cache)
+    if not (data.skip_broken or pins):
+        return data
+    intact, left_out = leave_out(dataset, image_faults(dataset, track)) if data.skip_broken else (dataset, {})
+    text = manifest_text(intact, {path: (f"{cache.url(path)}", pin) for path, pin in pins.items()})
+    skipped = "".join(f"{path}\t{fault}\n" for path, fault in left_out.items())
+    manifest = write_intact(text, cache.named(skipped), root.absolute())
     if left_out:
         listed = manifest.with_name("skipped.txt")
         warnings.warn(f"{len(left_out)} of {len(dataset.paths)} images left out, listed in {listed}", stacklevel=2)
-    return DataSettings(manifest=str(manifest))
+    return DataSettings(manifest=str(manifest), cache=data.cache, cache_limit=data.cache_limit)
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith(SCHEME) else str(Path(path).absolute())
 
 
 def sources(data: DataSettings) -> list[Part]:
     """The parts of prepared data, each with its digest; see `multigrain.digests`."""
-    return parts(images_of(data))
+    cache = _cache(data)
+    return [part._replace(where=cache.named(part.where)) for part in parts(images_of(data))]
 
 
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
@@ -125,11 +159,11 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
-def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path) -> Iterator["EpochResult"]:
+def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.fit.fit`."""
     import multigrain.fit
 
-    return multigrain.fit.fit(spec, images_of(data), folder)
+    return multigrain.fit.fit(spec, images_of(data), folder, beat=beat)
 
 
 def load(folder: Path) -> "Model":

@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from multigrain import checkpoint
 from multigrain.augment import colour, paints, scale
 from multigrain.batches import RepeatedAugmentationBatches
+from multigrain.beat import Beat, undisturbed
 from multigrain.data import Dataset
+from multigrain.group import Ending
 from multigrain.model import MultiGrain, freeze_batchnorm
 from multigrain.objective import Objective, Step, average
 from multigrain.optim import build_optimizers, follow, rate_factor, set_rates
@@ -52,8 +54,8 @@ class _Encoder(nn.Module):
 class Training:
     """Network, losses, batches, optimizers and the position of one run."""
 
-    def __init__(self, spec: MultiGrainSpec, dataset: Dataset, device: torch.device) -> None:
-        self.spec, self.dataset, self.device = spec, dataset, device
+    def __init__(self, spec: MultiGrainSpec, dataset: Dataset, device: torch.device, beat: Beat = undisturbed) -> None:
+        self.spec, self.dataset, self.device, self.ending = spec, dataset, device, Ending(beat, device)
         self.grouped = distributed.is_initialized()
         self.rank = distributed.get_rank() if self.grouped else 0
         world_size = distributed.get_world_size() if self.grouped else 1
@@ -113,8 +115,8 @@ class Training:
         self.seconds = self.waited = 0.0
         self._first_bad = torch.full((), torch.inf, device=self.device)
 
-    def train_epoch(self, save: Callable[[checkpoint.Checkpoint], None]) -> dict[str, float]:
-        """What is left of the epoch, with a checkpoint every so many steps and at its end; its course."""
+    def train_epoch(self, save: Callable[[checkpoint.Checkpoint], None]) -> dict[str, float] | None:
+        """What is left of the epoch, saved every so many steps and at the end; its course, None if a beat ended it."""
         self.batches.load_state_dict({"seed": self.spec.seed, "epoch": self.epoch, "step": self.step})
         self.views.set_epoch(self.epoch)
         self.objective.train()
@@ -129,10 +131,11 @@ class Training:
             self.seconds += time.perf_counter() - started
             if self.step % CHECK_STEPS == 0:
                 self._check()
-            if self.steps % self.spec.compute.checkpoint_steps == 0 and self.step < len(self.batches):
+            ends, last = self.ending.after_step(), self.step == len(self.batches)
+            if last or ends or self.steps % self.spec.compute.checkpoint_steps == 0:
                 save(self._checkpoint())
-        if left:
-            save(self._checkpoint())
+            if ends and not last:
+                return None
         return self._course()
 
     def _train_step(self, batch: Views) -> None:

@@ -1,0 +1,63 @@
+"""Two workers on two nodes against two on one node, on the same cores: steady images a second.
+
+    python -m tests.benchmarks.nodes [--rounds 3] [--steps 24]
+
+The nodes are network namespaces of this machine with a cable between them: what it costs that all gradients go through
+a network, not what a real network is like. The steps are those of `ddp`.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+
+from tests import hosts
+from tests.benchmarks.ddp import WORKERS, rates, steps
+from tests.benchmarks.table import Goal, compare, machine, report
+
+
+def launch(strategy, config):
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from grainmill.network import Network
+
+    scaling = ray.train.ScalingConfig(num_workers=WORKERS, placement_strategy=strategy)
+    storage = ray.train.RunConfig(storage_path=os.path.dirname(config["out"]))
+    before = hosts.crossed()
+    trainer = TorchTrainer(
+        steps, train_loop_config=config, scaling_config=scaling, run_config=storage, torch_config=Network()
+    )
+    trainer.fit()
+    come, gone = (after - first for first, after in zip(before, hosts.crossed(), strict=True))
+    assert (min(come, gone) > config["steps"] * 2**20) == (strategy == "STRICT_SPREAD")  # a step sends more than this
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24)
+    options = parser.parse_args()
+    if "GRAINMILL_INSIDE" not in os.environ:
+        path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        command = [*hosts.INSIDE, sys.executable, "-m", "tests.benchmarks.nodes", *sys.argv[1:]]
+        os.execvpe(command[0], command, {**os.environ, "GRAINMILL_INSIDE": "1", "PYTHONPATH": path})
+    before = machine()
+    hosts.join()
+    hosts.start((WORKERS, WORKERS))
+    around = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"steps": options.steps, "out": f"{folder}/rate.json"}
+        strategies = {"two nodes": "STRICT_SPREAD", "one node": "STRICT_PACK"}
+        figures = compare(
+            {
+                name: lambda strategy=strategy: rates(lambda config: launch(strategy, config), config, around)
+                for name, strategy in strategies.items()
+            },
+            options.rounds,
+        )
+    report("nodes", figures, [Goal("two nodes", "one node")], before, "images a second")
+
+
+if __name__ == "__main__":
+    main()
