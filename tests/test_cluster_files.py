@@ -172,9 +172,12 @@ def test_node_that_goes_says_so_before_by_a_command_that_ray_understands(monkeyp
     assert "ray start" in start
     assert re.search(r"flock --nonblock \S+ python ~/notice\.py .*&\)$", after)
     commands = []
-    monkeypatch.setattr(
-        notice.notice.subprocess, "run", lambda words, check: commands.append(words) or CompletedProcess(words, 0)
-    )
+
+    def run(words, check):
+        commands.append(words)
+        return CompletedProcess(words, 0)
+
+    monkeypatch.setattr(notice.notice.subprocess, "run", run)
     assert notice.notice.drain(119)
     assert drained_by(commands[0])["deadline_remaining_seconds"] == 119
     assert drained_by(commands[0])["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
