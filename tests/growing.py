@@ -4,8 +4,7 @@
 
 For `test_growing`, in namespaces of its own: two Rays on one machine meddle with each other, and what this starts ends
 with its first process. SETTINGS is JSON: `nodes` at most, of `cpus` each; `workers` of a trial, `trials`, `epochs` of
-so many `seconds`; `seeds` from which the best is trained again, or 0; `idle` seconds before a node goes; whether `v2`
-of the autoscaler.
+so many `seconds`; `seeds` from which the best is trained again, or 0; `idle` seconds until a node goes; `v2` or not
 """
 
 import json
