@@ -29,7 +29,7 @@ from grainmill.tracking import local_uri
 
 COMMAND = """
     from grainmill import tenure
-    tenure.EXPIRES_SECONDS = 3.0
+    tenure.EXPIRES_SECONDS, tenure.RENEW_SECONDS = 3.0, 1.0
     from grainmill.cli import app
     app()
 """
@@ -121,7 +121,6 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
     assert died.returncode == -signal.SIGKILL, died.stdout
     last = far.grainmill("second", "tune", "--resume", "far")
     assert last.returncode == 0, last.stdout
-    assert "'far' was left by process" in last.stdout
     assert f"{far.url}/run-1/report.html" in last.stdout
     assert list((tmp_path / "second" / "here").iterdir()) == []
 
