@@ -164,7 +164,7 @@ def mill(folder, settings, watch):
         study = Study(f"sqlite:///{folder / 'study.db'}", name, checked, first, count)
         plan = Plan(name, "toy", {}, folder, checked.resources, settings["workers"])
         trials.run(plan, study, tracker, parent, watch)
-        records.append(study.records)
+        records += study.records
     return records
 
 
@@ -179,7 +179,7 @@ def main(folder, settings):
     began = time.monotonic()
     nodes, watch = Attendance(began), Diary(began)
     nodes.start()
-    searched, again = mill(folder, settings, watch)
+    records = mill(folder, settings, watch)
     ended = time.monotonic() - began
     deadline = ended + settings["idle"] + 60
     while len(nodes.went) < len(nodes.came) and time.monotonic() - began < deadline:
@@ -189,8 +189,8 @@ def main(folder, settings):
         "came": sorted(nodes.came.values()),
         "went": sorted(nodes.went.values()),
         "ended": ended,
-        "states": [record.state for record in (*searched, *again)],
-        "busy": sum(record.cost["cpu_seconds"] for record in (*searched, *again)),
+        "states": [record.state for record in records],
+        "busy": sum(record.cost["cpu_seconds"] for record in records),
         "trials": watch.trials,
         "groups": [group["state"] for group in ray.util.placement_group_table().values()],
     }

@@ -19,8 +19,8 @@ from grainmill.study import Record
 
 LEARNING = 0.15
 """Of a sampler that learns: trial n is better by so much times log(1 + n), where trials without it spread evenly from 0
-to 1. Fitted to the searches of `tests/benchmarks/forecast.py`, whose epochs it meets within 10 % or 15 %; more trials
-pass the rungs so than of a random search, for the later ones are better than those that they are held against."""
+to 1. Fitted to the searches of `tests/benchmarks/forecast.py`, whose epochs it meets within 10 % in the median. More
+trials pass the rungs than in a random search: the later ones are better than those that they are held against."""
 STRANGERS = ("random", "qmc", "grid")
 """Samplers that do not learn."""
 

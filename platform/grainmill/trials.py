@@ -122,6 +122,7 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
                 raise
             finally:
                 clerk.end_unfinished()
+                ray.kill(watched_by)  # else the node that it is on does not go before the driver ends
         clerk.close_paused()
 
 
