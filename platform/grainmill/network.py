@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-import psutil  # Ray brings it
+import psutil
 import ray
 from ray.train.torch import TorchConfig
 
