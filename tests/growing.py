@@ -4,7 +4,7 @@
 
 For `test_growing`, in namespaces of its own: two Rays on one machine meddle with each other, and what this starts ends
 with its first process. SETTINGS is JSON: `nodes` at most, of `cpus` each; `workers` of a trial, `trials`, `epochs` of
-so many `seconds`; `seeds` from which the best is trained again; `idle` seconds before a node goes; autoscaler `v2`?
+so many `seconds`; `seeds` from which the best is trained again, or 0; `idle` seconds until a node goes; `v2` or not
 """
 
 import json
@@ -137,7 +137,7 @@ def content(settings):
         "space": {"height": {"uniform": [0.0, 1.0]}},
         "objective": {"score": "max"},
         "search": {"trials": settings["trials"], "scheduler": "none"},
-        "winner": {"candidates": 1, "seeds": settings["seeds"]},
+        "winner": {"candidates": 1, "seeds": settings["seeds"] or 1},
         "resources": {"workers": settings["workers"], "retrain_workers": settings["workers"]},
     }
 
@@ -159,6 +159,8 @@ def mill(folder, settings, watch):
         ("trial", checked.first, settings["trials"]),
         ("final", [{"height": 0.1 * number} for number in range(settings["seeds"])], settings["seeds"]),
     ):
+        if not count:
+            continue
         study = Study(f"sqlite:///{folder / 'study.db'}", name, checked, first, count)
         plan = Plan(name, "toy", {}, folder, checked.resources, settings["workers"])
         trials.run(plan, study, tracker, parent, watch)

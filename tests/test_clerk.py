@@ -18,7 +18,7 @@ def at_work(tmp_path, watch, monkeypatch):
     content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}}
     study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
     trial = SimpleNamespace(config={"number": study.ask().number})
-    plan = Plan("trial", "toy", {}, tmp_path, Resources(cpus_per_worker=2), (2, 4))
+    plan = Plan("trial", "toy", {}, str(tmp_path), Resources(cpus_per_worker=2), (2, 4))
     outbox, listener = SimpleNamespace(put=lambda _, works: works), SimpleNamespace(heard=lambda: None)
     now = [1000.0]
     monkeypatch.setattr(clerk, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -181,3 +181,11 @@ def test_a_file_that_is_none_is_refused_by_its_name(tmp_path, content):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ExperimentError, match=r"cluster.yaml: 1 problem"):
         cluster.read(file)
+
+
+def test_nodes_with_gpus_come_last_where_none_is_asked_for():
+    plain, with_gpu = ({"CPU": 4.0, "memory": 1e9, **gpu} for gpu in ({}, {"GPU": 1.0}))
+    types = NodeType("gpu", with_gpu, 1), NodeType("plain", plain, 1)
+    nodes = Cluster(HEAD, types, 2, 60.0).nodes
+    assert [node.name for node in nodes({"CPU": 1.0})] == ["plain", "gpu"]
+    assert [node.name for node in nodes({"CPU": 1.0, "GPU": 1.0})] == ["gpu"]

@@ -5,11 +5,14 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import ray
+import test_notice as notice
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import drain_node
 
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"
@@ -143,3 +146,38 @@ def test_image_gets_what_the_package_is_built_from():
     assert all((ROOT / name).exists() for name in copied)
     sent = {line[1:] for line in (INFRA / "docker" / "Dockerfile.dockerignore").read_text().split() if line[0] == "!"}
     assert sent == set(copied)
+
+
+def drained_by(words):
+    """What Ray's own command makes of a line that drains the node."""
+    assert words[:2] == ["ray", "drain-node"]
+    return drain_node.make_context("drain-node", words[2:]).params
+
+
+def test_node_that_goes_says_so_before_by_a_command_that_ray_understands(monkeypatch):
+    (group,) = CLUSTER["spec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    (container,) = pod["containers"]
+    *_, line = container["lifecycle"]["preStop"]["exec"]["command"]
+    drain, _, rest = line.partition(" && ")
+    told = drained_by(shlex.split(drain))
+    assert told["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    assert told["node_id"] is told["address"] is None  # the pod's own
+    waits = int(re.fullmatch(r"sleep (\d+)", rest)[1])
+    assert waits <= told["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
+
+    script = AWS["file_mounts"]["/home/ray/notice.py"]
+    assert ROOT / script == notice.SCRIPT
+    *_, start, after = AWS["worker_start_ray_commands"]
+    assert "ray start" in start
+    assert re.search(r"flock --nonblock \S+ python ~/notice\.py .*&\)$", after)
+    commands = []
+
+    def run(words, check):
+        commands.append(words)
+        return CompletedProcess(words, 0)
+
+    monkeypatch.setattr(notice.notice.subprocess, "run", run)
+    assert notice.notice.drain(119)
+    assert drained_by(commands[0])["deadline_remaining_seconds"] == 119
+    assert drained_by(commands[0])["reason"] == "DRAIN_NODE_REASON_PREEMPTION"

@@ -67,7 +67,7 @@ NODES = """
             told(said)
 
         umpire.rule = rule
-        group = leader.Group(Plan("trial", "toy", {}, folder, Resources(**resources), workers), ward.start())
+        group = leader.Group(Plan("trial", "toy", {}, str(folder), Resources(**resources), workers), ward.start())
         group.train(Job("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
         group.close()
         return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
@@ -140,7 +140,8 @@ HOSTS = """
     settings = {"image_size": 32, "epochs": 1, "model": {"trunk": "resnet18"}, "batch": {"size": 24}}
     spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}}).model_dump()
     job = Job("multigrain.trainable", spec, {"folder": sys.argv[2]}, str(folder / "checkpoints"))
-    group = leader.Group(Plan("trial", job.trainable, job.data, folder, Resources(placement="spread"), 2), ward.start())
+    plan = Plan("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
+    group = leader.Group(plan, ward.start())
     said = [(0, hosts.crossed())]
     group.train(job, lambda message: said.append((message.get("epoch"), hosts.crossed())))
     assert [epoch for epoch, _ in said] == [0, None, 1], said

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from multigrain import remote
-from multigrain.buckets import SCHEME
+from multigrain.buckets import SCHEME, parsed
 from multigrain.cache import Cache
 from multigrain.data import Copies, DataError, Dataset, Track, split, untracked
 
@@ -143,7 +143,7 @@ class Reader:
                     )
                     continue
                 try:
-                    remote.parsed(url)
+                    parsed(url)
                 except DataError as error:
                     self.add(line, str(error))
                 else:

@@ -34,8 +34,6 @@ from multigrain.buckets import (
 from multigrain.cache import Cache, check_unread, claimed, hold, make_room
 from multigrain.data import DataError, Track, untracked
 
-__all__ = ["Pin", "connect", "fetch", "listed", "local", "parsed", "pins", "prefix_of", "told"]
-
 _TRIES = 3
 """Readings of an object whose size is not the listed one; botocore repeats requests that fail by itself."""
 
