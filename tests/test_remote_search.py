@@ -138,7 +138,7 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
 
     client = mlflow.MlflowClient(far.tracking)
     version = client.get_model_version_by_alias("far", "champion")
-    assert version.version == "1"
+    assert str(version.version) == "1"
     assert "/runs/mlflow-artifacts/far/" in client.get_run(version.run_id).info.artifact_uri
     runs = client.search_runs([client.get_experiment_by_name("far").experiment_id])
     names = [*(f"trial-{n:04d}" for n in range(3)), "final-0000", "far run-1"]
