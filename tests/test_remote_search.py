@@ -89,7 +89,8 @@ def far(tmp_path, moto):  # noqa: F811
 
     def listed():
         pages = moto.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="runs/far/")
-        return {one["Key"].removeprefix("runs/far/") for page in pages for one in page["Contents"]}
+        keys = {one["Key"].removeprefix("runs/far/") for page in pages for one in page["Contents"]}
+        return {key for key in keys if key and not key.endswith("/")}  # Ray makes objects that stand for folders
 
     def read(key):
         return moto.client.get_object(Bucket=bucket, Key=f"runs/far/{key}")["Body"].read()
@@ -126,7 +127,7 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
 
     run = {f"run-1/{name}" for name in ("done.json", "parent-run", "report.html", "study.db")}
     own = {key for key in far.listed() if not key.startswith(("run-1/ray/", "run-1/trials/", "run-1/report/"))}
-    assert own == {".index.json", "data/.index.json", "experiment.yaml", *run}
+    assert own == {".index.json", "experiment.yaml", *run}
     (tmp_path / "study.db").write_bytes(far.read("run-1/study.db"))
     for name in ("trial", "final"):
         expected = told(f"sqlite:///{tmp_path / 'calm/far/run-1/study.db'}", name)
@@ -137,7 +138,7 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
 
     client = mlflow.MlflowClient(far.tracking)
     version = client.get_model_version_by_alias("far", "champion")
-    assert version.version == "1"
+    assert str(version.version) == "1"
     assert "/runs/mlflow-artifacts/far/" in client.get_run(version.run_id).info.artifact_uri
     runs = client.search_runs([client.get_experiment_by_name("far").experiment_id])
     names = [*(f"trial-{n:04d}" for n in range(3)), "final-0000", "far run-1"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
-from test_vault import place, proxy  # noqa: F401
+from test_vault import failing, place, proxy  # noqa: F401
 
 from grainmill import objects, tenure
 from grainmill.errors import BusyError, StorageError
@@ -101,6 +101,13 @@ def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, proxy):  # 
         proxy.rule = rule
         check()
     assert left == [0]
+
+
+def test_a_renewal_whose_answer_was_lost_counts(url, dead, proxy):  # noqa: F811
+    with held(url, "it", print) as check:
+        proxy.rule = failing(1, "lost")
+        check()
+        check()
 
 
 @pytest.mark.parametrize(
