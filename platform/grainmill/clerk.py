@@ -211,18 +211,17 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def _cost(self, number: int) -> dict[str, float]:
         began, before, workers = self.began[number]
         seconds = (time.monotonic() - began) * workers
-        amounts = {
-            "cpu_seconds": self.plan.need.bundle.get("CPU", 0),
-            "gpu_seconds": self.plan.need.bundle.get("GPU", 0),
-        }
+        bundle = self.plan.need.bundle
+        amounts = {"cpu_seconds": bundle.get("CPU", 0), "gpu_seconds": bundle.get("GPU", 0)}
         return {name: before.get(name, 0) + seconds * amount for name, amount in amounts.items()}
 
     def _work(self, number: int, workers: int) -> None:
         """From now on, so many work on a trial."""
         *_, before = self.began[number]
         self.began[number] = time.monotonic(), self._cost(number), workers
-        if workers and workers != before and self.plan.need.fewest < self.plan.need.most:
-            self.watch.note(f"{self.plan.name(number)}: {workers} of up to {self.plan.need.most} workers")
+        need = self.plan.need
+        if workers and workers != before and need.fewest < need.most:
+            self.watch.note(f"{self.plan.name(number)}: {workers} of up to {need.most} workers")
 
     def _vacate(self, number: int) -> None:
         """Free what workers without a leader occupy."""

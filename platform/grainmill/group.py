@@ -160,11 +160,11 @@ def scarcity(plan: Plan) -> str:
     """What a trial that waits for room in the cluster needs, in words."""
     import ray
 
-    total, free = ray.cluster_resources(), ray.available_resources()
+    total, free, need = ray.cluster_resources(), ray.available_resources(), plan.need
     parts = [
-        f"{amount * plan.need.fewest:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
-        for name, amount in plan.need.bundle.items()
+        f"{amount * need.fewest:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
+        for name, amount in need.bundle.items()
     ]
-    if plan.need.apart:
-        parts.append(f"{plan.need.fewest} nodes for its workers ({hosts(plan.need.bundle)} there)")
+    if need.apart:
+        parts.append(f"{need.fewest} nodes for its workers ({hosts(need.bundle)} there)")
     return f"waiting for the cluster: a trial needs {', '.join(parts)}"

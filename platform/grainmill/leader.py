@@ -127,18 +127,16 @@ class Group:
     """The workers, as their leader sees them. They end with the leader's process."""
 
     def __init__(self, plan: Plan, ward: Any) -> None:
-        self.plan = plan
+        self.plan, need = plan, plan.need
         self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
-        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if plan.need.apart else "SPREAD"}
+        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if need.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
             train_loop_config={"desk": self.desk, "ward": ward},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=plan.need.most
-                if plan.need.fewest == plan.need.most
-                else (plan.need.fewest, plan.need.most),
-                use_gpu="GPU" in plan.need.bundle,
-                resources_per_worker=plan.need.bundle,
+                num_workers=need.most if need.fewest == need.most else (need.fewest, need.most),
+                use_gpu="GPU" in need.bundle,
+                resources_per_worker=need.bundle,
                 placement_strategy=strategy[plan.resources.placement],
                 elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
