@@ -275,9 +275,9 @@ from grainmill import cli
 _fit = fit
 
 
-def fit(spec, data, folder):
+def fit(spec, data, folder, beat):
     Path(data.diary).with_name("place").write_text(cli.__file__)
-    yield from _fit(spec, data, folder)
+    yield from _fit(spec, data, folder, beat)
 """
 """At the end of a trainable: where the mill lies that runs it."""
 
