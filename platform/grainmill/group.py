@@ -127,6 +127,8 @@ class Place(NamedTuple):
     """Ray's placement group."""
     request: str
     """The name under which Ray Train has asked for room, for three minutes at a time."""
+    controller: Any
+    """Ray Train's actor that starts workers anew where they are lost."""
 
 
 def place() -> Place:
@@ -134,7 +136,9 @@ def place() -> Place:
     from ray.train.v2._internal.execution.context import get_train_context
     from ray.util.placement_group import get_current_placement_group
 
-    return Place(get_current_placement_group(), f"train-{get_train_context().train_run_context.run_id}")
+    context = get_train_context()
+    request = f"train-{context.train_run_context.run_id}"
+    return Place(get_current_placement_group(), request, context.controller_actor)
 
 
 def vacate(left: Place) -> None:
@@ -142,6 +146,7 @@ def vacate(left: Place) -> None:
     import ray
     from ray.util.placement_group import remove_placement_group
 
+    ray.kill(left.controller)  # first: it would take the room anew, and then be ended before anybody knows of that
     remove_placement_group(left.bundles)
     with suppress(ValueError):  # nobody is asked
         coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
