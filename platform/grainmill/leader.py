@@ -6,9 +6,8 @@ its metrics and wait for the word to go on. A worker that fails takes its group 
 again, with as many as there is room for, and the job goes on from its last checkpoint.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -21,102 +20,16 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
 from grainmill import group, pulse
+from grainmill.desk import RESTARTS, Desk
 from grainmill.network import Network
 from grainmill.worker import Job, LeftError, Plan, cause, epochs
 
-RESTARTS = 1
-"""Failures of its workers without an epoch in between, or of its whole group, before a job is given up."""
 GROUP_RESTARTS = 20
 """Failures before a group is given up, over all its jobs."""
 WAIT_SECONDS = 60
 """Without workers, before the user hears what a trial waits for."""
 RESIZE_SECONDS = 60.0
 """Between two looks of an elastic group whether there is room for more workers."""
-
-
-class _Desk:
-    """Where leader and workers meet; an actor. Jobs are numbered from 1."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.job: Job | None = None
-        self.over = True
-        self.causes: dict[str, str] = {}
-        """Groups that took the job, by the identity that each start gives them, and why they failed."""
-        self.failures = self.workers = self.epoch = 0
-        """Since the last epoch of the job; of the group that took it last; finished."""
-        self.reports: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
-        self.word: asyncio.Future[bool] | None = None
-        self.changed = asyncio.Condition()
-
-    async def lay(self, job: Job) -> None:
-        """The leader's next job."""
-        async with self.changed:
-            self.number, self.job, self.over = self.number + 1, job, False
-            self.causes, self.reports, self.word = {}, asyncio.Queue(), None
-            self.failures = self.workers = self.epoch = 0
-            self.changed.notify_all()
-
-    async def take(self, done: int, name: str, workers: int, place: group.Place) -> tuple[int, Job]:
-        """The next job for a worker that has done those up to `done`; one that was begun too often is not given.
-
-        Args:
-            done: the number of a job.
-            name: of the worker's group.
-            workers: of the group.
-            place: what they occupy.
-        """
-        async with self.changed:
-            while True:
-                await self.changed.wait_for(lambda: self.number > done and not self.over)
-                assert self.job, "was waited for"
-                if name in self.causes:
-                    return self.number, self.job
-                # A group of another size is there because a node came or went: the job is not to blame.
-                self.failures += workers == self.workers
-                if self.failures <= RESTARTS:
-                    self.causes[name], self.workers = "a worker died", workers
-                    await self.reports.put({"workers": workers, "place": place})
-                    return self.number, self.job
-                self.over = True
-                await self.reports.put({"cause": [*self.causes.values()][-1]})
-
-    async def hand_in(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """An epoch, from the first worker; returns whether to go on."""
-        if number != self.number or self.over:
-            return False
-        if metrics["epoch"] > self.epoch:  # the one before comes again after each start
-            self.epoch, self.failures = metrics["epoch"], 0
-        self.word = asyncio.get_running_loop().create_future()
-        await self.reports.put(metrics)
-        return await self.word
-
-    async def done(self, number: int) -> None:
-        """A job came to its end."""
-        if number == self.number and not self.over:
-            self.over = True
-            await self.reports.put(None)
-
-    async def leave(self, number: int) -> None:
-        """A worker saved the job, and leaves: a node of its group is to be taken away. The next group goes on."""
-        if number == self.number and not self.over and self.workers:
-            self.workers = 0  # of no size, so that the next one is no failure
-            await self.reports.put({"left": True})
-
-    async def failing(self, number: int, group: str, why: str) -> None:
-        """Why a worker is about to fail; what the first says is the cause, the others only lose contact."""
-        if number == self.number and self.causes.get(group) == "a worker died":
-            self.causes[group] = why
-
-    async def read(self) -> Mapping[str, Any] | None:
-        """For the leader: who has begun, metrics, the cause of a failure, that they leave, or None at the end."""
-        return await self.reports.get()
-
-    async def answer(self, go_on: bool) -> None:
-        """The leader's word on the metrics that it read; or, whatever it read, that the job is over."""
-        self.over = self.over or not go_on
-        if self.word and not self.word.done():
-            self.word.set_result(go_on)
 
 
 class GroupGoneError(Exception):
@@ -128,7 +41,7 @@ class Group:
 
     def __init__(self, plan: Plan, ward: Any) -> None:
         self.plan, need = plan, plan.need
-        self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
+        self.desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=group.beside()).remote()
         strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if need.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
@@ -203,8 +116,25 @@ class Group:
         return self.place is not None and placement_group_table(self.place.bundles).get("state") == "CREATED"
 
 
+class _DeskGoneError(Exception):
+    """The leader has ended, and the desk with it."""
+
+
+def _told(answer: Any) -> Any:
+    """What the desk says."""
+    try:
+        return ray.get(answer)
+    except RayActorError:
+        raise _DeskGoneError from None
+
+
 def _serve(config: Mapping[str, Any]) -> None:
-    """What each worker of a group runs: job after job, without an end."""
+    """What each worker of a group runs: job after job, until the leader ends."""
+    with suppress(_DeskGoneError):  # no failure, for which Ray Train would take room for other workers
+        _work(config)
+
+
+def _work(config: Mapping[str, Any]) -> None:
     import torch
     from torch import distributed
 
@@ -220,22 +150,24 @@ def _serve(config: Mapping[str, Any]) -> None:
     own, place, workers = pulse.own(config["ward"]), group.place(), distributed.get_world_size()
     name, number = agreed(str(uuid4())), 0
     while True:
-        number, job = ray.get(desk.take.remote(number, name, workers, place))
+        number, job = _told(desk.take.remote(number, name, workers, place))
         try:
             with own.of(replace(job, attempt=name)), closing(epochs(job, own.beat)) as results:
                 for metrics in results:
                     with own.resting():
-                        go_on = agreed(ray.get(desk.hand_in.remote(number, metrics)) if first else None)
+                        go_on = agreed(_told(desk.hand_in.remote(number, metrics)) if first else None)
                     if not go_on:
                         break
         except LeftError:
-            ray.get(desk.leave.remote(number))
+            _told(desk.leave.remote(number))
             raise _taken_away() from None
+        except _DeskGoneError:
+            raise
         except Exception as error:
-            ray.get(desk.failing.remote(number, name, cause(error)))
+            _told(desk.failing.remote(number, name, cause(error)))
             raise
         if first:
-            ray.get(desk.done.remote(number))
+            _told(desk.done.remote(number))
 
 
 def _taken_away() -> RayActorError:
