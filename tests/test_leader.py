@@ -1,6 +1,7 @@
 """A group that does one job after another."""
 
 import pytest
+import ray
 
 from grainmill import leader, ward
 from grainmill.experiment import Resources
@@ -47,6 +48,7 @@ def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path
 
     assert not group.gone
     group.close()
+    ray.wait([group.end], timeout=60)
+    assert group.gone
     with pytest.raises(leader.GroupGoneError):
         train("closed")
-    assert group.gone
