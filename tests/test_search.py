@@ -33,7 +33,7 @@ def numbers(made, letters):
 
 def test_suggestion_is_the_whole_settings_of_a_trial(tmp_path):
     made = searcher(opened(tmp_path, base={"epochs": 7}))
-    expected = {"epochs": 7, "height": 0.5, "kind": "plain", "seed": 0}
+    expected = {"epochs": 7, "steps": 1, "height": 0.5, "kind": "plain", "seed": 0, "seconds": 0.0}
     assert made.suggest("a") == {"number": 0, "spec": expected}
 
 

@@ -63,8 +63,7 @@ class Machines:
     """A head that runs no training, and two machines of one CPU."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.open()
+        self.folder, self.head, self.workers = folder, str(uuid.uuid4()), []
 
     def open(self):
         """A new head, and new machines."""
@@ -169,8 +168,11 @@ class Storm:
 def machines():
     with tempfile.TemporaryDirectory() as folder:  # a path that sockets have room for
         made = Machines(folder)
-        yield made
-        made.close()
+        try:
+            made.open()
+            yield made
+        finally:
+            made.close()
 
 
 @pytest.mark.slow
