@@ -43,7 +43,7 @@ def seen(folder, settings):
         line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))  # Ray speaks there, too
     came, went = rounded(found["came"]), rounded(found["went"])
     told = [
         f"asked for {found['asked']} at once; nodes came at {came}, went at {went}, the end at {found['ended']:.1f}"
