@@ -280,7 +280,8 @@ def test_a_disk_that_is_too_small_is_told_with_its_folder(place, monkeypatch, tm
         write(kept.path, **STEP_1)
         kept.push()
     monkeypatch.setattr(vault.shutil, "disk_usage", lambda _: SimpleNamespace(free=2))
-    with pytest.raises(StorageError, match=rf"needs 0.00 GB free in {tmp_path}/work/\S+, got 0.00"):
+    copies = tmp_path / "work"
+    with pytest.raises(StorageError, match=rf"needs 0.00 GB free in {copies}/\S+, got 0.00"):
         seen_by_another(place)
 
 

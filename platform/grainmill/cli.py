@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from grainmill import catalog, champion, experiment, plan, runs, submit, use
-from grainmill.console import clear_errors, out, prepare_process, track, tracking_uri
+from grainmill.console import File, Overrides, clear_errors, out, prepare_process, track, tracking_uri
 from grainmill.errors import GrainmillError, hidden
 from grainmill.experiment import Experiment
 from grainmill.space import shown
@@ -35,13 +35,6 @@ app.command()(use.duplicates)
 app.command()(submit.submit)
 app.command()(plan.plan)
 
-File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."
-    ),
-]
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to use, such as auto; a local Ray is started by default.", envvar="RAY_ADDRESS"),

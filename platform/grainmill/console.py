@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import typer
@@ -23,6 +23,14 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 out = Console()
 err = Console(stderr=True)
 Item = TypeVar("Item")
+
+File = Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."
+    ),
+]
 
 
 def track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from grainmill import cluster, experiment
 from grainmill.checks import HOURS
 from grainmill.cluster import Cluster
-from grainmill.console import USAGE_ERROR, clear_errors, err, out
+from grainmill.console import USAGE_ERROR, File, Overrides, clear_errors, err, out
 from grainmill.errors import GrainmillError
 from grainmill.experiment import Experiment
 
@@ -29,7 +29,7 @@ Found = TypeVar("Found")
 
 
 def plan(
-    file: Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")],
+    file: File,
     on: Annotated[
         Path, typer.Option("--cluster", help="Of Ray's launcher, such as infra/aws/cluster.yaml, or a RayCluster.")
     ],
@@ -38,12 +38,7 @@ def plan(
         Path | None, typer.Option(metavar="FOLDER", help="An earlier run whose epochs took as long.")
     ] = None,
     boot: Annotated[float, typer.Option("--boot-minutes", min=0, help="Until a node works.")] = BOOT_MINUTES,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."
-        ),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Tell what tune will take of a cluster: trials at once, hours, node-hours, the price; start nothing.
 

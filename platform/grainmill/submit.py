@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grainmill import catalog, experiment
-from grainmill.console import FAILURE, INTERRUPTED, clear_errors, err, out, prepare_process
+from grainmill.console import FAILURE, INTERRUPTED, File, Overrides, clear_errors, err, out, prepare_process
 
 JOBS = "~/.cache/grainmill/jobs"
 """What was sent last under each submission id, so that the line that is printed can be run again."""
@@ -18,19 +18,14 @@ JOBS = "~/.cache/grainmill/jobs"
 
 def submit(
     verb: Annotated[Literal["tune", "train"], typer.Argument(help="What the job does.", metavar="tune|train")],
-    file: Annotated[Path, typer.Argument(help="Experiment file, YAML.", metavar="FILE")],
+    file: File,
     address: Annotated[
         str,
         typer.Option(
             help="Dashboard of the cluster's head, such as http://127.0.0.1:8265.", envvar="RAY_API_SERVER_ADDRESS"
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a setting of the file, such as base.epochs=20. Repeatable."
-        ),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Run tune or train as a job of a Ray cluster, and follow it; the code and the file travel, the data do not.
 

@@ -60,13 +60,7 @@ def fit(
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     training = Training(spec, dataset, device, beat)
-    if saved := checkpoint.latest(folder):
-        begun = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
-        if begun != (spec, list(dataset.classes)):
-            raise ValueError(
-                f"a run goes on with the settings and classes it began with, but {folder} holds others; use another"
-            )
-        training.restore(saved)
+    _restore(training, folder)
     with closing(checkpoint.Writer(folder)) as writer:
         save = writer.save if training.rank == 0 else _leave
         for epoch in range(training.epoch, spec.epochs):
@@ -84,6 +78,17 @@ def fit(
                 return
             writer.wait()
             yield EpochResult(epoch + 1, metrics | own, variants)
+
+
+def _restore(training: Training, folder: Path) -> None:
+    """Go on from the newest intact checkpoint, if there is one."""
+    if saved := checkpoint.latest(folder):
+        begun = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
+        if begun != (training.spec, list(training.dataset.classes)):
+            raise ValueError(
+                f"a run goes on with the settings and classes it began with, but {folder} holds others; use another"
+            )
+        training.restore(saved)
 
 
 def _leave(_: checkpoint.Checkpoint) -> None:
