@@ -19,13 +19,10 @@ def chosen(monkeypatch):
     """What `choose` makes of the variables, on a node of an address."""
 
     def choose(address, **given):
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(os, "environ", given)
         monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
         network.choose()
-        return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
+        return given.get("GLOO_SOCKET_IFNAME"), given.get("NCCL_SOCKET_IFNAME")
 
     return choose
 
