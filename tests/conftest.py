@@ -24,6 +24,12 @@ from multigrain.demo import write_builtin
 TESTS = Path(__file__).parent
 
 
+def free_port():
+    """Of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def pytest_runtest_setup():
     """What MLflow's set_tracking_uri left of another test is no user's: a command would take it for that."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -138,8 +144,7 @@ class Postgres:
         if os.geteuid() == 0:  # its server refuses to run as root
             self.user = ["runuser", "-u", "postgres", "--"]
             shutil.chown(folder, "postgres")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._call("initdb", "-D", folder / "data", "-A", "trust", "-U", "mill", "--no-sync")
         self.start()
 
@@ -181,8 +186,7 @@ class TrackingServer:
         self.start()
 
     def choose_port(self):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self, command=None, **environment):

@@ -1,7 +1,6 @@
 """The nodes of infra/aws/cluster.yaml as Ray's launcher makes them, on moto's EC2 and IAM; nothing logs in anywhere."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from conftest import free_port
 from launching import Launcher
 
 from grainmill.document import read_plain
@@ -20,8 +20,7 @@ FILE = Path(__file__).parents[1] / "infra" / "aws" / "cluster.yaml"
 @pytest.fixture
 def ec2(tmp_path, monkeypatch):
     """A client of an EC2 on this machine, of which everything here knows, and no other."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "moto",

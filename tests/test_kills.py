@@ -157,10 +157,10 @@ def test_search_whose_trials_mostly_fail_is_stopped_naming_the_cause(arena):
 
 
 NODE_DIES = """
-    import os, signal, socket, sys
+    import os, signal, sys
     from pathlib import Path
     import ray
-    from conftest import Memory, Umpire
+    from conftest import Memory, Umpire, free_port
     from ray.cluster_utils import Cluster
     from test_kills import Arena, once
 
@@ -171,8 +171,7 @@ NODE_DIES = """
         os.kill(raylet, signal.SIGKILL)
         return True
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]

@@ -12,18 +12,17 @@ from conftest import TESTS
 from test_cli import left_behind
 
 NODES = """
-    import os, signal, socket, sys, time
+    import os, signal, sys, time
     from pathlib import Path
     import ray
-    from conftest import Umpire
+    from conftest import Umpire, free_port
     from grainmill import leader, ward
     from grainmill.experiment import Resources
     from grainmill.worker import Job, Plan
     from ray.cluster_utils import Cluster
 
     folder, leader.RESIZE_SECONDS = Path(sys.argv[1]), 2.0
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port})
     for _ in range(3):
         cluster.add_node(num_cpus=2)

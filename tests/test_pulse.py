@@ -227,11 +227,11 @@ def arena(tmp_path, ray_cluster, umpire, watch):
 
 
 NOTICE = r"""
-    import os, socket, subprocess, sys, time
+    import os, subprocess, sys, time
     from datetime import UTC, datetime, timedelta
     from pathlib import Path
     import ray
-    from conftest import Memory, Umpire
+    from conftest import Memory, Umpire, free_port
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
@@ -265,8 +265,7 @@ NOTICE = r"""
         if name == "trial-0001" and rank == workers - 1 and step == 5:
             drain(pid)
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(workers + 1)]

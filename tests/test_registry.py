@@ -1,6 +1,5 @@
 import json
 import pickle
-import socket
 import sys
 from hashlib import sha256
 
@@ -8,6 +7,7 @@ import mlflow
 import pandas as pd
 import pytest
 import toy
+from conftest import free_port
 
 from grainmill import registry
 from grainmill.errors import TrackingError
@@ -202,8 +202,7 @@ def test_an_alias_of_a_version_that_is_gone_points_nowhere(stored):
 
 def test_a_registry_that_does_not_answer_is_named_without_its_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(TrackingError, match=f"registry at http://127.0.0.1:{port}") as caught:
         registry.fetch(f"http://me:hunter2@127.0.0.1:{port}", "models:/apples/1")
     assert "hunter2" not in str(caught.value)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import socket
 import threading
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import shades
 import yaml
+from conftest import free_port
 from PIL import Image
 from pydantic import ValidationError
 
@@ -47,8 +47,7 @@ def service(ray_cluster, tmp_path):
 
     tracker = Tracker(local_uri(tmp_path), "shades", tmp_path)
     shades.register(tracker, tmp_path / "1", 1)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     arguments = {"model": "models:/shades@champion", "tracking_uri": tracker.uri, "poll_seconds": 0.2}
     serve.run(service.application(arguments), name="champion", route_prefix="/")

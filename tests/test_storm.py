@@ -6,7 +6,6 @@ The machines are real Ray nodes on this one, each of processes of its own. What 
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,13 +13,12 @@ import threading
 import time
 import uuid
 from collections import Counter
-from pathlib import Path
 
 import mlflow
 import optuna
 import pytest
 import yaml
-from conftest import TESTS
+from machines import SEEN, TOKEN, Machines
 from test_cli import COMMAND, left_behind
 
 SEED = 7
@@ -29,83 +27,6 @@ GAP = (3, 5)
 """Epochs that are reached between two deeds, at least and at most."""
 EPOCHS = 4
 HEIGHTS = (0.125, 0.25, 0.375, 0.625)
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-SEEN = {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def processes(mark):
-    """Those with the mark in their environment."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                yield int(entry.name)
-        except OSError:
-            continue
-
-
-def crash(mark):
-    """As if a machine went off: all its processes, and what they start meanwhile."""
-    while found := list(processes(mark)):
-        for pid in found:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        left_behind(mark)
-
-
-class Machines:
-    """A head that runs no training, and two machines of one CPU."""
-
-    def __init__(self, folder):
-        self.folder, self.head, self.workers = folder, str(uuid.uuid4()), []
-
-    def open(self):
-        """A new head, and new machines."""
-        self.head, port = str(uuid.uuid4()), free_port()
-        self.address = f"127.0.0.1:{port}"
-        self._start(
-            *(self.head, "--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={self.folder}"),
-            *("--include-dashboard=true", f"--dashboard-port={free_port()}"),
-        )
-        self.workers = []
-        for _ in range(2):
-            self.add()
-
-    def add(self):
-        mark = str(uuid.uuid4())
-        self._start(mark, f"--address={self.address}", "--num-cpus=1")
-        self.workers.append(mark)
-
-    def lose(self, pid):
-        """The machine that a process runs on, for a new one."""
-        (mark,) = [mark for mark in self.workers if pid in processes(mark)]
-        self.workers.remove(mark)
-        crash(mark)
-        self.add()
-
-    def close(self):
-        for mark in (*self.workers, self.head):
-            crash(mark)
-
-    def _start(self, mark, *words):
-        environment = {**os.environ, **TOKEN, **SEEN, "GRAINMILL_TEST": mark}
-        command = [Path(sys.executable).with_name("ray"), "start", *words, "--dashboard-agent-listen-port=0"]
-        started = subprocess.run(
-            [*command, "--object-store-memory=100000000", "--disable-usage-stats"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert started.returncode == 0, started.stdout
 
 
 class Storm:
@@ -166,7 +87,7 @@ class Storm:
 
 @pytest.fixture
 def machines():
-    with tempfile.TemporaryDirectory() as folder:  # a path that sockets have room for
+    with tempfile.TemporaryDirectory() as folder:
         made = Machines(folder)
         try:
             made.open()
