@@ -54,7 +54,8 @@ def seen(folder, settings):
     told += [f"first trials at {rounded(starts[:wave])}, {epoch:.2f} seconds an epoch"]
     worker = NodeType("worker", {"CPU": settings["cpus"]}, settings["nodes"])
     on = Cluster(NodeType("head", {"CPU": 0}, 1), (worker,), settings["nodes"], settings["idle"])
-    pace = Pace(epoch, statistics.fmean(starts[:wave]))
+    boot = statistics.fmean(found["came"])
+    pace = Pace(epoch, boot, statistics.fmean(starts[:wave]) - boot)
     course = forecast.play(experiment_model(toy).model_validate(growing.content(settings)), on, pace, 0)
     comparisons = [("seconds of the search", end(found, "trial"), course.search)]
     if settings["seeds"]:

@@ -33,6 +33,8 @@ class Pace:
     """On the workers of a trial; the best are trained again at the same number of images per worker and second."""
     boot: float
     """Until a node works that was asked for."""
+    start: float
+    """Until the processes of a trial have begun, on nodes that work; those of one that has ended are used again."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class _Node:
     booting: float = 0.0
     leaving: float = 0.0
     busy: float = 0.0
-    """Seconds of its workers."""
+    """Seconds of its workers, the start of their processes included."""
 
 
 class _Fleet:
@@ -245,21 +247,24 @@ class _Running:
     places: list[_Node] = field(compare=False)
 
 
-def _play(work: _Work, fleet: _Fleet, need: Need, limit: int | None, epoch: float, now: float) -> float:
+def _play(work: _Work, fleet: _Fleet, need: Need, limit: int | None, pace: Pace, now: float) -> float:
     """Run trials, so many at once as there is room for, from `now` on; the time at which the last has ended."""
     fits, workers = room([node.type for node in fleet.nodes], need), fleet.workers(need)
     at_once = min(fits, limit or fits)
     running: list[_Running] = []
+    started = 0
     while True:
         while len(running) < at_once and (number := work.next()) is not None:
             began, places = fleet.take(workers, need.apart, now)
-            heapq.heappush(running, _Running(began + epoch, number, began, places))
+            start = pace.start if len(running) == started else 0.0
+            started = max(started, len(running) + 1)
+            heapq.heappush(running, _Running(began + start + pace.epoch, number, began, places))
         if not running:
             return now
         one = heapq.heappop(running)
         now = one.until
-        if work.goes_on(one.number, epoch * workers):
-            heapq.heappush(running, replace(one, until=now + epoch))
+        if work.goes_on(one.number, pace.epoch * workers):
+            heapq.heappush(running, replace(one, until=now + pace.epoch))
         else:
             fleet.give(one.places, one.began, now)
 
@@ -279,11 +284,11 @@ def play(experiment: Experiment, cluster: Cluster, pace: Pace, seed: int) -> Cou
     )
     fleet = _Fleet(cluster, bundle, pace.boot)
     search = _Search(experiment, bundle, random.Random(seed))
-    ended = _play(search, fleet, need, limit, pace.epoch, 0.0)
+    ended = _play(search, fleet, need, limit, pace, 0.0)
     best = min(experiment.winner.candidates, search.complete)
     rest = _Again(best * experiment.winner.seeds, experiment.base.epochs)
-    epoch = pace.epoch * fleet.workers(need) / fleet.workers(need_again)
-    last = _play(rest, fleet, need_again, limit, epoch, ended)
+    again = replace(pace, epoch=pace.epoch * fleet.workers(need) / fleet.workers(need_again))
+    last = _play(rest, fleet, need_again, limit, again, ended)
     gone = fleet.close(last)
     nodes: dict[str, float] = defaultdict(float)
     for node in fleet.nodes:

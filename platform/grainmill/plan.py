@@ -24,6 +24,8 @@ PLAYS = 20
 """Over which means and ranges are taken."""
 BOOT_MINUTES = 5.0
 """From asking for a node until it works: a machine, its image, Ray; not measured on any cloud."""
+START_SECONDS = 10.0
+"""Until the processes of a trial train on a node that works: Python, torch and the data; as the tests' take."""
 
 Found = TypeVar("Found")
 
@@ -69,7 +71,7 @@ def plan(
         assert epoch
         from grainmill import forecast
 
-        pace = forecast.Pace(epoch, 60 * boot)
+        pace = forecast.Pace(epoch, 60 * boot, START_SECONDS)
         courses = [forecast.play(checked, found, pace, seed) for seed in range(PLAYS)]
         _show(checked, found, courses, pace)
 
@@ -101,8 +103,9 @@ def _show(checked: Experiment, on: Cluster, courses: Sequence["Course"], pace: "
     _show_nodes(on, courses)
     shared = f"; on {again.most} workers proportionally" if again.most != need.most else ""
     _say(
-        f"taken for granted: {pace.epoch:g} seconds an epoch{shared}; {pace.boot / 60:g} minutes until a node works; "
-        f"{on.idle_seconds / 60:g} minutes without work until it goes; no node is lost, none is there at the start"
+        f"taken for granted: {pace.epoch:g} seconds an epoch{shared}; {pace.boot / 60:g} minutes until a node works, "
+        f"{pace.start:g} seconds until its processes do; {on.idle_seconds / 60:g} minutes without work until it goes; "
+        "no node is lost, none is there at the start"
     )
 
 

@@ -52,7 +52,7 @@ def ratios(
     world = Clocked(seed, epochs)
     finished = curves.play(world, Ours(world, objectives, trials, **search), WORKERS, float("inf"))
     checked = experiment(objectives, epochs, trials=trials, **search)
-    pace = Pace(statistics.fmean(world.lengths), 0)
+    pace = Pace(statistics.fmean(world.lengths), 0, 0)
     plays = [forecast.play(checked, ON, pace, seed) for seed in range(PLAYS)]
     came = max(one.seconds for one in finished) / WORKERS
     return {
