@@ -175,13 +175,12 @@ def test_password_in_the_address_of_the_server_is_nowhere_to_be_seen(file, tmp_p
 
 
 def test_a_user_and_a_password_go_where_mlflow_reads_them(monkeypatch):
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss@host:5000/path")
+    variables = {"MLFLOW_TRACKING_URI": "https://me:p%40ss@host:5000/path"}
+    monkeypatch.setattr(os, "environ", variables)
     assert console.tracking_uri() == "https://host:5000/path"
-    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
+    assert (variables["MLFLOW_TRACKING_USERNAME"], variables["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
+    assert "MLFLOW_TRACKING_URI" not in variables  # where what is started from here would see them
     assert console.tracking_uri("http://other", "runs") == "http://other"
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert console.tracking_uri(storage="/runs") == "sqlite:////runs/mlflow.db"
 
 
