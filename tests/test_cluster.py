@@ -127,6 +127,24 @@ def test_kuberays_object_is_read():
     assert (found.most, found.idle_seconds) == (8, 300.0)
 
 
+def test_kuberays_object_that_does_not_grow_has_the_nodes_that_it_names(tmp_path):
+    tree = yaml.safe_load((INFRA / "kuberay" / "cluster.yaml").read_text())
+    del tree["spec"]["enableInTreeAutoscaling"]
+    tree["spec"]["workerGroupSpecs"][0]["replicas"] = 3
+    found = cluster.parse("fixed", tree)
+    assert found.types == (NodeType("gpu", {"CPU": 8.0, "GPU": 1.0}, 3, 3),)
+    assert found.most == 3
+
+
+def test_kuberays_group_without_a_limit_has_one():
+    tree = yaml.safe_load((INFRA / "kuberay" / "cluster.yaml").read_text())
+    for limit in (None, 2147483647):  # as written, and as Kubernetes tells what is not
+        group = tree["spec"]["workerGroupSpecs"][0]
+        group.pop("maxReplicas", None)
+        group |= {} if limit is None else {"maxReplicas": limit}
+        assert cluster.parse("unlimited", tree).types[0].most == 1000
+
+
 def written(folder, **changes):
     tree = {
         "available_node_types": {"head": {"resources": {"CPU": 1}}, "worker": {"resources": {"CPU": 2}}},

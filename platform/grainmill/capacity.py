@@ -1,10 +1,12 @@
 """How many trials the Ray cluster holds at once: when it has grown, if it grows by itself, else as it is."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import ray
+from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 
 from grainmill import cluster
 from grainmill.cluster import Cluster, NodeType
@@ -48,10 +50,16 @@ def present() -> list[NodeType]:
 def possible() -> Cluster | None:
     """What this cluster can become; None if it does not grow, or if that cannot be told from here.
 
-    Ray has a table of node types for its drivers (`get_cluster_config`), but leaves it empty as of 2.60. So the file is
-    read with which the autoscaler of this cluster was started on the head, where jobs run: that of `ray up`. KubeRay's
-    autoscaler runs beside the head, and its file is not to be seen from there.
+    Ray has a table of node types for its drivers (`get_cluster_config`), but leaves it empty as of 2.60. So what its
+    autoscaler reads is read: the file of `ray up`, or KubeRay's object. Both can be seen on the head, where jobs run.
     """
+    with suppress(ExperimentError):  # Ray takes more than we understand
+        return _launched() or _kubernetes()
+    return None
+
+
+def _launched() -> Cluster | None:
+    """By the file with which the autoscaler of this cluster was started on this machine."""
     address = ray.get_runtime_context().gcs_address
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -60,6 +68,17 @@ def possible() -> Cluster | None:
             continue
         if f"--gcs-address={address}" in words and any(Path(word).name == MONITOR for word in words):
             files = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
-            with suppress(ExperimentError):  # Ray takes more than we understand
-                return cluster.read(Path(files[0]).expanduser()) if files and files[0] else None
+            return cluster.read(Path(files[0]).expanduser()) if files and files[0] else None
     return None
+
+
+def _kubernetes() -> Cluster | None:
+    """By the RayCluster to which this pod belongs; its head may read it, for its autoscaler runs there."""
+    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")  # KubeRay sets them
+    if not (name and namespace):
+        return None
+    try:
+        found = KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
+    except OSError:  # no token of Kubernetes, no answer, no right
+        return None
+    return cluster.parse(name, found)

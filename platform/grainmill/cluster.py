@@ -13,6 +13,9 @@ from grainmill.document import read_plain
 from grainmill.errors import ExperimentError, Problem, ResourceError
 from grainmill.findings import describe, errors
 
+NODES = 1000
+"""Of a type where the file has no limit, or one beyond that: KubeRay's own default is 2147483647."""
+
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 
@@ -200,12 +203,13 @@ class _Template(_Part):
 
 class _Group(_Part):
     groupName: str = "head"  # noqa: N815  # Kubernetes writes it so, and what follows
+    replicas: Count = 0
     minReplicas: Count = 0  # noqa: N815
-    maxReplicas: Count = 1  # noqa: N815
+    maxReplicas: Count = NODES  # noqa: N815
     rayStartParams: dict[str, str] = {}  # noqa: N815
     template: _Template
 
-    def made(self) -> NodeType:
+    def made(self, most: int, least: int) -> NodeType:
         """Its resources as KubeRay gives them to Ray: what Ray is told at the start, else the pod's limits."""
         asked = self.template.spec.containers[0].resources
         pod = {**asked.get("requests", {}), **asked.get("limits", {})}
@@ -214,7 +218,7 @@ class _Group(_Part):
             resources["GPU"] = gpus
         told = {"CPU": self.rayStartParams.get("num-cpus"), "GPU": self.rayStartParams.get("num-gpus")}
         resources |= {name: float(amount) for name, amount in told.items() if amount is not None}
-        return NodeType(self.groupName, resources, self.maxReplicas, self.minReplicas)
+        return NodeType(self.groupName, resources, most, least)
 
 
 class _AutoscalerOptions(_Part):
@@ -222,6 +226,7 @@ class _AutoscalerOptions(_Part):
 
 
 class _RayClusterSpec(_Part):
+    enableInTreeAutoscaling: bool = False  # noqa: N815
     autoscalerOptions: _AutoscalerOptions = _AutoscalerOptions()  # noqa: N815
     headGroupSpec: _Group  # noqa: N815
     workerGroupSpecs: list[_Group] = []  # noqa: N815
@@ -234,9 +239,14 @@ class _RayCluster(_Part):
     spec: _RayClusterSpec
 
     def cluster(self) -> Cluster:
-        types = tuple(group.made() for group in self.spec.workerGroupSpecs)
+        types = tuple(
+            group.made(min(group.maxReplicas, NODES), group.minReplicas)
+            if self.spec.enableInTreeAutoscaling
+            else group.made(group.replicas, group.replicas)
+            for group in self.spec.workerGroupSpecs
+        )
         idle = self.spec.autoscalerOptions.idleTimeoutSeconds
-        return Cluster(self.spec.headGroupSpec.made(), types, sum(one.most for one in types), idle)
+        return Cluster(self.spec.headGroupSpec.made(1, 0), types, sum(one.most for one in types), idle)
 
 
 def _quantity(text: str | float) -> float:
@@ -251,12 +261,20 @@ def read(file: Path) -> Cluster:
     Raises:
         ExperimentError: with all problems found.
     """
-    tree = read_plain(file)
+    return parse(str(file), read_plain(file))
+
+
+def parse(name: str, tree: object) -> Cluster:
+    """What the content of a cluster file says, or the object that Kubernetes made of it; `name` is for errors.
+
+    Raises:
+        ExperimentError: with all problems found.
+    """
     model: type[_Launcher] | type[_RayCluster] = _RayCluster if isinstance(tree, dict) and "kind" in tree else _Launcher
     try:
         return model.model_validate(tree).cluster()
     except ValidationError as error:
-        raise ExperimentError(str(file), list(_problems(model, error))) from error
+        raise ExperimentError(name, list(_problems(model, error))) from error
 
 
 def _problems(model: type[BaseModel], error: ValidationError) -> Iterator[Problem]:
