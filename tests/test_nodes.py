@@ -4,12 +4,11 @@ import os
 import subprocess
 import sys
 import textwrap
-import uuid
 
 import hosts
 import pytest
 from conftest import TESTS
-from test_cli import left_behind
+from test_kills import run_whole
 
 NODES = """
     import os, signal, sys, time
@@ -116,12 +115,7 @@ NODES = """
 
 @pytest.mark.slow
 def test_workers_are_where_they_should_and_go_on_when_nodes_die_and_come(tmp_path):
-    mark = str(uuid.uuid4())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "GRAINMILL_TEST": mark}
-    command = [sys.executable, "-c", textwrap.dedent(NODES), str(tmp_path)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert found.stdout.endswith("nothing lost\n"), found.stdout + found.stderr
-    assert left_behind(mark) == []
+    run_whole(NODES, tmp_path)
 
 
 HOSTS = """

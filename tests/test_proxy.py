@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from PIL import Image
+from test_evaluate import slow_average_precision
 from torch import nn
 
 from multigrain import proxy
@@ -22,16 +23,6 @@ GRID = (3.0, 1.0)
 def network_of(p):
     torch.manual_seed(3)
     return MultiGrain("narrow", 8, p).eval()
-
-
-def slow_average_precision(scores, positive):
-    order = sorted(range(len(scores)), key=lambda item: (-scores[item], positive[item]))
-    found, total = 0, 0.0
-    for rank, item in enumerate(order):
-        if positive[item]:
-            total += (found / rank if rank else 1.0) / 2 + (found + 1) / (rank + 1) / 2
-            found += 1
-    return total / found
 
 
 def slow(data, chosen, settings, size, p, copies, seed):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_fit import merged
 from torch import distributed, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,12 +31,6 @@ CPU = torch.device("cpu")
 WORLDS = (2, 4, 8)
 VIEWS = 32
 """In one step: 16 of the 26 images, so that each of eight ranks has two with their copies."""
-
-
-def merged(settings, changes):
-    for group, values in changes.items():
-        settings[group] = {**settings.get(group, {}), **values} if isinstance(values, dict) else values
-    return settings
 
 
 def spec(**changes):
