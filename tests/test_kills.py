@@ -215,11 +215,11 @@ NO_DASHBOARD = """
 """Two searches, one after the other, each with a group that needs all CPUs: the first one's must be free again."""
 
 
-def run_whole(script, folder):
+def run_whole(script, folder, *words):
     """A script that says at its end that nothing is lost, in a process of its own that leaves none behind."""
     mark = str(uuid.uuid4())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "GRAINMILL_TEST": mark}
-    command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder), *map(str, words)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
     assert found.stdout.endswith("nothing lost\n"), found.stdout + found.stderr
     assert left_behind(mark) == []

@@ -11,12 +11,9 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 
 import pytest
-from conftest import TESTS
-from test_cli import left_behind
-from test_kills import Arena, once
+from test_kills import Arena, once, run_whole
 
 from grainmill import pulse, ward
 from grainmill.worker import Job
@@ -239,7 +236,7 @@ NOTICE = r"""
     from test_notice import SCRIPT, Metadata
     from grainmill import trials
 
-    workers, folder = int(sys.argv[1]), Path(sys.argv[2])
+    folder, workers = Path(sys.argv[1]), int(sys.argv[2])
     trials.RESTARTS = 0  # to leave a node is no failure
 
     def raylet(pid):
@@ -299,12 +296,7 @@ NOTICE = r"""
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2], ids=["alone", "group"])
 def test_training_leaves_a_node_that_is_to_be_taken_away_and_repeats_no_step(tmp_path, workers):
-    mark = str(uuid.uuid4())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "GRAINMILL_TEST": mark}
-    command = [sys.executable, "-c", textwrap.dedent(NOTICE), str(workers), str(tmp_path)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert found.stdout.endswith("nothing lost\n"), found.stdout + found.stderr
-    assert left_behind(mark) == []
+    run_whole(NOTICE, tmp_path, workers)
 
 
 @pytest.mark.slow
