@@ -13,8 +13,8 @@ from grainmill.worker import Plan
 
 
 @pytest.fixture
-def at_work(tmp_path, watch, monkeypatch):
-    """A function that lets seconds go by, and has a trial of two to four workers, two CPUs each, say something."""
+def group(tmp_path, watch, monkeypatch):
+    """A trial of two to four workers, two CPUs each, and its clerk; `say`: some seconds later it says something."""
     content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}}
     study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
     trial = SimpleNamespace(config={"number": study.ask().number})
@@ -30,15 +30,36 @@ def at_work(tmp_path, watch, monkeypatch):
         assert made.goes_on(trial, message)
         return made._cost(0)["cpu_seconds"]
 
-    return say
+    return SimpleNamespace(say=say, clerk=made, study=study, trial=trial)
 
 
-def test_trial_costs_what_really_worked_for_it(at_work, watch):
-    assert at_work(10, workers=4, place=None) == 10 * 2 * 2  # until then, room was kept for two
-    assert at_work(5, workers=3, place=None) == 40 + 5 * 4 * 2
-    assert at_work(60, waiting="for a node") == 80 + 60 * 3 * 2
-    assert at_work(600, workers=2, place=None) == 440  # nothing worked meanwhile
-    epoch = {"reported": ["epoch", "score"], "variants": "{}", "epoch": 1, "score": 0.5}
-    assert at_work(1, **epoch) == 440 + 1 * 2 * 2
+EPOCH = {"reported": ["epoch", "score"], "variants": "{}", "epoch": 1, "score": 0.5}
+
+
+def test_trial_costs_what_really_worked_for_it(group, watch):
+    assert group.say(10, workers=4, place=None) == 10 * 2 * 2  # until then, room was kept for two
+    assert group.say(5, workers=3, place=None) == 40 + 5 * 4 * 2
+    assert group.say(60, waiting="for a node") == 80 + 60 * 3 * 2
+    assert group.say(600, workers=2, place=None) == 440  # nothing worked meanwhile
+    assert group.say(1, **EPOCH) == 440 + 1 * 2 * 2
     notes = [f"trial-0000: {count} of up to 4 workers" for count in (4, 3, 2)]
-    assert watch.notes == [*notes[:2], "for a node", notes[2]]
+    again = "trial-0000: its workers began again in epoch 1; goes on from its last checkpoint"
+    assert watch.notes == [*notes[:2], again, "for a node", notes[2], again]
+
+
+def test_what_cut_a_group_short_is_told_once_each_time(group, watch):
+    group.say(1, workers=4, place=None)
+    group.say(1, **EPOCH)
+    group.say(1, left=True)
+    group.say(1, workers=4, place=None)
+    group.say(1, workers=4, place=None)
+    group.clerk.on_trial_start(0, [], group.trial)  # by Tune, after the leader has died
+    group.say(1, workers=4, place=None)
+    # That a trial pauses and goes on is none.
+    group.study.note(0, "paused", True)
+    group.clerk.on_trial_complete(0, [], group.trial)
+    group.study.note(0, "paused", False)
+    group.clerk.on_trial_start(0, [], group.trial)
+    group.say(1, workers=4, place=None)
+    why = ["its node was taken away", "its workers began again", "its process died"]
+    assert group.study.record(0).interruptions == tuple(f"in epoch 2: {one}" for one in why)

@@ -95,7 +95,8 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 0), kill)
     records = arena.run(arena.grid([0.25, 0.75]), concurrent=1)
     arena.check(records, [0.25, 0.75], ["trial-0001 3"])
-    assert "trial-0001: its process died; goes on from its last checkpoint" in arena.watch.notes
+    assert "trial-0001: its process died in epoch 3; goes on from its last checkpoint" in arena.watch.notes
+    assert [record.interruptions for record in records][:2] == [(), ("in epoch 3: its process died",)]
 
 
 @pytest.mark.slow
@@ -103,11 +104,17 @@ def test_group_that_loses_a_worker_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 1), kill)
     records = arena.run(arena.grid([0.25]), workers=2)
     arena.check(records, [0.25], ["trial-0001 3"])
+    assert "trial-0001: its workers began again in epoch 3; goes on from its last checkpoint" in arena.watch.notes
+    assert [record.interruptions for record in records] == [(), ("in epoch 3: its workers began again",)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["ImplicitFunc", "TrainController"], ids=["leader", "controller"])
-def test_group_that_loses_its_head_goes_on_from_its_checkpoint(arena, who):
+@pytest.mark.parametrize(
+    ("who", "why"),
+    [("ImplicitFunc", "its process died"), ("TrainController", "its workers began again")],
+    ids=["leader", "controller"],
+)
+def test_group_that_loses_its_head_goes_on_from_its_checkpoint(arena, who, why):
     from ray.util.state import list_actors
 
     def behead(pid):
@@ -120,6 +127,7 @@ def test_group_that_loses_its_head_goes_on_from_its_checkpoint(arena, who):
     arena.umpire.rule = once(("trial-0001", 3, 0), behead)
     records = arena.run(arena.grid([0.25]), workers=2)
     arena.check(records, [0.25], ["trial-0001 3"])
+    assert [record.interruptions for record in records] == [(), (f"in epoch 3: {why}",)]
 
 
 @pytest.mark.slow

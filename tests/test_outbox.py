@@ -35,6 +35,8 @@ def live(study, box, deed=lambda: None):
             study.report(number, {"epoch": epoch, "score": 10.0 * number + epoch})
             box.put(study.record(number), works=True)
             deed()
+    study.interrupt(0, "its process died")
+    study.interrupt(0, "the command ended")
     study.close(0, failed=False)
     study.note(1, "cause", "it broke")
     study.close(1, failed=True)
@@ -43,7 +45,14 @@ def live(study, box, deed=lambda: None):
 
 
 EXPECTED = {
-    "trial-0000": ("FINISHED", {"state": "complete at epoch 2"}, [(1, 1.0), (2, 2.0)]),
+    "trial-0000": (
+        "FINISHED",
+        {
+            "state": "complete at epoch 2",
+            "interruptions": "in epoch 3: its process died; in epoch 3: the command ended",
+        },
+        [(1, 1.0), (2, 2.0)],
+    ),
     "trial-0001": ("FAILED", {"state": "failed at epoch 1", "cause": "it broke"}, [(1, 11.0)]),
     "trial-0002": ("KILLED", {"state": "running"}, []),
 }
@@ -58,7 +67,7 @@ def told(client, experiment_id, parent, study):
         number = int(run.info.run_name[-4:])
         assert float(run.data.params["height"]) == study.record(number).setting["height"]
         assert tuple(metric.timestamp for metric in history) == study.record(number).times
-        tags = {key: run.data.tags[key] for key in ("state", "cause") if key in run.data.tags}
+        tags = {key: run.data.tags[key] for key in ("state", "cause", "interruptions") if key in run.data.tags}
         found[run.info.run_name] = run.info.status, tags, [(metric.step, metric.value) for metric in history]
     assert len(found) == len(runs)
     return found

@@ -276,6 +276,7 @@ NOTICE = r"""
     records = arena.run(arena.grid([0.25, 0.75], base={"steps": 3}), workers=workers, concurrent=1)
     arena.check(records, [0.25, 0.75], steps=3)
     assert "trial-0001: its node is to be taken away; saved in epoch 2, goes on elsewhere" in watch.notes, watch.notes
+    assert [record.interruptions for record in records] == [(), ("in epoch 2: its node was taken away",), ()]
     last = workers - 1
     (before,) = {pid for name, step, rank, pid in umpire.heard if (name, step, rank) == ("trial-0001", 5, last)}
     after = {pid for name, step, _, pid in umpire.heard if name == "trial-0001" and step > 5}

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import toy
 
@@ -71,6 +72,17 @@ def test_settings_stand_below_their_names_whatever_order_they_were_drawn_in():
 def test_trial_that_failed_before_its_first_epoch_has_no_figures():
     made = page(trials=[*TRIALS, record(4, "failed", epochs=0, cause="gone", cpu=0.0)])
     assert ["4", "failed: gone", "0", "", "0", "0", "0.5"] in rows(made)
+
+
+def test_trials_that_were_interrupted_say_where_and_why():
+    where = ("in epoch 2: its process died", "in epoch 4: its node was taken away")
+    cut = replace(TRIALS[0], interruptions=where), replace(record(4, "failed", cause="gone"), interruptions=where[:1])
+    made = page(trials=[*cut, *TRIALS[1:]])
+    assert [row[1] for row in rows(made) if row[0] in ("0", "4") and len(row) == 7] == [
+        "complete; interrupted in epoch 2: its process died; interrupted in epoch 4: its node was taken away",
+        "failed: gone; interrupted in epoch 2: its process died",
+    ]
+    assert "5 trials: 2 complete, 1 stopped, 2 failed; 2 of them interrupted" in made
 
 
 def test_trial_outside_the_constraints_says_so():

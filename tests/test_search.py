@@ -48,8 +48,10 @@ def test_reopened_study_hands_out_what_was_running_first_under_the_same_number(t
     first = made.suggest("a")
     assert first["number"] == 1
     assert first["spec"]["height"] == before.record(1).setting["height"]
+    assert before.record(1).interruptions == ("in epoch 2: the command ended",)
     assert numbers(made, "bcd") == [2, 3, 4]
     assert made.suggest("e") == Searcher.FINISHED
+    assert [record.interruptions for record in before.records if record.number != 1] == [(), (), (), ()]
 
 
 def test_study_whose_trials_all_ended_is_finished(tmp_path):

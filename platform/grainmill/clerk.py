@@ -77,6 +77,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.ended_well = 0
         self.places: dict[int, group.Place] = {}
         """What the workers of a trial's group occupy."""
+        self.at_work: set[int] = set()
+        """Trials whose group works."""
         self.left: set[int] = set()
         """Trials that left a node, and are to begin again elsewhere."""
         self.busy_at = time.monotonic()
@@ -96,7 +98,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if number in self.began:  # Tune began it again
             self._vacate(number)
             if number not in self.left:
-                self.watch.note(f"{self.plan.name(number)}: its process died; goes on from its last checkpoint")
+                self._interrupted(number, "its process died")
             self.left.discard(number)
             return
         self.began[number] = time.monotonic(), self.study.record(number).cost, self.plan.need.fewest
@@ -108,7 +110,6 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         number = trial.config["number"]
         if "reported" not in result:
             return self._hear(number, result)
-        self.left.discard(number)
         self.costs[number] = self._cost(number)
         metrics = {name: float(result[name]) for name in result["reported"]} | self.costs[number]
         if variants := json.loads(result["variants"]):
@@ -137,12 +138,17 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self._work(number, result.get("workers", 0))
         if "left" in result:
             self.left.add(number)
-            epoch = len(self.study.record(number).history) + 1
+            self.at_work.discard(number)
+            epoch = self.study.interrupt(number, "its node was taken away")
             name = self.plan.name(number)
             self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
         elif "waiting" in result:
             self.watch.note(result["waiting"])
         else:
+            if number in self.at_work:
+                self._interrupted(number, "its workers began again")
+            self.at_work.add(number)
+            self.left.discard(number)
             self.places[number] = result["place"]
         return True
 
@@ -175,6 +181,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.costs[number] = self._cost(number)
         self.study.note(number, "cost", self.costs[number])
         self.began.pop(number)
+        self.at_work.discard(number)
         record = self.study.record(number)
         if record.state != "paused":
             self.study.close(number, failed=record.cause is not None)
@@ -223,8 +230,13 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if workers and workers != before and need.fewest < need.most:
             self.watch.note(f"{self.plan.name(number)}: {workers} of up to {need.most} workers")
 
+    def _interrupted(self, number: int, why: str) -> None:
+        epoch = self.study.interrupt(number, why)
+        self.watch.note(f"{self.plan.name(number)}: {why} in epoch {epoch}; goes on from its last checkpoint")
+
     def _vacate(self, number: int) -> None:
         """Free what workers without a leader occupy."""
+        self.at_work.discard(number)
         if place := self.places.pop(number, None):
             group.vacate(place)
 

@@ -205,10 +205,10 @@ def _status(record: Record, works: bool) -> Status:
 
 
 def _tags(record: Record) -> dict[str, str]:
-    if record.state == "running":
-        return {"state": "running"}
+    at = "" if record.state == "running" else f" at epoch {record.metrics.get('epoch', 0):g}"
+    interruptions = {"interruptions": "; ".join(record.interruptions)} if record.interruptions else {}
     cause = {"cause": record.cause} if record.cause else {}
-    return {"state": f"{record.state} at epoch {record.metrics.get('epoch', 0):g}", **cause}
+    return {"state": f"{record.state}{at}", **interruptions, **cause}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -104,7 +104,9 @@ def counted(records: Sequence[Record]) -> str:
     """How many trials ended how, in words."""
     counts = {state: sum(record.state == state for record in records) for state in ("complete", "stopped", "failed")}
     plural = "trial" if len(records) == 1 else "trials"
-    return f"{len(records)} {plural}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    ended = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    interrupted = sum(bool(record.interruptions) for record in records)
+    return f"{len(records)} {plural}: {ended}" + f"; {interrupted} of them interrupted" * (interrupted > 0)
 
 
 def comparison(experiment: Experiment, records: Sequence[Record], chosen: Candidate) -> Table:
@@ -282,8 +284,9 @@ def _trials(experiment: Experiment, records: Sequence[Record], best: Record) -> 
 
 
 def _state(experiment: Experiment, record: Record) -> str:
-    """How a trial ended, with the cause of a failure."""
+    """How a trial ended, with the cause of a failure, and where it was cut short before."""
+    interrupted = "".join(f"; interrupted {where}" for where in record.interruptions)
     if record.cause:
-        return f"{record.state}: {record.cause}"
+        return f"{record.state}: {record.cause}{interrupted}"
     outside = record.state == "complete" and any(experiment.missed(record.metrics))
-    return record.state + ", outside the constraints" * outside
+    return record.state + ", outside the constraints" * outside + interrupted

@@ -45,6 +45,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED
         if self._left_running:
             record = self._left_running.pop(0)
+            self.study.interrupt(record.number, "the command ended")
         elif promoted := self.halving.promoted(self._paused()):
             self.study.note(promoted.number, "paused", False)
             record = promoted

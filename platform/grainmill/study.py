@@ -59,6 +59,8 @@ class Record:
     """Metrics of the trained network at other evaluation settings, by name; they cost no training."""
     cost: Mapping[str, float]
     """`cpu_seconds` and `gpu_seconds`, over all times that it ran."""
+    interruptions: tuple[str, ...] = ()
+    """Where and why it was cut short, such as `in epoch 3: its process died`; it began again at its last checkpoint."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -181,6 +183,13 @@ class Study:
         """Keep something with a trial: `cause`, `variants`, `cost`, whether it is `paused`."""
         self._trial(number).set_user_attr(key, value)
 
+    def interrupt(self, number: int, why: str) -> int:
+        """Take down that a trial begins again at its last checkpoint; the epoch in which it was cut short."""
+        record = self.record(number)
+        epoch = int(record.metrics.get("epoch", 0)) + 1
+        self.note(number, "interruptions", [*record.interruptions, f"in epoch {epoch}: {why}"])
+        return epoch
+
     @_patient
     def report(self, number: int, metrics: Mapping[str, float]) -> bool:
         """Take down an epoch's metrics; False if that epoch is known already, as it is after a resume."""
@@ -297,4 +306,5 @@ def _record(trial: FrozenTrial) -> Record:
     reported = {name: history[-1][name] for name in COSTS if history and name in history[-1]}
     cost = max(kept.get("cost", {}), reported, key=lambda cost: sum(cost.values()))
     why, variants = kept.get("cause"), kept.get("variants", {})
-    return Record(trial.number, state, kept["setting"], history, tuple(row["at"] for row in rows), why, variants, cost)
+    times, interruptions = tuple(row["at"] for row in rows), tuple(kept.get("interruptions", ()))
+    return Record(trial.number, state, kept["setting"], history, times, why, variants, cost, interruptions)
