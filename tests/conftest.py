@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 # Before the libraries are imported: nothing leaves this machine, and only our own output is printed.
@@ -205,8 +206,15 @@ class TrackingServer:
                 break
         else:
             raise AssertionError("".join(self.said))
+        while not self._listens():  # several workers say so before the first of them does
+            assert self.process.poll() is None, self.said
+            time.sleep(0.05)
         self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr))  # or its pipe fills up
         self._reader.start()
+
+    def _listens(self):
+        with socket.socket() as line:
+            return line.connect_ex(("127.0.0.1", self.port)) == 0
 
     def send(self, number):
         os.killpg(self.process.pid, number)
