@@ -22,6 +22,8 @@ def group(tmp_path, watch, monkeypatch):
     outbox, listener = SimpleNamespace(put=lambda _, works: works), SimpleNamespace(heard=lambda: None)
     now = [1000.0]
     monkeypatch.setattr(clerk, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    released = []
+    monkeypatch.setattr(clerk.group, "release", lambda: released.append(now[0]))
     made = clerk.Clerk(plan, study, Halving(study.experiment, ()), outbox, watch, listener)
     made.on_trial_start(0, [], trial)
 
@@ -30,7 +32,7 @@ def group(tmp_path, watch, monkeypatch):
         assert made.goes_on(trial, message)
         return made._cost(0)["cpu_seconds"]
 
-    return SimpleNamespace(say=say, clerk=made, study=study, trial=trial)
+    return SimpleNamespace(say=say, clerk=made, study=study, trial=trial, released=released)
 
 
 EPOCH = {"reported": ["epoch", "score"], "variants": "{}", "epoch": 1, "score": 0.5}
@@ -40,6 +42,7 @@ def test_trial_costs_what_really_worked_for_it(group, watch):
     assert group.say(10, workers=4, place=None) == 10 * 2 * 2  # until then, room was kept for two
     assert group.say(5, workers=3, place=None) == 40 + 5 * 4 * 2
     assert group.say(60, waiting="for a node") == 80 + 60 * 3 * 2
+    assert group.released == [1075.0]  # where it waits, room that the dead have taken is given back
     assert group.say(600, workers=2, place=None) == 440  # nothing worked meanwhile
     assert group.say(1, **EPOCH) == 440 + 1 * 2 * 2
     notes = [f"trial-0000: {count} of up to 4 workers" for count in (4, 3, 2)]

@@ -1,6 +1,7 @@
 """Trials of the toy on real Ray: alone in a process, and as a group of two."""
 
 import http.server
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import ray
 import toy
+from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from grainmill import capacity, group, trials
+from grainmill import capacity, clerk, group, trials
 from grainmill.errors import ResourceError
 from grainmill.experiment import Resources, experiment_model
 from grainmill.study import Study
@@ -65,6 +68,54 @@ HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
 @pytest.fixture
 def bench(tmp_path, tracker, watch):
     return Bench(tmp_path, tracker, watch)
+
+
+class Taker:
+    """Takes room, as Ray Train's controllers do."""
+
+    def take(self, cpus):
+        taken = placement_group([{"CPU": cpus}])
+        ray.get(taken.ready())
+        return taken
+
+    def die(self):
+        os._exit(0)
+
+
+def taker(cpus):
+    """One, and what it has taken."""
+    made = ray.remote(Taker).options(num_cpus=0).remote()
+    return made, ray.get(made.take.remote(cpus))
+
+
+def died(actor):
+    with pytest.raises(RayActorError):
+        ray.get(actor.die.remote())
+
+
+def test_room_that_the_dead_have_taken_is_given_back_and_no_other():
+    (dead, of_the_dead), (alive, of_the_living) = taker(0.5), taker(0.5)
+    own = placement_group([{"CPU": 0.5}])
+    ray.get(own.ready())
+
+    def states():
+        return [placement_group_table(one)["state"] for one in (of_the_dead, of_the_living, own)]
+
+    died(dead)
+    assert states() == ["CREATED"] * 3  # Ray keeps it
+    group.release()
+    assert states() == ["REMOVED", "CREATED", "CREATED"]
+    group.release(alive._actor_id.binary())
+    assert states() == ["REMOVED", "REMOVED", "CREATED"]
+    remove_placement_group(own)
+
+
+def test_search_whose_room_the_dead_have_taken_gets_it(bench, monkeypatch):
+    monkeypatch.setattr(clerk, "WAIT_SECONDS", 0.5)
+    died(taker(2)[0])
+    (record,) = bench.run(bench.study(1))
+    assert record.state == "complete"
+    assert bench.watch.notes[0] == "waiting for the cluster: a trial needs 1 CPU (0 of 2 free)"
 
 
 def test_every_trial_has_one_run_with_all_its_epochs_and_a_final_state(bench):

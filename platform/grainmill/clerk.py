@@ -143,7 +143,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             name = self.plan.name(number)
             self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
         elif "waiting" in result:
-            self.watch.note(result["waiting"])
+            self._wait(result["waiting"])
         else:
             if number in self.at_work:
                 self._interrupted(number, "its workers began again")
@@ -175,7 +175,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self.busy_at = now
         elif now - self.busy_at > WAIT_SECONDS:
             self.busy_at = now
-            self.watch.note(group.scarcity(self.plan))
+            self._wait(group.scarcity(self.plan))
 
     def _end(self, number: int) -> None:
         self.costs[number] = self._cost(number)
@@ -230,6 +230,10 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if workers and workers != before and need.fewest < need.most:
             self.watch.note(f"{self.plan.name(number)}: {workers} of up to {need.most} workers")
 
+    def _wait(self, what: str) -> None:
+        group.release()  # nobody else gives back what the dead have taken
+        self.watch.note(what)
+
     def _interrupted(self, number: int, why: str) -> None:
         epoch = self.study.interrupt(number, why)
         self.watch.note(f"{self.plan.name(number)}: {why} in epoch {epoch}; goes on from its last checkpoint")
@@ -244,6 +248,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         """No process works on the trials any more that were interrupted; they stay to be carried on."""
         for number in list(self.places):
             self._vacate(number)
+        if self.plan.need.most > 1:
+            group.release()  # a node with room that is taken does not go
         for number in list(self.began):
             self.began.pop(number)
             self.outbox.put(self.study.record(number), works=False)

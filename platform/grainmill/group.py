@@ -144,13 +144,32 @@ def place() -> Place:
 def vacate(left: Place) -> None:
     """Free what workers leave behind that were ended from outside; Ray Train does only for those that it ends."""
     import ray
-    from ray.util.placement_group import remove_placement_group
 
-    ray.kill(left.controller)  # first: it would take the room anew, and then be ended before anybody knows of that
-    remove_placement_group(left.bundles)
+    ray.kill(left.controller)  # first: it would take the room anew
+    release(left.controller._actor_id.binary())
     with suppress(ValueError):  # nobody is asked
         coordinator = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
         coordinator.cancel_request.remote(left.request)
+
+
+def release(killed: bytes = b"") -> None:
+    """Remove the placement groups that actors of this job took which have died, or one of this id.
+
+    Ray keeps them until the job ends, and Ray Train's own cleaner knows of none before its workers train: of a
+    controller that dies as it starts them, the room would be nobody's.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()).binary()
+    nobody = ray.ActorID.nil().binary()  # the driver, which counts as a dead actor
+    for entry in state._connect_and_get_accessor().get_placement_group_table():
+        found = PlacementGroupTableData.FromString(entry)
+        gone = found.creator_actor_id == killed or (found.creator_actor_dead and found.creator_actor_id != nobody)
+        if gone and found.creator_job_id == job and found.state != found.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
 
 
 def hosts(bundle: Mapping[str, float]) -> int:
