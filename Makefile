@@ -18,7 +18,7 @@ demo: install  ## Search, train, evaluate and register on real handwritten digit
 	$(BIN)/grainmill tune search_spaces/demo.yaml
 
 test: check  ## Run the checks and the whole test suite.
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest
 
 check: install  ## Lint, types, import contracts.
 	$(BIN)/ruff check .
