@@ -64,5 +64,8 @@ def test_what_cut_a_group_short_is_told_once_each_time(group, watch):
     group.study.note(0, "paused", False)
     group.clerk.on_trial_start(0, [], group.trial)
     group.say(1, workers=4, place=None)
+    assert group.released == []
+    group.clerk.end_unfinished()
+    assert group.released == [1007.0]  # or a node would not go
     why = ["its node was taken away", "its workers began again", "its process died"]
     assert group.study.record(0).interruptions == tuple(f"in epoch 2: {one}" for one in why)
