@@ -8,7 +8,7 @@ import toy
 
 from grainmill.experiment import experiment_model
 from grainmill.halving import Halving, expected_epochs, forecast
-from grainmill.study import Record
+from grainmill.record import Record
 
 
 def experiment(epochs=9, **changes):

@@ -8,9 +8,9 @@ import toy
 
 from grainmill.charts import Picture
 from grainmill.experiment import experiment_model
+from grainmill.record import Record
 from grainmill.registry import Version
 from grainmill.report import costs, counted, front, html, rule, saved
-from grainmill.study import Record
 from grainmill.winner import Candidate, Estimate
 
 VERSION = Version("apples", "7")

@@ -5,7 +5,7 @@ import pytest
 import toy
 
 from grainmill.experiment import experiment_model
-from grainmill.study import Record
+from grainmill.record import Record
 from grainmill.winner import best, candidates, choose, front, shipped
 
 TWO = {"score": "max", "cost": "min"}

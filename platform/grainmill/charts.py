@@ -16,8 +16,8 @@ from grainmill import winner
 from grainmill.checks import COSTS
 from grainmill.experiment import Experiment
 from grainmill.halving import Halving
+from grainmill.record import Record
 from grainmill.space import Parameter, shown
-from grainmill.study import Record
 
 COLOURS = {
     "winner": "#1e8449",

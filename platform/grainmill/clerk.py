@@ -16,7 +16,8 @@ from grainmill import group
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.halving import Halving, forecast
 from grainmill.outbox import Outbox
-from grainmill.study import Record, Study
+from grainmill.record import Record
+from grainmill.study import Study
 from grainmill.ward import Listener
 from grainmill.worker import Plan
 

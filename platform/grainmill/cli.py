@@ -19,7 +19,7 @@ from grainmill.space import shown
 
 if TYPE_CHECKING:
     from grainmill.launch import Outcome
-    from grainmill.study import Record
+    from grainmill.record import Record
 
 app = typer.Typer(
     no_args_is_help=True,

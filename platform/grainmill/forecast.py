@@ -14,8 +14,8 @@ from typing import Protocol
 from grainmill.cluster import Cluster, Need, NodeType, room
 from grainmill.experiment import Experiment
 from grainmill.halving import Halving
+from grainmill.record import Record
 from grainmill.space import Scalar
-from grainmill.study import Record
 
 LEARNING = 0.15
 """Of a sampler that learns: trial n is better by so much times log(1 + n), where trials without it spread evenly from 0

@@ -11,7 +11,7 @@ from typing import Literal
 from grainmill import pareto
 from grainmill.checks import HOURS
 from grainmill.experiment import Experiment
-from grainmill.study import Record
+from grainmill.record import Record
 
 Verdict = Literal["continue", "stop", "pause"]
 Place = tuple[int, object]

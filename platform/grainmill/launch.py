@@ -16,8 +16,9 @@ from grainmill.experiment import Budget, Experiment, Search, Workers
 from grainmill.halving import expected_epochs
 from grainmill.lineage import Interval, Lineage, machine
 from grainmill.origin import environment
+from grainmill.record import Record
 from grainmill.space import Setting
-from grainmill.study import Record, Study
+from grainmill.study import Study
 from grainmill.tracking import PARENT, Tracker, clear, reach
 from grainmill.winner import Candidate
 from grainmill.worker import Plan

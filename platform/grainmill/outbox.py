@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from grainmill.errors import TrackingError
-from grainmill.study import Record, Study
+from grainmill.record import Record
+from grainmill.study import Study
 from grainmill.tracking import PARENT, Status, Tracker
 
 PAUSES = (0.5, 1, 2, 4, 8)

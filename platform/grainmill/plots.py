@@ -17,7 +17,8 @@ from optuna.visualization import matplotlib as optunas
 from grainmill import charts
 from grainmill.charts import COLOURS, Picture, Subject
 from grainmill.experiment import Experiment
-from grainmill.study import Record, Study
+from grainmill.record import Record
+from grainmill.study import Study
 
 FEWEST = 3
 """Complete trials from which anything is said of the parameters."""

@@ -11,9 +11,10 @@ from grainmill import plots, winner
 from grainmill.charts import Picture
 from grainmill.checks import HOURS
 from grainmill.experiment import Bound, Experiment
+from grainmill.record import Record
 from grainmill.registry import Version
 from grainmill.space import shown
-from grainmill.study import Record, Study
+from grainmill.study import Study
 from grainmill.winner import Candidate
 
 Table = tuple[list[str], list[list[str]]]

@@ -8,7 +8,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from grainmill.halving import Halving
-from grainmill.study import Record, Study
+from grainmill.record import Record
+from grainmill.study import Study
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]

@@ -10,10 +10,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -25,9 +24,9 @@ from grainmill import samplers
 from grainmill.checks import COSTS
 from grainmill.errors import StorageError
 from grainmill.experiment import Experiment
+from grainmill.record import Record, State
 from grainmill.space import Parameter, Scalar, Setting, grid, resolve
 
-State = Literal["running", "paused", "complete", "stopped", "failed"]
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "running",
@@ -40,32 +39,6 @@ PATIENCE = (0.5, 1, 2, 4, 8, 15, 30, 60)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One trial as the study knows it."""
-
-    number: int
-    state: State
-    setting: Setting
-    history: tuple[Mapping[str, float], ...]
-    """Metrics of each epoch, the first epoch first; each with `epoch`."""
-    times: tuple[int, ...]
-    """When each epoch was reported, in milliseconds since 1970."""
-    cause: str | None
-    """Why it failed."""
-    variants: Mapping[str, Mapping[str, float]]
-    """Metrics of the trained network at other evaluation settings, by name; they cost no training."""
-    cost: Mapping[str, float]
-    """`cpu_seconds` and `gpu_seconds`, over all times that it ran."""
-    interruptions: tuple[str, ...] = ()
-    """Where and why it was cut short, such as `in epoch 3: its process died`; it began again at its last checkpoint."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Of the last epoch; empty before the first."""
-        return self.history[-1] if self.history else {}
 
 
 def _patient(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from grainmill import pareto
 from grainmill.experiment import Experiment
-from grainmill.study import Record
+from grainmill.record import Record
 
 LEVEL = 0.95
 """Of the intervals."""
