@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from grainmill.cli import app
+    from grainmill.cli.app import app
 
     app()
 except ModuleNotFoundError as error:

@@ -17,8 +17,8 @@ import torch
 import torchvision
 from ray.train.torch import TorchTrainer
 
-from multigrain.checkpoint import Checkpoint, Writer
-from multigrain.spec import MultiGrainSpec
+from multigrain.config.training import MultiGrainSpec
+from multigrain.models.checkpoint import Checkpoint, Writer
 from tests.benchmarks.table import Goal, compare, machine, report
 
 REPORTS = 5

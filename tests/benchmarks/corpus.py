@@ -19,12 +19,15 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from grainmill import catalog, corpus, registry, trials
-from grainmill.lineage import Lineage
-from grainmill.tracking import Tracker, local_uri
-from multigrain import checkpoint
-from multigrain.model import MultiGrain
-from multigrain.spec import MultiGrainSpec
+from grainmill import trainable
+from grainmill.corpus import embed
+from grainmill.execution import runner
+from grainmill.registry import models
+from grainmill.registry.model_card import Lineage
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from multigrain.config.training import MultiGrainSpec
+from multigrain.models import checkpoint
+from multigrain.models.multigrain import MultiGrain
 from tests.benchmarks.embedding import FILES, Plain
 from tests.benchmarks.loader import photo
 from tests.benchmarks.table import Goal, compare, machine, report
@@ -47,7 +50,7 @@ def plain(network, paths):
 
 def ours(uri, model, source, out):
     """Images a second, with Ray started before."""
-    done = corpus.embed(uri, model, str(source), out, 1, None, catalog.untracked)
+    done = embed.embed(uri, model, str(source), out, 1, None, trainable.untracked)
     assert not done.faults
     assert done.steady >= 512, "from the first answer to the last, of blocks of 256"
     return done.steady / done.seconds
@@ -64,7 +67,7 @@ def register(folder, trunk, image):
     example = pd.DataFrame({"image": [image.read_bytes()]})
     run = tracker.start("made", {}, {})
     story = Lineage("multigrain.trainable", "", {}, [], {}, {}, {}, {})
-    made = registry.register(tracker, run, "benchmark", folder / "model", example, {}, story)
+    made = models.register(tracker, run, "benchmark", folder / "model", example, {}, story)
     return tracker.uri, made.uri, network.eval()
 
 
@@ -75,7 +78,7 @@ def main():
     parser.add_argument("--trunk", default="resnet18")
     options = parser.parse_args()
     before, rng, rounds = machine(), np.random.default_rng(0), itertools.count()
-    with tempfile.TemporaryDirectory() as name, trials.cluster(None):
+    with tempfile.TemporaryDirectory() as name, runner.cluster(None):
         folder = Path(name)
         (folder / "images").mkdir()
         photos = [photo(rng) for _ in range(FILES)]

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from grainmill.space import Parameter, Scalar, Setting, resolve
+from grainmill.config.space import Parameter, Scalar, Setting, resolve
 
 SPACE = {
     "loss.weight": {"uniform": [0.1, 1.0], "when": {"batch.repeats": [2, 3, 4]}, "otherwise": 1.0},

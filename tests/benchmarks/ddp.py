@@ -22,10 +22,10 @@ def steps(config):
     import torch
     from torch import distributed
 
-    from multigrain.data import Dataset
-    from multigrain.spec import MultiGrainSpec
-    from multigrain.training import Training
-    from multigrain.views import Views
+    from multigrain.config.training import MultiGrainSpec
+    from multigrain.data.folders import Dataset
+    from multigrain.data.loading import Views
+    from multigrain.training.trainer import Training
 
     torch.set_num_threads(1)
     spec = MultiGrainSpec.model_validate({"model": {"trunk": "resnet18"}, "batch": {"size": BATCH}, "image_size": SIZE})

@@ -23,8 +23,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from multigrain import grid
-from multigrain.model import IMAGENET_MEAN, IMAGENET_STD, MultiGrain
+from multigrain.evaluation import embed
+from multigrain.models.multigrain import IMAGENET_MEAN, IMAGENET_STD, MultiGrain
 from tests.benchmarks.loader import photo
 from tests.benchmarks.table import Goal, compare, machine, report
 
@@ -81,17 +81,17 @@ def plain(network, paths, device, loaders, wait):
 @contextmanager
 def timed_batches(wait):
     """While it lasts, the batches of `grid.embed` are timed."""
-    batches = grid.evaluation_batches
-    grid.evaluation_batches = lambda *args, **kwargs: wait.of(batches(*args, **kwargs))
+    batches = embed.evaluation_batches
+    embed.evaluation_batches = lambda *args, **kwargs: wait.of(batches(*args, **kwargs))
     try:
         yield
     finally:
-        grid.evaluation_batches = batches
+        embed.evaluation_batches = batches
 
 
 def ours(network, paths, device, loaders, wait, p=3.0):
     with timed_batches(wait):
-        return grid.embed(network, paths, SIZE, "crop", [p], device, loaders)[p]
+        return embed.embed(network, paths, SIZE, "crop", [p], device, loaders)[p]
 
 
 def rate(run, paths, shares):

@@ -13,10 +13,10 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grainmill import forecast
-from grainmill.cluster import Cluster, NodeType
-from grainmill.forecast import Pace
-from grainmill.space import Setting
+from grainmill.cluster.shape import Cluster, NodeType
+from grainmill.config.space import Setting
+from grainmill.workflows import forecast
+from grainmill.workflows.forecast import Pace
 from tests.benchmarks import curves
 from tests.benchmarks.search import WORKERS, Ours, experiment
 from tests.benchmarks.table import FOLDER, machine

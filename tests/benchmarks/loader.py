@@ -22,10 +22,10 @@ from torchvision import transforms
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from multigrain.augment import TrainTransform, colour, lighting
-from multigrain.batches import RepeatedAugmentationBatches
-from multigrain.spec import AugmentSettings
-from multigrain.views import TrainViews, decode, training_batches
+from multigrain.config.training import AugmentSettings
+from multigrain.data.loading import TrainViews, decode, training_batches
+from multigrain.data.sampler import RepeatedAugmentationBatches
+from multigrain.data.transforms import TrainTransform, colour, lighting
 from tests.benchmarks.table import Goal, compare, machine, report
 
 SIZE, REPEATS, BATCH, IMAGES = 224, 3, 60, 240

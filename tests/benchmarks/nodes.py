@@ -11,16 +11,16 @@ import os
 import sys
 import tempfile
 
-from tests import hosts
 from tests.benchmarks.ddp import WORKERS, rates, steps
 from tests.benchmarks.table import Goal, compare, machine, report
+from tests.support import hosts
 
 
 def launch(strategy, config):
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from grainmill.network import Network
+    from grainmill.execution.network import Network
 
     scaling = ray.train.ScalingConfig(num_workers=WORKERS, placement_strategy=strategy)
     storage = ray.train.RunConfig(storage_path=os.path.dirname(config["out"]))

@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from multigrain import grid
-from multigrain.model import MultiGrain
-from multigrain.pooling import GeM, gem_all
+from multigrain.evaluation import embed
+from multigrain.models.multigrain import MultiGrain
+from multigrain.models.pooling import GeM, gem_all
 from tests.benchmarks.table import Goal, compare, machine, report
 
 EXPONENTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
@@ -33,7 +33,7 @@ def one_by_one(network, images, exponents):
 
 
 def ours(network, images, exponents):
-    return torch.cat([grid.pooled(network, batch, exponents).cpu() for batch in images.split(BATCH)], dim=1)
+    return torch.cat([embed.pooled(network, batch, exponents).cpu() for batch in images.split(BATCH)], dim=1)
 
 
 def seconds(run, *arguments):

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from multigrain.retrieval import MEASURES, Truth, average_precision, same_label
-from multigrain.search import mean_average_precision, ranks
+from multigrain.retrieval.metrics import MEASURES, Truth, average_precision, same_label
+from multigrain.retrieval.ranking import mean_average_precision, ranks
 from tests.benchmarks.table import Goal, compare, machine, report
 
 QUERIES, ITEMS, CHANNELS = 1000, 10_000, 2048

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from multigrain.sampling import sample_triplets
+from multigrain.losses.triplets import sample_triplets
 from tests.benchmarks.table import Goal, compare, machine, report
 
 CHANNELS, COPIES = 2048, 3

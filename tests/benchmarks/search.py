@@ -22,12 +22,12 @@ import optuna
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from grainmill import samplers
-from grainmill.experiment import Experiment, experiment_model
-from grainmill.halving import Halving
-from grainmill.search import StudySearcher
-from grainmill.space import Setting, resolve
-from grainmill.study import Study
+from grainmill.config.experiment import Experiment, experiment_model
+from grainmill.config.space import Setting, resolve
+from grainmill.execution.searcher import StudySearcher
+from grainmill.search import samplers
+from grainmill.search.asha import Halving
+from grainmill.search.study import Study
 from multigrain import trainable
 from tests.benchmarks import curves
 from tests.benchmarks.table import FOLDER, machine

@@ -16,11 +16,11 @@ import torch
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-from multigrain.augment import scale
-from multigrain.data import Dataset
-from multigrain.spec import MultiGrainSpec
-from multigrain.training import Training, autocast_type
-from multigrain.views import Views
+from multigrain.config.training import MultiGrainSpec
+from multigrain.data.folders import Dataset
+from multigrain.data.loading import Views
+from multigrain.data.transforms import scale
+from multigrain.training.trainer import Training, autocast_type
 from tests.benchmarks.table import Goal, compare, machine, report
 
 COPIES, CLASSES, SIZE = 3, 1000, 224

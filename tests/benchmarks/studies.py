@@ -15,11 +15,11 @@ import optuna
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
 
-from grainmill import samplers
-from grainmill.halving import Halving
-from grainmill.search import StudySearcher
-from grainmill.space import resolve
-from grainmill.study import Study
+from grainmill.config.space import resolve
+from grainmill.execution.searcher import StudySearcher
+from grainmill.search import samplers
+from grainmill.search.asha import Halving
+from grainmill.search.study import Study
 from tests.benchmarks import curves, search
 from tests.benchmarks.table import Goal, machine, report
 

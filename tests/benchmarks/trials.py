@@ -21,11 +21,11 @@ from ray import tune
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from grainmill import trials
-from grainmill.experiment import Resources, experiment_model
-from grainmill.study import Study
-from grainmill.tracking import Tracker, local_uri
-from grainmill.worker import Plan
+from grainmill.config.experiment import Resources, experiment_model
+from grainmill.execution import runner
+from grainmill.execution.training_job import Plan
+from grainmill.search.study import Study
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
 from tests import toy
 from tests.benchmarks.table import Goal, compare, machine, report
 
@@ -73,7 +73,7 @@ def ours(workers, count):
         tracker = Tracker(local_uri(folder), "toy", folder)
         study = Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, count)
         plan = Plan("trial", "tests.toy", {}, folder, Resources(concurrent=1), workers)
-        trials.run(plan, study, tracker, tracker.start("parent", {}, {}), ends)
+        runner.run(plan, study, tracker, tracker.start("parent", {}, {}), ends)
     assert len(ends.times) == count, "every trial is complete"
     return ends.milliseconds
 

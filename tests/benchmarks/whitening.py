@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from sklearn.decomposition import PCA
 
-from multigrain.model import l2_normalise
-from multigrain.whitening import Whitening
+from multigrain.models.multigrain import l2_normalise
+from multigrain.models.whitening import Whitening
 from tests.benchmarks.table import Goal, compare, machine, report
 
 ROWS, CHANNELS = 20_000, 2048

@@ -8,18 +8,18 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "GeM": "pooling",
-    "MarginLoss": "losses",
-    "MultiGrain": "model",
-    "MultiGrainSpec": "spec",
-    "RepeatedAugmentationBatches": "batches",
-    "Whitening": "whitening",
-    "fit": "fit",
-    "gem": "pooling",
-    "margin_loss": "losses",
-    "mean_average_precision": "search",
-    "negative_weights": "sampling",
-    "sample_triplets": "sampling",
+    "GeM": "models.pooling",
+    "MarginLoss": "losses.margin",
+    "MultiGrain": "models.multigrain",
+    "MultiGrainSpec": "config.training",
+    "RepeatedAugmentationBatches": "data.sampler",
+    "Whitening": "models.whitening",
+    "fit": "training.fit",
+    "gem": "models.pooling",
+    "margin_loss": "losses.margin",
+    "mean_average_precision": "retrieval.ranking",
+    "negative_weights": "losses.triplets",
+    "sample_triplets": "losses.triplets",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 - computed, so that it cannot drift from the table

@@ -5,27 +5,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from multigrain import remote
-from multigrain import spec as settings
-from multigrain.beat import Beat, undisturbed
-from multigrain.buckets import SCHEME
-from multigrain.cache import Cache
-from multigrain.data import DataError, Dataset, DataSettings, Track, read_dataset, shortened, untracked
-from multigrain.digests import Part, parts
-from multigrain.evaluation import Evaluation
-from multigrain.images import image_faults, image_problems
-from multigrain.intact import leave_out, write_intact
-from multigrain.manifest import manifest_text, read_manifest
-from multigrain.spec import MultiGrainSpec
-from multigrain.weights import weight_problems
+from multigrain.benchmarks.inputs import Evaluation
+from multigrain.config import training as settings
+from multigrain.config.training import MultiGrainSpec
+from multigrain.data import remote
+from multigrain.data.buckets import SCHEME
+from multigrain.data.cache import Cache
+from multigrain.data.fingerprint import Part, parts
+from multigrain.data.folders import DataError, Dataset, DataSettings, Track, read_dataset, shortened, untracked
+from multigrain.data.intact import leave_out, write_intact
+from multigrain.data.manifest import manifest_text, read_manifest
+from multigrain.data.validation import image_faults, image_problems
+from multigrain.heartbeat import Beat, undisturbed
+from multigrain.models.weights import weight_problems
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from multigrain.assess import Assessment
-    from multigrain.collection import Bucket, Folder
-    from multigrain.fit import EpochResult
-    from multigrain.portable import Model
+    from multigrain.benchmarks.evaluate import Assessment
+    from multigrain.data.image_sources import Bucket, Folder
+    from multigrain.export.standalone import Model
+    from multigrain.training.fit import EpochResult
 
 # torch is imported when something is to be computed, not when an experiment file is checked.
 
@@ -122,7 +122,7 @@ def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
     if not data.cache.startswith("~"):  # a home is each machine's own
         data = data.model_copy(update={"cache": _absolute(data.cache)})
     if data.builtin is not None:
-        from multigrain.demo import write_builtin
+        from multigrain.data.builtin import write_builtin
 
         folder = str(write_builtin(data, root.absolute(), track))
         return DataSettings(folder=folder, cache=data.cache, cache_limit=data.cache_limit)
@@ -149,7 +149,7 @@ def _absolute(path: str) -> str:
 
 
 def sources(data: DataSettings) -> list[Part]:
-    """The parts of prepared data, each with its digest; see `multigrain.digests`."""
+    """The parts of prepared data, each with its digest; see `multigrain.data.fingerprint`."""
     cache = _cache(data)
     return [part._replace(where=cache.named(part.where)) for part in parts(images_of(data))]
 
@@ -160,36 +160,36 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
 
 
 def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
-    """Train on prepared data; see `multigrain.fit.fit`."""
-    import multigrain.fit
+    """Train on prepared data; see `multigrain.training.fit.fit`."""
+    import multigrain.training.fit
 
-    return multigrain.fit.fit(spec, images_of(data), folder, beat=beat)
+    return multigrain.training.fit.fit(spec, images_of(data), folder, beat=beat)
 
 
 def load(folder: Path) -> "Model":
-    """The model that `fit` left in `folder`; see `multigrain.portable.Model`."""
-    from multigrain import predict
+    """The model that `fit` left in `folder`; see `multigrain.export.standalone.Model`."""
+    from multigrain.export import inference
 
-    return predict.load(folder)
+    return inference.load(folder)
 
 
 def images(source: str) -> "Folder | Bucket":
-    """The images of a corpus to embed; see `multigrain.collection.images`."""
-    from multigrain import collection
+    """The images of a corpus to embed; see `multigrain.data.image_sources.images`."""
+    from multigrain.data import image_sources
 
-    return collection.images(source)
+    return image_sources.images(source)
 
 
 def export(folder: Path, out: Path) -> Mapping[str, Any]:
-    """Write the model that `fit` left in `folder` for everybody; see `multigrain.export`."""
-    from multigrain import export
+    """Write the model that `fit` left in `folder` for everybody; see `multigrain.export.export`."""
+    from multigrain.export import export
 
     return export.export(folder, out)
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":
-    """Evaluate the model that `fit` left in `folder` on benchmarks; see `multigrain.assess.evaluate`."""
-    from multigrain import assess
+    """Evaluate the model that `fit` left in `folder` on benchmarks; see `multigrain.benchmarks.evaluate.evaluate`."""
+    from multigrain.benchmarks import evaluate as assess
 
     return assess.evaluate(folder, settings, out)
 

@@ -1,0 +1,189 @@
+"""Embeddings of a corpus on disk: a folder of Parquet files, each whole, and a record of what made them.
+
+`part-000000.parquet` and on have the columns `id`, `embedding` (fixed-size list of float32), `class` and `score`, and
+in their metadata the record, which `index.json` holds, too. One process at a time writes.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from grainmill.corpus.embedder import Identity
+from grainmill.errors import BusyError, CorpusError
+
+RECORD, SKIPPED = "index.json", "skipped.csv"
+KEY = b"grainmill"
+"""Of the record in a file's metadata."""
+GROUP = 2048
+"""Rows of a row group, which is read as one."""
+
+
+class Record(NamedTuple):
+    """What an index is of."""
+
+    model: Identity
+    source: str
+    """Of the images."""
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps({**self.model._asdict(), "source": self.source}, indent=1)
+
+    @classmethod
+    def read(cls, text: str | bytes) -> Self:
+        """From `text`. Raises ValueError, or TypeError, if it is none."""
+        fields = json.loads(text)
+        return cls(Identity(**{name: fields[name] for name in Identity._fields}), str(fields["source"]))
+
+
+class Block(NamedTuple):
+    """Some rows that follow each other."""
+
+    start: int
+    """Position of the first in the index."""
+    ids: list[str]
+    embeddings: NDArray[np.float32]
+    """(n, D)."""
+
+
+class Index:
+    """An index that is there."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CorpusError if there is none, or a file of it is damaged or of another model."""
+        self.folder = folder
+        try:
+            self.record = Record.read((folder / RECORD).read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            rule = f"an index must be a folder that `grainmill embed` made, but {folder.absolute()} is none"
+            raise CorpusError(f"{rule} ({error}); name another") from error
+        self._groups: list[tuple[Path, int, int]] = []  # file, row group, rows
+        for path in parts(folder):
+            with _readable(path):
+                found = pq.read_metadata(path)
+                made = Record.read(found.metadata[KEY])
+            if made != self.record:
+                rule = f"all files of an index must be of one model, but {path} is of {made.model.model}"
+                raise CorpusError(f"{rule} and {RECORD} of {self.record.model.model}; delete the file and embed again")
+            self._groups += [(path, group, found.row_group(group).num_rows) for group in range(found.num_row_groups)]
+
+    def __len__(self) -> int:
+        return sum(rows for _, _, rows in self._groups)
+
+    def ids(self) -> Iterator[str]:
+        """Of all rows."""
+        for path in dict.fromkeys(path for path, _, _ in self._groups):
+            with _readable(path):
+                yield from pq.read_table(path, columns=["id"])["id"].to_pylist()
+
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """The rows in order, `GROUP` at a time or fewer, from the block on that holds the row `start`."""
+        first = 0
+        for path, group, rows in self._groups:
+            if first + rows > start:
+                with _readable(path), pq.ParquetFile(path) as file:
+                    table = file.read_row_group(group, columns=["id", "embedding"]).combine_chunks()
+                flat = table["embedding"].combine_chunks().flatten().to_numpy()
+                yield Block(first, table["id"].to_pylist(), flat.reshape(rows, self.record.model.dimension))
+            first += rows
+
+
+def parts(folder: Path) -> list[Path]:
+    """The files of an index."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def schema(record: Record) -> pa.Schema:
+    """Of its files."""
+    vector = pa.list_(pa.float32(), record.model.dimension)
+    fields = [("id", pa.string()), ("embedding", vector), ("class", pa.string()), ("score", pa.float32())]
+    return pa.schema(fields, metadata={KEY: record.text()})
+
+
+@contextmanager
+def claim(folder: Path, record: Record) -> Iterator[Index]:
+    """The index of a record in a folder, which is made if need be; nobody else writes to it meanwhile.
+
+    Raises:
+        BusyError: another process has it.
+        CorpusError: the folder holds something else, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RECORD).exists() and set(os.listdir(folder)) - {".lock", f"{RECORD}.draft"}:
+            rule = f"an index needs a folder of its own, but {folder.absolute()} holds other files"
+            raise CorpusError(f"{rule}; name another with --out")
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        rule = f"an index needs a folder to write in, but {folder.absolute()} is none ({error.strerror})"
+        raise CorpusError(f"{rule}; name another with --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = f"one process at a time writes an index, but another writes {folder.absolute()}"
+            raise BusyError(f"{rule}; wait for it, or name another with --out") from None
+        if not (folder / RECORD).exists():
+            write_text(folder / RECORD, record.text())
+        index = Index(folder)
+        check_model(index, record.model)
+        if index.record.source != record.source:
+            rule = f"an index is of one source, but {folder.absolute()} is of {index.record.source}"
+            raise CorpusError(f"{rule}, got {record.source}; name another with --out")
+        yield index
+
+
+def check_model(index: Index, model: Identity) -> None:
+    """Raises CorpusError if embeddings of a model cannot be compared with those of an index."""
+    made = index.record.model
+    if (made.digest, made.dimension) != (model.digest, model.dimension):
+        rule = f"an index can be used with the model that made it alone, and {index.folder.absolute()} is of "
+        found = f"{made.model} ({made.dimension} dimensions, digest {made.digest[:12]}), got "
+        other = f"{model.model} ({model.dimension} dimensions, digest {model.digest[:12]})"
+        raise CorpusError(f"{rule}{found}{other}; name {made.model}, or embed the images again with --out ANOTHER")
+
+
+def write_part(folder: Path, table: pa.Table) -> None:
+    """Add a file of rows, all of it or nothing; whoever calls has claimed the index."""
+    last = max((int(path.stem.removeprefix("part-")) for path in parts(folder)), default=-1)
+    draft = folder / "part.draft"
+    with draft.open("wb") as file:
+        pq.write_table(table, file, row_group_size=GROUP, compression="zstd", use_dictionary=["class"])
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(folder / f"part-{last + 1:06d}.parquet")
+    _sync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+    draft.rename(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make renames last."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some file systems know no such thing
+        os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        rule = f"every file of an index must be whole, but {path} is not ({error})"
+        raise CorpusError(f"{rule}; delete it, and the same `grainmill embed` makes it again") from error

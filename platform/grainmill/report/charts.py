@@ -1,0 +1,222 @@
+"""Pictures of a search, as PNG: its front, learning curves and space."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from grainmill.config.experiment import Experiment
+from grainmill.config.space import Parameter, shown
+from grainmill.config.validation import COSTS
+from grainmill.search import selection
+from grainmill.search.asha import Halving
+from grainmill.search.records import Record
+
+COLOURS = {
+    "winner": "#1e8449",
+    "published setting": "#e08e0b",
+    "complete": "#1b6ca8",
+    "stopped": "#9aa5b1",
+    "failed": "#c0392b",
+    "paused": "#9aa5b1",
+    "running": "#9aa5b1",
+}
+"""Of trials, by what they are; the later ones are drawn below the earlier ones."""
+ENDS = {"complete": "o", "stopped": "x", "failed": "X"}
+"""Markers, by how a trial ended."""
+DPI = 110
+
+
+class Picture(NamedTuple):
+    """A picture of the report, or the reason why there is none."""
+
+    name: str
+    """Of its file, without the suffix."""
+    title: str
+    text: str
+    """What it shows, or why it was left out."""
+    png: bytes | None
+
+
+class Subject(NamedTuple):
+    """What the pictures are of."""
+
+    experiment: Experiment
+    records: Sequence[Record]
+    winner: Record
+
+    def kind(self, record: Record) -> str:
+        """What a trial is: a key of `COLOURS`."""
+        if record == self.winner:
+            return "winner"
+        return "published setting" if record.setting == self.experiment.reference else record.state
+
+    @property
+    def complete(self) -> list[Record]:
+        """The trials that ran to their end."""
+        return [record for record in self.records if record.state == "complete"]
+
+
+def axis(experiment: Experiment, metric: str) -> str:
+    """The label of a metric's axis; all but costs are without a unit."""
+    unit = " / s" if metric in COSTS else ""
+    way = {"max": "larger", "min": "smaller"}[experiment.objective[metric]]
+    return f"{metric}{unit} ({way} is better)"
+
+
+def _canvas(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes in rows of so many."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(10, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    for ax in axes[:count]:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file."""
+    buffer = io.BytesIO()
+    laid_out = isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=None if laid_out else "tight")
+    return buffer.getvalue()
+
+
+def legend(figure: Figure, entries: Mapping[str, tuple[str, str, str]]) -> None:
+    """Below the axes; entries are label: marker, line style, colour."""
+    handles = [
+        Line2D([], [], marker=marker, linestyle=line, color=colour, label=label)
+        for label, (marker, line, colour) in entries.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def kinds(subject: Subject, line: str) -> dict[str, tuple[str, str, str]]:
+    """Entries of the legend for the kinds of trials that there are."""
+    there = {subject.kind(record) for record in subject.records}
+    labels = {"stopped": "stopped early"}
+    return {
+        labels.get(kind, kind): (ENDS.get(kind, "o"), line, colour) for kind, colour in COLOURS.items() if kind in there
+    }
+
+
+def front(subject: Subject) -> Picture:
+    """Complete trials and their variants in pairs of the first three objectives."""
+    experiment = subject.experiment
+    entries = [selection.Entry(record, None, record.metrics) for record in subject.complete]
+    entries += [
+        selection.Entry(record, name, {**record.metrics, **metrics})
+        for record in subject.complete
+        for name, metrics in record.variants.items()
+    ]
+    best = selection.front(experiment, subject.records)
+    pairs = list(combinations(list(experiment.objective)[:3], 2))
+    figure, axes = _canvas(len(pairs), 3, 5 if len(pairs) == 1 else 4)
+    for ax, (x, y) in zip(axes, pairs, strict=True):
+        for entry in entries:
+            kind, at = subject.kind(entry.record), (entry.metrics[x], entry.metrics[y])
+            marker = "D" if entry.variant else "*" if kind == "winner" else "o"
+            size = 5 if entry.variant else 15 if kind == "winner" else 8
+            edge = "black" if entry in best else COLOURS[kind]
+            fill = "none" if entry.variant else COLOURS[kind]
+            ax.plot(
+                *at,
+                marker,
+                ms=size,
+                mec=edge,
+                mfc=fill,
+                mew=1.4,
+                zorder=_layer(kind),
+                alpha=1 if entry in best else 0.65,
+            )
+            if entry.variant or entry in best:
+                number = str(entry.record.number)
+                ax.annotate(number, at, (5, 4), textcoords="offset points", size=7.5, color="#52606d", zorder=20)
+        if len(experiment.objective) == 2:
+            line = sorted((entry.metrics[x], entry.metrics[y]) for entry in best)
+            # What a point of the front dominates lies on the worse side of it.
+            steps = "steps-pre" if experiment.objective[x] == "max" else "steps-post"
+            ax.plot(*zip(*line, strict=True), color="black", lw=0.8, alpha=0.5, drawstyle=steps, zorder=1)
+        ax.set(xlabel=axis(experiment, x), ylabel=axis(experiment, y))
+    marks = {kind: ("*" if kind == "winner" else "o", "", COLOURS[kind]) for kind in list(COLOURS)[:3]}
+    there = {subject.kind(record) for record in subject.complete}
+    marks = {kind: mark for kind, mark in marks.items() if kind in there}
+    variants = {"variant of a trial": ("D", "", "#9aa5b1")} if any(entry.variant for entry in entries) else {}
+    legend(figure, marks | variants | {"on the front": (".", "-", "black")})
+    text = (
+        "Every complete trial, and the variants at which its trained network was evaluated, too, at the cost of its "
+        "trial. Numbers are the trials'; an edge in black marks the front, which heeds no constraint."
+    )
+    if len(experiment.objective) > 3:
+        text += " Of the objectives, the first three are shown; the front is that of all."
+    return Picture("front", "Pareto front", text, png(figure))
+
+
+def curves(subject: Subject) -> Picture:
+    """Each objective by epoch."""
+    experiment = subject.experiment
+    rungs = Halving(experiment).levels
+    count = len(experiment.objective)
+    figure, axes = _canvas(count, 2, 4.2 if count == 1 else 3.8)
+    for ax, metric in zip(axes, experiment.objective, strict=True):
+        for rung in rungs:
+            ax.axvline(rung, color="#52606d", lw=0.7, ls=":", zorder=0)
+        for record in subject.records:
+            kind = subject.kind(record)
+            epochs, values = [row["epoch"] for row in record.history], [row[metric] for row in record.history]
+            width = 2.2 if kind in ("winner", "published setting") else 1.1
+            ax.plot(epochs, values, color=COLOURS[kind], lw=width, zorder=_layer(kind))
+            marker = ENDS.get(record.state, ".")
+            ax.plot(epochs[-1:], values[-1:], marker, ms=6, color=COLOURS[kind], zorder=_layer(kind))
+        ax.set(xlabel="epoch", ylabel=axis(experiment, metric))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(figure, kinds(subject, "-") | ({"rung": ("", ":", "#52606d")} if rungs else {}))
+    levels = f"epoch{'s' * (len(rungs) > 1)} {', '.join(map(str, rungs))}"
+    told = f" Trials are judged after {levels}." if rungs else ""
+    return Picture("curves", "Learning curves", f"Each line ends where its trial did.{told}", png(figure))
+
+
+def space(subject: Subject) -> Picture:
+    """The first objective against each searched parameter, at the last epoch of each trial."""
+    experiment = subject.experiment
+    metric = next(iter(experiment.objective))
+    figure, axes = _canvas(len(experiment.space), 3, 2.7)
+    for index, (ax, (name, parameter)) in enumerate(zip(axes, experiment.space.items(), strict=True)):
+        shown_here = [r for r in subject.records if r.history and parameter.active(r.setting)]
+        words = list(dict.fromkeys([*(parameter.choice or ()), *(r.setting[name] for r in shown_here)]))
+        for record in shown_here:
+            value, kind = record.setting[name], subject.kind(record)
+            x = words.index(value) if parameter.choice else value
+            marker = ENDS.get(record.state, "o")
+            ax.plot(x, record.metrics[metric], marker, color=COLOURS[kind], zorder=_layer(kind))
+        ax.set(xlabel=name, ylabel=metric if index % 3 == 0 else "")
+        _scale(ax, parameter, [shown(word) for word in words])
+    legend(figure, kinds(subject, ""))
+    text = f"{metric} after the last epoch of each trial, against each parameter where it was searched."
+    return Picture("space", "The space", text, png(figure))
+
+
+def _layer(kind: str) -> int:
+    """The higher, the nearer to the eye."""
+    return len(COLOURS) - list(COLOURS).index(kind)
+
+
+def _scale(ax: Axes, parameter: Parameter, words: Sequence[str]) -> None:
+    if parameter.choice:
+        ax.set(xticks=range(len(words)), xticklabels=words, xlim=(-0.5, len(words) - 0.5))
+    elif parameter.loguniform:
+        low, high = parameter.loguniform
+        ticks = [low, math.sqrt(low * high), high]
+        ax.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:.2g}" for tick in ticks])
+        ax.minorticks_off()

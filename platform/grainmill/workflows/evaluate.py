@@ -1,0 +1,137 @@
+"""evaluate(): a trained model on benchmarks, recorded in the run that trained it."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
+
+from grainmill import trainable as catalog
+from grainmill.config.findings import describe, errors
+from grainmill.config.yaml_document import Document
+from grainmill.errors import EvaluationError, TrackingError, hidden
+from grainmill.execution import evaluate_group
+from grainmill.registry import comparison, models
+from grainmill.storage import workspace
+from grainmill.workflows import run_folder
+
+
+class Evaluated(NamedTuple):
+    """What came of an evaluation, and what became of it."""
+
+    assessment: catalog.Assessment
+    version: models.Version | None
+    """Of the assessment's model; None if there is no such model, or if the model evaluated is not registered."""
+
+
+def evaluate(
+    model: str,
+    overrides: Sequence[str],
+    trainable: str,
+    out: Path,
+    tracking_uri: str,
+    workers: int = 1,
+    address: str | None = None,
+) -> Evaluated:
+    """Evaluate a model; a registered one's run gets the figures and the files, its name the model that comes of it.
+
+    Args:
+        model: `models:/name@alias`, `models:/name/version`, or a folder, also in S3: of a run, or with checkpoints.
+        overrides: the trainable's `Evaluation`, as `a.b=value`; the value is read as YAML.
+        trainable: of a folder; a registered model knows its own.
+        out: folder for files. With several workers, their nodes must see it and the model's folder.
+        tracking_uri: MLflow's.
+        workers: 1 is this process; more are a Ray Train group.
+        address: of a Ray cluster; None starts a local one for the time of the call.
+    Raises:
+        ExperimentError: the settings are wrong.
+        EvaluationError: there is no model, or a benchmark cannot be evaluated.
+        ResourceError: the cluster is too small.
+        TrackingError: the model is not registered, or MLflow does not answer.
+    """
+    with ExitStack() as stack:
+        shared = stack.enter_context(_seen_by_all(out)) if workers > 1 else None
+        stored = None
+        if model.startswith("models:/"):
+            stored = models.fetch(tracking_uri, model, shared and shared / "model")
+            folder, name = stored.folder, stored.trainable
+        else:
+            folder, name = stack.enter_context(workspace.opened(_checkpoints(model), within=shared)).path, trainable
+        try:
+            found = catalog.find(name)
+        except LookupError as error:
+            raise EvaluationError(str(error)) from error
+        settings = _settings(found, overrides)
+        if shared:
+            from grainmill.execution import runner  # one process does without Ray
+
+            with runner.cluster(address):
+                assessment = evaluate_group.assess_on(workers, found, folder, settings, out, shared)
+        else:
+            assessment = evaluate_group.assess(found, folder, settings, out)
+        return Evaluated(assessment, _record(tracking_uri, stored, assessment) if stored else None)
+
+
+@contextmanager
+def _seen_by_all(out: Path) -> Iterator[Path]:
+    """A folder for the time of an evaluation on several nodes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out.absolute(), prefix=".")
+    except OSError as error:
+        raise EvaluationError(str(error)) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _settings(trainable: catalog.Trainable, overrides: Sequence[str]) -> Any:
+    document = Document(None)
+    for override in overrides:
+        document.override(override)
+    document.stop_if_wrong()
+    try:
+        return trainable.Evaluation.model_validate(document.tree)
+    except ValidationError as error:
+        for details in errors(error):
+            document.add(details["loc"], describe(trainable.Evaluation, details))
+    document.stop_if_wrong()
+    raise AssertionError("a validation error is a problem")
+
+
+def _checkpoints(place: str) -> str:
+    """Where the checkpoints are in a folder: of a finished run, those of its model."""
+    if workspace.remote(place) or Path(place).is_dir():
+        return run_folder.checkpoints(place.rstrip("/")) or place
+    raise EvaluationError(
+        f"a model must be a folder or models:/name@alias, but there is no folder {Path(place).absolute()}; "
+        "name a run, such as grainmill-runs/demo/run-1"
+    )
+
+
+def _record(tracking_uri: str, source: models.Stored, assessment: catalog.Assessment) -> models.Version | None:
+    client, now = MlflowClient(tracking_uri), int(time.time() * 1000)  # of equal times MLflow shows the larger value
+    try:
+        client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.figures])
+        for file in assessment.files:
+            client.log_artifact(source.run_id, str(file), "evaluation")
+        own, served = ([one for one in assessment.samples if one.served == which] for which in (False, True))
+        comparison.keep(client, source.version, source.run_id, own)
+        if assessment.model is None:
+            return None
+        assert assessment.served is not None, "a model serves a setting"
+        model, setting, figures = assessment.model, assessment.served, assessment.figures
+        made = models.register_evaluated(tracking_uri, source, model, setting, figures)
+        comparison.keep(client, made, source.run_id, served)
+        return made
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow at {hidden(tracking_uri)} must take the figures of run {source.run_id}, but said: "
+            f"{hidden(error.message)}; "
+            "the files are written, and the same command tries again"
+        ) from error

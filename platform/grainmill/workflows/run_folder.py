@@ -1,0 +1,168 @@
+"""Folders of runs: `<storage>/<name>/run-1`, `run-2`, `train-1`, ... and who may write there.
+
+A name belongs to one set of settings. Starting it again carries on the last run, if that was cut
+short, and begins another if it was finished. One process at a time works under a name. Where the storage is in S3,
+it works in a copy, and `Run.keep` brings the bucket up to it.
+"""
+
+import difflib
+import fcntl
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grainmill.config.experiment import Experiment
+from grainmill.config.yaml_document import to_yaml
+from grainmill.errors import BusyError, NameTakenError, StorageError
+from grainmill.storage import lock as tenure
+from grainmill.storage import workspace
+
+RECORD = "experiment.yaml"
+WHERE = "# where things are kept, which may change:\n"
+
+
+BESIDES = ("trials", "ray", "data")
+"""Folders below a name's that are no part of the driver's: of the trials, of Ray, and of built-in data."""
+
+
+class Run(NamedTuple):
+    """A run of a name."""
+
+    folder: Path
+    """Where this process reads and writes its files."""
+    place: str
+    """What all nodes know that folder as: a path, or a URL in S3."""
+    keep: Callable[[], None]
+    """See to it that what is in the folder outlives this machine. Raises StorageError, and BusyError if another process
+    has taken over."""
+
+
+@contextmanager
+def recorded(name: str, storage: str) -> Iterator[Path]:
+    """The experiment file of a name that was used; of one in S3, a copy for the time of the block.
+
+    Raises:
+        StorageError: it was not used.
+    """
+    storage = workspace.absolute(storage)
+    text = workspace.read(f"{storage}/{name}", RECORD)
+    if text is None:
+        known = ", ".join(sorted(path.parent.name for path in Path(storage).glob(f"*/{RECORD}"))) or "none"
+        which = "" if workspace.remote(storage) else f"; known: {known}"
+        raise StorageError(
+            f"a run that is carried on must have begun in {storage}, but {name!r} has not{which}; "
+            "name one that has, or another --set storage=FOLDER"
+        )
+    if not workspace.remote(storage):
+        yield Path(storage, name, RECORD)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, RECORD)
+        file.write_text(text)
+        yield file
+
+
+def check_name(experiment: Experiment) -> None:
+    """Refuse a name that stands for other settings; writes nothing.
+
+    Raises:
+        NameTakenError: with the settings that differ.
+    """
+    home = _home(experiment)
+    record = workspace.read(home, RECORD)
+    if record is None:
+        return
+    before = record.partition(WHERE)[0].splitlines()
+    now = to_yaml(experiment.identity()).splitlines()
+    if before != now:
+        changes = [
+            line for line in difflib.unified_diff(before, now, lineterm="", n=2) if line[:3] not in ("---", "+++")
+        ]
+        raise NameTakenError(
+            f"a name stands for one set of settings, but {experiment.name!r} was used with others in {home}; "
+            f"choose another name, for example --set name={experiment.name}-2\n" + "\n".join(changes)
+        )
+
+
+@contextmanager
+def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Iterator[Run]:
+    """The run to carry on or to begin; nobody else gets it meanwhile.
+
+    Args:
+        experiment: whose name and storage count.
+        kind: `run` for a search, `train` for a single training; each is numbered by itself.
+        note: is told if it takes a while.
+    Raises:
+        NameTakenError: the name stands for other settings.
+        BusyError: another process has it.
+        StorageError: the folder or the bucket cannot be written.
+    """
+    check_name(experiment)
+    place = _home(experiment)
+    with _alone(experiment.name, place, note) as check, workspace.opened(place, BESIDES) as home:
+        check_name(experiment)  # again, now that nobody else writes
+        where = experiment.model_dump(mode="json", exclude_none=True, include=set(experiment.PLACES))
+        _write(home.path / RECORD, to_yaml(experiment.identity()) + WHERE + to_yaml(where))
+        numbers = [path.name.removeprefix(f"{kind}-") for path in home.path.glob(f"{kind}-[0-9]*")]
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        begin = last == 0 or (home.path / f"{kind}-{last}" / "done.json").exists()
+        name = f"{kind}-{last + begin}"
+        (home.path / name).mkdir(exist_ok=True)
+
+        def keep() -> None:
+            check()
+            home.push()
+
+        keep()
+        yield Run(home.path / name, f"{place}/{name}", keep)
+
+
+@contextmanager
+def _alone(name: str, home: str, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """The only process in a home, which is made; yields what makes sure that it still is."""
+    if workspace.remote(home):
+        with tenure.held(home, repr(name), note) as check:
+            yield check
+        return
+    try:
+        Path(home).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"a run needs a folder to write in, but {home} cannot be made ({error}); set storage"
+        ) from error
+    with Path(home, ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"one process at a time works under a name, but another has {name!r} in {home}; "
+                "wait for it, or choose another name"
+            ) from None
+        yield lambda: None
+
+
+def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Mark a run as finished, with what came of it."""
+    _write(folder / "done.json", json.dumps(outcome, indent=1))
+
+
+def checkpoints(place: str) -> str | None:
+    """Where the checkpoints of the model are that came of a finished run; None of another folder."""
+    try:
+        return f"{place}/{json.loads(workspace.read(place, 'done.json') or '')['checkpoints']}"
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    draft = file.with_name(file.name + ".draft")
+    draft.write_text(text)
+    draft.rename(file)
+
+
+def _home(experiment: Experiment) -> str:
+    return f"{workspace.absolute(experiment.storage)}/{experiment.name}"

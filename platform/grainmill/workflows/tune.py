@@ -1,0 +1,304 @@
+"""tune() and train(): from an experiment to a registered model."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grainmill import trainable as catalog
+from grainmill.cluster import capacity
+from grainmill.config.experiment import Budget, Experiment, Search, Workers
+from grainmill.config.space import Setting
+from grainmill.config.validation import COSTS
+from grainmill.config.yaml_document import to_yaml
+from grainmill.errors import SearchError, TrackingError
+from grainmill.execution import runner
+from grainmill.execution.training_job import Plan
+from grainmill.execution.trial_callback import Watch
+from grainmill.registry import models
+from grainmill.registry.model_card import Interval, Lineage, machine
+from grainmill.report import page as report
+from grainmill.search import selection
+from grainmill.search.asha import expected_epochs
+from grainmill.search.records import Record
+from grainmill.search.selection import Candidate
+from grainmill.search.study import Study
+from grainmill.storage import workspace
+from grainmill.storage.provenance import environment
+from grainmill.tracking.mlflow_runs import PARENT, Tracker, clear, reach
+from grainmill.workflows import run_folder
+
+FOLDER = "grainmill.folder"
+"""The tag of a parent run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    records: Sequence[Record]
+    """The trials of the search; empty after `train`."""
+    candidates: Sequence[Candidate]
+    """The best of them, trained again; after `train`, the one setting."""
+    winner: Candidate
+    """The one that was chosen."""
+    final: Record
+    """The training whose model is registered."""
+    version: models.Version
+    champion: bool
+    """Whether it is for users already, or a challenger of the one that is."""
+    report: str
+    """Its path, or its URL in S3."""
+
+
+def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track) -> Outcome:
+    """Search, train the winner again, register it, report.
+
+    Cut short at any point, the same call carries on where it was.
+
+    Args:
+        experiment: what to run.
+        tracking_uri: MLflow's.
+        address: of a Ray cluster; None starts a local one for the time of the call.
+        watch: is told of the progress.
+        track: shows the progress of long loops.
+    Raises:
+        NameTakenError, BusyError, StorageError: see `runs.claim`.
+        ResourceError: a trial does not fit into the cluster.
+        TrackingError: MLflow does not answer.
+        SearchError: no trial came through.
+    """
+    with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, runner.cluster(address):
+        run.check_room("trial", experiment.resources.workers)
+        run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
+        watch.note(_forecast(experiment))
+        study = run.mill("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
+        best = selection.best(experiment, study.records)[: experiment.winner.candidates]
+        if not best:
+            raise SearchError(_no_winner(study))
+        again = f"the best of them, each from {_count(experiment.winner.seeds, 'fresh seed')}"
+        watch.note(f"training {_count(len(best), 'trial')} again, {again}" if len(best) > 1 else f"training {again}")
+        return run.finish(best, study)
+
+
+def train(
+    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track
+) -> Outcome:
+    """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
+    with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, runner.cluster(address):
+        workers = experiment.resources.retrain_workers
+        watch.note(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
+        return run.finish([None], None)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _range(workers: Workers) -> str:
+    return f"{workers}" if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
+
+
+def _forecast(experiment: Experiment) -> str:
+    """What a search may cost, as far as it is known before the first epoch."""
+    count, epochs = experiment.search.trials, experiment.base.epochs
+    expected = expected_epochs(experiment)
+    early = f", about {expected:.0f} with early stopping" if expected < count * epochs else ""
+    again = experiment.winner.candidates * experiment.winner.seeds * epochs
+    return (
+        f"searching: {_count(count, 'trial')} of up to {epochs} epochs, {count * epochs} in all{early}; "
+        f"then {again} to train the best again"
+    )
+
+
+def _no_winner(study: Study) -> str:
+    causes = {record.cause for record in study.records if record.cause}
+    return (
+        f"a winner needs a trial that runs to its end, but none of {len(study.records)} did: "
+        f"{'; '.join(sorted(causes)) or 'the budget was spent before'}"
+    )
+
+
+@dataclass
+class _Run:
+    """One run of the mill: what its steps share."""
+
+    experiment: Experiment
+    trainable: catalog.Trainable
+    data: Any
+    home: run_folder.Run
+    tracker: Tracker
+    watch: Watch
+    parent: str
+
+    @classmethod
+    @contextmanager
+    def begin(
+        cls, experiment: Experiment, tracking_uri: str, track: catalog.Track, watch: Watch, kind: str
+    ) -> Iterator["_Run"]:
+        """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
+        with run_folder.claim(experiment, kind, watch.note) as home:
+            trainable = catalog.find(experiment.trainable)
+            data = _prepared(trainable, experiment, track)
+            tracker = Tracker(tracking_uri, experiment.name, experiment.storage)
+            parent = _parent(tracker, experiment, home)
+            try:
+                yield cls(experiment, trainable, data, home, tracker, watch, parent)
+            except BaseException as error:
+                with suppress(TrackingError):  # the error that came first is the one to tell
+                    reach(tracking_uri)
+                    tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+
+    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: Workers) -> Study:
+        """Run the study `name`: `count` trials, the first with the settings `first`."""
+        url, prefix = _database(experiment, self.home.folder, self.home.place)
+        study = Study(url, prefix + name, experiment, first, count)
+        study.keep = self.home.keep
+        if experiment.search.warm_start is not None:
+            home, _, run = workspace.absolute(experiment.search.warm_start).rpartition("/")
+            with workspace.opened(home, run_folder.BESIDES) as earlier:
+                url, prefix = _database(experiment, earlier.path / run, f"{home}/{run}")
+                study.adopt(url, prefix + name)
+        runner.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
+        return study
+
+    def check_room(self, name: str, workers: Workers) -> None:
+        """Refuse a study whose trials never fit into the cluster.
+
+        Raises:
+            ResourceError: says what is missing.
+        """
+        capacity.at_once(self._plan(name, workers), self.watch.note)
+
+    def _plan(self, study: str, workers: Workers) -> Plan:
+        module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
+        return Plan(study, module, self.data.model_dump(), self.home.place, self.experiment.resources, workers)
+
+    def _run_of(self, trial: str) -> str:
+        """Id of the MLflow run of a trial."""
+        return next(run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items() if name == trial)
+
+    def finish(self, best: Sequence[Record | None], search: Study | None) -> Outcome:
+        """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
+        experiment, workers = self.experiment, self.experiment.resources.retrain_workers
+        settings: list[Setting] = [{}]
+        if search:
+            seeds = range(experiment.base.seed + 1, experiment.base.seed + 1 + experiment.winner.seeds)
+            settings = [{**trial.setting, "seed": seed} for trial in best if trial for seed in seeds]
+        single = experiment.model_copy(
+            update={"space": {}, "search": Search(scheduler="none", trials=len(settings)), "budget": Budget()}
+        )
+        study = self.mill("final", single, settings, len(settings), workers)
+        found = selection.candidates(best, study.records)
+        if not found:
+            raise SearchError(_no_winner(study))
+        chosen = selection.choose(experiment, found)
+        final = selection.shipped(experiment, chosen)
+        self.watch.note("registering the model")
+        plan = self._plan("final", workers)
+        run_id = self._run_of(plan.name(final.number))
+        trained = plan.checkpoints(final.number)
+        with workspace.opened(trained) as kept, clear(self.tracker.uri):
+            version = models.register(
+                self.tracker,
+                run_id,
+                experiment.tracking.model or experiment.name,
+                kept.path,
+                self.trainable.example(self.data),
+                {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
+                self._lineage(plan, chosen, final),
+            )
+            champion = models.is_champion(self.tracker.client, version)
+        self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
+        page, pictures = report.write(self.home.folder, experiment, search, study.records, found, chosen, version)
+        self.tracker.attach(self.parent, "report.html", page.read_text())
+        for picture in pictures:
+            for owner in (self.parent, run_id):
+                self.tracker.attach_file(owner, picture, "report")
+        where = f"{self.home.place}/{page.name}"
+        outcome = Outcome(search.records if search else (), found, chosen, final, version, champion, where)
+        of_model = {"checkpoints": trained.removeprefix(f"{self.home.place}/")}
+        told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
+        self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on
+        run_folder.finish(self.home.folder, told | of_model)
+        self.home.keep()
+        return outcome
+
+    def _lineage(self, plan: Plan, chosen: Candidate, final: Record) -> Lineage:
+        bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
+        trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
+        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
+        places = {
+            "search": workspace.uri(self.home.place),
+            "search.run": self.parent,
+            "trial": trial,
+            "trial.run": runs_by_name.get(trial, "none"),
+            "training": plan.name(final.number),
+            "seed": str(final.setting.get("seed", self.experiment.base.seed)),
+        }
+        return Lineage(
+            plan.trainable,
+            _resolved(self.experiment),
+            places,
+            self.trainable.sources(self.data),
+            environment(),
+            {**machine(), "workers": f"{_range(plan.workers)} of {bundle}"},
+            {name: final.cost[name] for name in COSTS if name in final.cost},
+            {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
+        )
+
+
+def _interval(name: str, value: float, chosen: Candidate) -> Interval:
+    """A metric of the training that ships, and the interval of the winner's mean where it was trained again."""
+    estimate = chosen.estimates.get(name)
+    if estimate is None or not math.isfinite(estimate.half):
+        return Interval(value)
+    return Interval(value, estimate.low, estimate.high)
+
+
+def _resolved(experiment: Experiment) -> str:
+    return to_yaml(experiment.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def _prepared(trainable: catalog.Trainable, experiment: Experiment, track: catalog.Track) -> Any:
+    """The data to train with; what is built in lies where all nodes see it."""
+    storage = workspace.absolute(experiment.storage)
+    # In S3 beside the runs of the name: whoever works under another must not write there.
+    place = f"{storage}/{experiment.name}/data" if workspace.remote(storage) else f"{storage}/data"
+    with workspace.opened(place) as images:
+        data = trainable.prepare(experiment.data, images.path, track)
+        images.push()
+        written = {
+            name: place + value.removeprefix(str(images.path))
+            for name, value in data
+            if isinstance(value, str) and Path(value).is_relative_to(images.path)
+        }
+        return data.model_copy(update=written)
+
+
+def _database(experiment: Experiment, folder: Path, place: str) -> tuple[str, str]:
+    """Where the studies of a run are, and how their names begin."""
+    if experiment.tracking.study is None:
+        return f"sqlite:///{folder.absolute() / 'study.db'}", ""
+    return experiment.tracking.study, "/".join([*Path(place).absolute().parts[-2:], ""])
+
+
+def _parent(tracker: Tracker, experiment: Experiment, home: run_folder.Run) -> str:
+    """The parent MLflow run: a new one, or that of the run that is carried on."""
+    note, folder = home.folder / "parent-run", workspace.uri(home.place)
+    if note.exists():
+        run_id = note.read_text()
+        tracker.set_status(run_id, "RUNNING")
+        return run_id
+    parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
+    # A process that was killed before it could write the note has left its run.
+    left = next(iter(tracker.tagged(FOLDER, folder)), None)
+    run_id = left or tracker.start(f"{experiment.name} {home.folder.name}", {}, {FOLDER: folder})
+    tracker.parameters(run_id, parameters)
+    note.write_text(run_id)
+    home.keep()
+    tracker.attach(run_id, "experiment.yaml", _resolved(experiment))
+    return run_id

@@ -1,0 +1,153 @@
+"""Finding images and copies in an index: what is found, what is refused, and the pages."""
+
+import base64
+import csv
+import io
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import shades
+from PIL import Image
+
+from grainmill import trainable
+from grainmill.corpus import duplicates, embed, index
+from grainmill.corpus import query as lookup
+from grainmill.errors import CorpusError
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A registry with two models, 80 pictures of which the last 6 are copies, and an index of them by the first."""
+    folder = tmp_path_factory.mktemp("world")
+    tracker = Tracker(local_uri(folder), "shades", folder)
+    models = [shades.register(tracker, folder / str(bias), bias) for bias in (0.1, 2)]
+    names = shades.write_images(folder / "images", 80)
+    for number in range(6):
+        with Image.open(folder / "images" / names[number]) as image:
+            pixels = np.asarray(image).astype(int)
+        noisy = (pixels + np.random.default_rng(number).integers(-20, 21, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / "images" / names[74 + number])
+    images = shades.images(str(folder / "images"))
+    with index.claim(folder / "index", index.Record(embed.Embedder(tracker.uri, models[0]).identity, images.root)):
+        made = index.Index(folder / "index")
+        worker = embed._Worker(images, tracker.uri, made.record.model)
+        for some in (names[:50], names[50:]):
+            rows = worker(pa.table({"id": some})).drop_columns("error").cast(index.schema(made.record))
+            index.write_part(folder / "index", rows)
+    return folder, tracker.uri, models, names
+
+
+def find(world, *queries, model=0, count=5, folder=None, page="found.html"):
+    home, uri, models, _ = world
+    return lookup.find(uri, models[model], folder or home / "index", list(map(str, queries)), count, home / page)
+
+
+def pictures(page):
+    """Those of a page, which names no other file."""
+    text = page.read_text()
+    assert not re.search(r"(src|href)=(?!\"data:image/jpeg;base64,)", text)
+    found = [base64.b64decode(one) for one in re.findall(r'data:image/jpeg;base64,([^"]+)"', text)]
+    for content in found:
+        Image.open(io.BytesIO(content)).load()
+    return text, found
+
+
+def test_the_nearest_images_are_found_and_shown(world):
+    home, _, _, names = world
+    images = home / "images"
+    (home / "no image.txt").write_text("<b>")
+    found = find(world, images / names[3], home / "no image.txt", images / names[60], images / "nowhere.png")
+    rows = {name: row for block in index.Index(home / "index").blocks() for name, row in zip(*block[1:], strict=True)}
+    for one, name in ((found[0], names[3]), (found[2], names[60])):
+        scores = {other: float(rows[other] @ rows[name]) for other in names}
+        expected = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
+        assert (one.ids, one.error) == (expected, None)
+        assert one.scores == pytest.approx([scores[other] for other in expected], abs=1e-6)
+    assert found[0].ids[:2] == [names[3], names[77]]
+    assert (found[1].error, found[1].ids) == ("is not an image", [])
+    assert found[3].error == "cannot be read (No such file or directory)"
+    text, shown = pictures(home / "found.html")
+    assert len(shown) == 2 * (1 + 5)
+    assert all(f"{score:.4f}" in text for score in found[0].scores)
+
+
+def test_a_page_lives_without_the_pictures_and_escapes_names(world, tmp_path):
+    home, _, _, names = world
+    query = tmp_path / "<script>.png"
+    query.write_bytes((home / "images" / names[0]).read_bytes())
+    (home / "images").rename(home / "away")
+    try:
+        (found,) = find(world, query)
+    finally:
+        (home / "away").rename(home / "images")
+    assert found.ids[0] == names[0]
+    text, shown = pictures(home / "found.html")
+    assert len(shown) == 1, "the query itself"
+    assert "&lt;script&gt;" in text
+    assert "<script>" not in text
+
+
+def test_an_index_of_another_model_or_none_is_refused(world, tmp_path):
+    home, _, models, names = world
+    query = home / "images" / names[0]
+    with pytest.raises(CorpusError, match=rf"is of {models[0]} \(49 dimensions.* got {models[1]} .*; name {models[0]}"):
+        find(world, query, model=1)
+    with pytest.raises(CorpusError, match=r"`grainmill embed` made, but .* is none"):
+        find(world, query, folder=tmp_path)
+    (tmp_path / "index.json").write_text((home / "index" / "index.json").read_text().replace(": 49", ": 48"))
+    with pytest.raises(CorpusError, match="has none yet"):
+        find(world, query, folder=tmp_path)
+    made = index.Index(tmp_path)
+    with pytest.raises(CorpusError, match=r"\(48 dimensions.* \(49 dimensions"):
+        index.check_model(made, index.Index(home / "index").record.model)
+    with pytest.raises(CorpusError, match=r"a query must be an image, but none is:\n  .*nowhere cannot be read"):
+        find(world, home / "nowhere")
+
+
+def test_copies_are_listed_with_a_precision_and_shown(world, tmp_path):
+    home, _, _, names = world
+    found = lookup.duplicates(home / "index", 0.9, None, tmp_path)
+    assert set(found.pairs) == {(names[number], names[74 + number]) for number in range(6)}
+    assert found.scores == sorted(found.scores, reverse=True)
+    assert min(found.precision) >= 0.9
+    with (tmp_path / "duplicates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["first"], row["second"]) for row in rows] == found.pairs
+    assert [float(row["score"]) for row in rows] == pytest.approx(found.scores, abs=1e-6)
+    assert [float(row["precision"]) for row in rows] == pytest.approx(found.precision, abs=1e-4)
+    assert len(pictures(tmp_path / "duplicates.html")[1]) == 12
+    assert found.files == [tmp_path / "duplicates.csv", tmp_path / "duplicates.html"]
+
+
+def test_a_threshold_lists_all_that_reach_it(world, tmp_path):
+    made = index.Index(world[0] / "index")
+    rows = np.concatenate([block.embeddings for block in made.blocks()])
+    expected = int((np.triu(rows @ rows.T, 1) >= 0.3).sum())
+    found = lookup.duplicates(world[0] / "index", 0.9, 0.3, tmp_path)
+    assert len(found.pairs) == expected > 6
+    assert min(found.scores) >= 0.3
+    assert not found.more
+    assert found.precision[-1] < 0.9
+
+
+def test_too_many_pairs_are_cut_and_that_is_told(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(lookup, "MOST", 10)
+    found = lookup.duplicates(world[0] / "index", 0.9, -1.0, tmp_path)
+    assert len(found.pairs) == 10
+    assert found.more
+
+
+def test_a_small_corpus_has_no_estimate(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "NEIGHBOURS", 80)
+    with pytest.raises(CorpusError, match=r"needs more than 80 images, but .*index has 80; give a --threshold"):
+        lookup.duplicates(world[0] / "index", 0.9, None, tmp_path)
+    found = lookup.duplicates(world[0] / "index", 0.9, 0.9, tmp_path)
+    assert found.precision == [None] * len(found.pairs)
+    assert (tmp_path / "duplicates.csv").read_text().splitlines()[1].endswith(",")
+
+
+def test_the_stand_in_has_what_a_trainable_needs():
+    assert all(hasattr(shades, member) for member in trainable._MEMBERS)

@@ -1,0 +1,321 @@
+"""Trainings whose node is to be taken away, and those that hang."""
+
+import asyncio
+import faulthandler
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from test_kills import Arena, once, run_whole
+
+from grainmill.execution import heartbeat, watchdog
+from grainmill.execution.training_job import Job
+
+
+def state(attempt="", still=0.0, longest=0.0):
+    return heartbeat.State("trial-0003" if attempt else "", attempt, still, longest)
+
+
+ONE, OTHER, ELSEWHERE = (heartbeat.Process(node, pid, 7) for node, pid in (("a", 1), ("a", 2), ("b", 3)))
+
+
+@pytest.mark.parametrize(
+    ("at", "still", "longest", "why"),
+    [
+        (100.0, 0, 0, None),
+        (60.0, 0, 0, None),
+        (59.5, 0, 0, "its process 1 has been silent for 40 s"),
+        (99.0, 600, 0, None),
+        (99.0, 601, 3, "no step of its process 1 for 601 s, where the longest took 3.0 s"),
+        (99.0, 601, 30.1, None),  # 20 times the longest
+        (99.0, 603, 30.1, "no step of its process 1 for 603 s, where the longest took 30.1 s"),
+    ],
+)
+def test_process_hangs_that_says_nothing_or_makes_no_step_for_far_longer_than_ever(at, still, longest, why):
+    heard = {ONE: (at, state("x", still, longest)), OTHER: (100.0, state())}
+    assert watchdog.hanging(heard, 100.0, 40.0) == ({ONE: why} if why else {})
+
+
+def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypatch):
+    """Whatever the order in which the ward hears of node and process."""
+    nodes = set()
+    monkeypatch.setattr(watchdog, "_drained", lambda: set(nodes))
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
+
+    async def scene():
+        made = watchdog.Ward(40.0)
+        assert not await made.hear(ONE, state("x")), "is answered after a while"
+        monkeypatch.setattr(watchdog, "TELL_SECONDS", 30.0)
+        async with asyncio.timeout(10):
+            waiting = [made.hear(ONE, state("x")), made.hear(ELSEWHERE, state("x")), made.hear(OTHER, state())]
+            waiting = [asyncio.create_task(one) for one in waiting]
+            await asyncio.sleep(0)
+            nodes.add("b")
+            assert await waiting[0], "works on the same trial"
+            assert await waiting[1], "is on the node"
+            assert not waiting[2].done()
+            await made.note(OTHER, state("x"))
+            assert await waiting[2], "works on the trial from now on"
+            assert await made.hear(ELSEWHERE, state()), "is told again"
+            assert await made.hear(ELSEWHERE, state("y"))
+            assert await made.hear(OTHER, state("y"))
+        monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
+        assert not await made.hear(OTHER, state("z"))
+
+    asyncio.run(scene())
+
+
+def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkeypatch):
+    looked = []
+
+    async def on_node(work, process, end):
+        looked.append((work, process, end))
+        return "It was at home" if process != ELSEWHERE else ""
+
+    monkeypatch.setattr(watchdog, "_drained", set)
+    monkeypatch.setattr(watchdog, "_on_node", on_node)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.01)
+
+    async def scene():
+        made = watchdog.Ward(40.0)
+        await made.hear(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
+        await made.hear(OTHER, state("x"))
+        async with asyncio.timeout(10):
+            await made.hear(ONE, state("x", 1e6))
+            return await made.told(), made.heard
+
+    note, heard = asyncio.run(scene())
+    why = "no step of its process 1 for 1000000 s, where the longest took 0.0 s"
+    assert note == f"trial-0003: {why}; it was ended and goes on from its checkpoint. It was at home"
+    assert set(looked) == {(watchdog._examined, *one) for one in ((ELSEWHERE, True), (ONE, True), (OTHER, False))}
+    assert heard.keys() == {OTHER}
+
+
+def test_ward_that_slept_itself_ends_nobody(monkeypatch):
+    monkeypatch.setattr(watchdog, "_drained", lambda: time.sleep(0.2) or set())
+    monkeypatch.setattr(watchdog, "_on_node", None)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
+
+    async def scene():
+        made = watchdog.Ward(0.15)
+        await made.note(ONE, state("x"))
+        for _ in range(8):
+            await made.hear(OTHER, state("x"))
+        return made.heard
+
+    assert asyncio.run(scene()).keys() == {ONE, OTHER}
+
+
+HUNG = """
+    import faulthandler, sys, time
+    sys.path[:0] = {path}
+    from grainmill import pulse, worker
+
+    def stuck():
+        print("stuck", flush=True)
+        time.sleep(3600)
+
+    def epochs():
+        stuck()
+
+    faulthandler.register(pulse.DUMP)
+    epochs()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_examined_process_writes_its_stacks_and_is_ended_if_asked(tmp_path, stopped):
+    with (tmp_path / "log").open("w") as log:
+        log.write("before\n")
+        log.flush()
+        command = [sys.executable, "-c", textwrap.dedent(HUNG).format(path=sys.path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout.readline() == "stuck\n"
+    process.stdout.close()
+    who = heartbeat.Process("here", process.pid, heartbeat._began(process.pid))
+    assert watchdog._examined(who._replace(began=who.began - 1), True) == "", "a later process with its number"
+    if stopped:
+        process.send_signal(signal.SIGSTOP)
+    told = watchdog._examined(who, False)
+    assert told.endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
+    assert process.poll() is None
+    assert watchdog._examined(who, True).endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
+    assert process.wait() == -signal.SIGKILL
+    assert watchdog._examined(who, True) == ""
+    assert (tmp_path / "log").read_text().startswith("before\n")
+
+
+def test_place_is_that_of_the_thread_that_trains_else_of_any():
+    waits = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in wait\n  File "a.py", line 9 in run\n'
+    trains = '(most recent call first):\n  File "b.py", line 2 in step\n  File "c.py", line 3 in epochs\n'
+    for which in ("Thread 0x1 ", "Current thread 0x1 "):
+        assert watchdog._place(waits + "\n" + which + trains) == 'File "b.py", line 2 in step'
+        assert watchdog._place(which + trains + "\n" + waits) == 'File "b.py", line 2 in step'
+    assert watchdog._place(waits) == 'File "a.py", line 1 in wait'
+    assert watchdog._place("") == "an unknown place"
+
+
+class Calls:
+    """A ward as a process sees it: keeps what it is told, and answers in its turn."""
+
+    def __init__(self):
+        self.states, self.answers, self.waits = [], queue.Queue(), threading.Event()
+        self.note = self.hear = self
+
+    def remote(self, process, told):
+        assert process == heartbeat.Process("here", os.getpid(), heartbeat._began(os.getpid()))
+        self.states.append(told)
+        return told
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = Calls()
+
+    def get(_):
+        made.waits.set()
+        answer = made.answers.get()
+        made.waits.clear()
+        return answer
+
+    monkeypatch.setattr(heartbeat.ray, "get", get)
+    monkeypatch.setattr(heartbeat, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(
+        heartbeat.Process, "this", lambda: heartbeat.Process("here", os.getpid(), heartbeat._began(os.getpid()))
+    )
+    yield made
+    made.waits.wait()  # where the pulse stays for good, and never gets to ask a real ward
+    faulthandler.unregister(heartbeat.DUMP)
+
+
+def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_must_leave(calls, monkeypatch):
+    clock = itertools.count(100.0)  # a second passes with each look at it
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: next(clock))
+    own, job = heartbeat.Pulse(calls), Job("toy", {}, {}, "", "trial-0003", "x")
+    assert own._state() == ("", "", 0.0, 0.0)
+    with own.of(job):  # at 100; told at 101
+        assert calls.states[-1] == ("trial-0003", "x", 1.0, 0.0)
+        assert own.beat() is False  # at 102
+        assert own._state() == ("trial-0003", "x", 1.0, 2.0)  # at 103
+        with own.resting():
+            assert own._state() == ("trial-0003", "x", 0.0, 2.0)
+        assert own.beat() is False  # the rest was no step
+        assert own._state() == ("trial-0003", "x", 1.0, 2.0)
+    assert own._state() == ("", "", 0.0, 2.0)
+    with own.of(job, trains=False):
+        assert own._state() == ("trial-0003", "x", 0.0, 0.0)
+        calls.answers.put(True)
+        while not own.leave:
+            time.sleep(0.01)
+        assert own.beat() is True
+
+
+@pytest.fixture
+def arena(tmp_path, ray_cluster, umpire, watch):
+    return Arena(tmp_path, umpire, watch)
+
+
+NOTICE = r"""
+    import os, subprocess, sys, time
+    from datetime import UTC, datetime, timedelta
+    from pathlib import Path
+    import ray
+    from shared import Memory, Umpire, free_port
+    from ray._raylet import GcsClient
+    from ray.cluster_utils import Cluster
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+    from test_kills import Arena
+    from test_notice import SCRIPT, Metadata
+    from grainmill import trials
+
+    folder, workers = Path(sys.argv[1]), int(sys.argv[2])
+    trials.RESTARTS = 0  # to leave a node is no failure
+
+    def raylet(pid):
+        "Of a worker: its parent."
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def drain(pid):
+        place[pid] = raylet(pid)
+        (node,) = [one for one in nodes if one.all_processes["raylet"][0].process.pid == place[pid]]
+        if workers > 1:
+            until = int(time.time() * 1000) + 15_000
+            assert GcsClient(cluster.address).drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "", until)[0]
+            return
+        # As on AWS, but that the node of the script is not the only one of its machine.
+        program, where = Path(sys.executable).with_name("ray"), f"--address {cluster.address} --node-id {node.node_id}"
+        ray_command.parent.mkdir()
+        ray_command.write_text(f'#!/bin/sh\nexec {program} "$@" {where}\n')
+        ray_command.chmod(0o755)
+        metadata.announced = datetime.now(UTC) + timedelta(seconds=15)
+
+    def rule(name, step, rank, pid):
+        place[pid] = raylet(pid)
+        if name == "trial-0001" and rank == workers - 1 and step == 5:
+            drain(pid)
+
+    port = free_port()
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(workers + 1)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "bin" / "ray"
+    environment = {**os.environ, "PATH": f"{ray_command.parent}:{os.environ['PATH']}"}
+    command = [sys.executable, str(SCRIPT), "--metadata", metadata.address, "--poll", "0.1"]
+    notice = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    arena = Arena(folder, umpire, watch)
+    arena.data, umpire.rule = {"hold": "trial-0001 5"}, rule
+    records = arena.run(arena.grid([0.25, 0.75], base={"steps": 3}), workers=workers, concurrent=1)
+    arena.check(records, [0.25, 0.75], steps=3)
+    assert "trial-0001: its node is to be taken away; saved in epoch 2, goes on elsewhere" in watch.notes, watch.notes
+    assert [record.interruptions for record in records] == [(), ("in epoch 2: its node was taken away",), ()]
+    last = workers - 1
+    (before,) = {pid for name, step, rank, pid in umpire.heard if (name, step, rank) == ("trial-0001", 5, last)}
+    after = {pid for name, step, _, pid in umpire.heard if name == "trial-0001" and step > 5}
+    assert len(after) == workers
+    assert place[before] not in {place[pid] for pid in after}
+    if workers == 1:
+        assert notice.wait() == 0
+    notice.kill()
+    notice.wait()
+    metadata.close()
+    umpire.close()
+    ray.shutdown()
+    cluster.shutdown()
+    print("nothing lost")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2], ids=["alone", "group"])
+def test_training_leaves_a_node_that_is_to_be_taken_away_and_repeats_no_step(tmp_path, workers):
+    run_whole(NOTICE, tmp_path, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2], ids=["alone", "group"])
+def test_process_that_is_stopped_is_noticed_ended_and_goes_on_from_its_checkpoint(arena, monkeypatch, workers):
+    monkeypatch.setattr(watchdog, "SILENCE_SECONDS", 8.0)
+
+    def stop(pid):
+        os.kill(pid, signal.SIGSTOP)
+        return True
+
+    place = ("trial-0001", 5, workers - 1)
+    arena.umpire.rule = once(place, stop)
+    records = arena.run(arena.grid([0.25], base={"steps": 3}), workers=workers, concurrent=1)
+    arena.check(records, [0.25], ["trial-0001 4", "trial-0001 5"], steps=3)
+    stopped = next(pid for *where, pid in arena.umpire.heard if tuple(where) == place)
+    note = next(note for note in arena.watch.notes if note.startswith("trial-0001"))
+    assert f"trial-0001: its process {stopped} has been silent for " in note
+    assert "in _compute; all stacks are in /" in note

@@ -1,0 +1,202 @@
+"""The desk where a leader meets its workers."""
+
+import asyncio
+
+import pytest
+
+from grainmill.execution.mailbox import Desk
+from grainmill.execution.training_job import Job
+
+JOB = Job("toy", {"epochs": 2}, {}, "/nowhere")
+
+
+def played(scene):
+    """Run an asyncio scene on a desk; 30 seconds at most."""
+
+    async def play():
+        async with asyncio.timeout(30):
+            await scene(Desk())
+
+    asyncio.run(play())
+
+
+async def waits(task):
+    """Whether a task still waits when nothing else is left to do."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return not task.done()
+
+
+def taken(desk, done, group, workers=2):
+    """What a worker does between jobs, without its place."""
+    return desk.take(done, group, workers, None)
+
+
+BEGUN = {"workers": 2, "place": None}
+
+
+def test_worker_waits_until_a_job_is_laid():
+    async def scene(desk):
+        worker = asyncio.create_task(taken(desk, 0, "one"))
+        assert await waits(worker)
+        await desk.lay(JOB)
+        assert await worker == (1, JOB)
+
+    played(scene)
+
+
+def test_both_workers_get_the_job_and_no_one_gets_it_again():
+    async def scene(desk):
+        await desk.lay(JOB)
+        assert [await taken(desk, 0, "one"), await taken(desk, 0, "one")] == [(1, JOB)] * 2
+        again = asyncio.create_task(taken(desk, 1, "one"))
+        assert await waits(again)
+        await desk.done(1)
+        assert [await desk.read(), await desk.read()] == [BEGUN, None]
+        assert await waits(again)
+        other = Job("toy", {}, {}, "/elsewhere")
+        await desk.lay(other)
+        assert await again == (2, other)
+
+    played(scene)
+
+
+def test_leader_hears_of_each_group_that_begins_once():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await taken(desk, 0, "one"), await taken(desk, 0, "one")
+        await taken(desk, 0, "two", 3)
+        assert [await desk.read(), await desk.read()] == [BEGUN, {"workers": 3, "place": None}]
+        assert desk.reports.empty()
+        await desk.lay(JOB)
+        assert await waits(asyncio.create_task(desk.read()))
+
+    played(scene)
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_epoch_waits_for_the_leaders_word(go_on):
+    async def scene(desk):
+        await desk.lay(JOB)
+        await taken(desk, 0, "one")
+        word = asyncio.create_task(desk.hand_in(1, {"epoch": 1}))
+        assert [await desk.read(), await desk.read()] == [BEGUN, {"epoch": 1}]
+        assert await waits(word)
+        await desk.answer(go_on)
+        assert await word is go_on
+
+    played(scene)
+
+
+def test_job_that_was_stopped_is_over_and_its_end_is_not_reported():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await taken(desk, 0, "one")
+        word = asyncio.create_task(desk.hand_in(1, {"epoch": 1}))
+        assert await waits(word)
+        await desk.answer(False)  # whatever the leader has read by then
+        assert not await word
+        assert not await desk.hand_in(1, {"epoch": 2})
+        await desk.done(1)
+        assert [await desk.read(), await desk.read()] == [BEGUN, {"epoch": 1}]
+        assert desk.reports.empty()
+        assert await waits(late := asyncio.create_task(taken(desk, 0, "two")))  # a group that begins anew waits, too
+        await desk.lay(JOB)
+        assert await late == (2, JOB)
+
+    played(scene)
+
+
+def test_what_is_said_of_an_earlier_job_is_refused():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await taken(desk, 0, "one")
+        await desk.lay(JOB)
+        await taken(desk, 1, "one")
+        assert not await desk.hand_in(1, {"epoch": 2})
+        await desk.done(1)
+        await desk.failing(1, "one", "an old grief")
+        assert not desk.over
+        await taken(desk, 1, "two")
+        stuck = asyncio.create_task(taken(desk, 1, "three"))
+        assert [await desk.read() for _ in range(3)] == [BEGUN, BEGUN, {"cause": "a worker died"}]
+        assert await waits(stuck)
+
+    played(scene)
+
+
+def test_job_is_begun_once_more_and_then_failed_with_the_first_cause_of_the_last_group():
+    async def scene(desk):
+        await desk.lay(JOB)
+        await taken(desk, 0, "one"), await taken(desk, 0, "one")  # two workers are one group
+        await desk.failing(1, "one", "a worker raised")
+        await taken(desk, 0, "two")
+        await desk.failing(1, "two", "another raised")
+        await desk.failing(1, "two", "connection lost")
+        late = [asyncio.create_task(taken(desk, 0, "three")) for _ in range(2)]
+        assert [await desk.read() for _ in range(3)] == [BEGUN, BEGUN, {"cause": "another raised"}]
+        assert [await waits(task) for task in late] == [True, True]
+        assert desk.reports.empty()
+        await desk.lay(JOB)  # counts anew
+        assert [await task for task in late] == [(2, JOB)] * 2
+        await taken(desk, 0, "four")
+
+    played(scene)
+
+
+def test_failures_with_an_epoch_between_them_are_no_failure_of_the_job():
+    async def scene(desk):
+        await desk.lay(JOB)
+        for epoch, group in enumerate("abcdef", 1):
+            assert await taken(desk, 0, group) == (1, JOB)
+            words = [asyncio.create_task(desk.hand_in(1, {"epoch": number})) for number in (epoch - 1, epoch)]
+            assert [await waits(word) for word in words] == [True, True]
+        assert await taken(desk, 0, "g") == (1, JOB)
+        again = asyncio.create_task(desk.hand_in(1, {"epoch": 6}))  # its result comes again after a start
+        assert await waits(again)
+        assert await waits(asyncio.create_task(taken(desk, 0, "h")))
+        assert desk.over
+
+    played(scene)
+
+
+def test_group_of_another_size_is_no_failure_of_the_job():
+    async def scene(desk):
+        await desk.lay(JOB)
+        for group, workers in (("a", 2), ("b", 1), ("c", 2), ("d", 1), ("e", 1)):
+            assert await taken(desk, 0, group, workers) == (1, JOB)
+        assert await waits(asyncio.create_task(taken(desk, 0, "f", 1)))
+        assert desk.over
+
+    played(scene)
+
+
+def test_group_that_leaves_says_so_once_and_is_no_failure_of_the_job():
+    async def scene(desk):
+        await desk.lay(JOB)
+        for group in "abcdefgh":
+            assert await taken(desk, 0, group) == (1, JOB)
+            await desk.leave(1), await desk.leave(1)  # both of its workers
+            await desk.failing(1, group, "connection lost")
+            assert [await desk.read() for _ in range(2)] == [BEGUN, {"left": True}]
+        assert desk.reports.empty()
+        assert await taken(desk, 0, "i") == (1, JOB)
+        await desk.leave(0)  # of an earlier job
+        assert await taken(desk, 0, "j") == (1, JOB)
+        assert await waits(asyncio.create_task(taken(desk, 0, "k")))
+        assert desk.over
+
+    played(scene)
+
+
+def test_groups_that_fail_without_a_job_use_up_none():
+    async def scene(desk):
+        idle = [asyncio.create_task(taken(desk, 0, f"idle {number}")) for number in range(5)]
+        for task in idle:
+            assert await waits(task)
+            task.cancel()
+        await desk.lay(JOB)
+        assert await taken(desk, 0, "one") == (1, JOB)
+        assert await taken(desk, 0, "two") == (1, JOB)
+
+    played(scene)

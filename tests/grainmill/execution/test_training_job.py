@@ -1,0 +1,26 @@
+import json
+
+import pytest
+
+from grainmill.execution.training_job import Job, cause, epochs
+
+
+def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_path):
+    job = Job("toy", {"epochs": 2, "height": 0.5}, {}, str(tmp_path / "checkpoints"))
+    first, last = epochs(job)
+    assert first["reported"] == ["epoch", "score", "cost", "world_size"]
+    assert [(row["epoch"], row["score"]) for row in (first, last)] == [(1, 0.25), (2, 0.5)]
+    assert [json.loads(row["variants"]) for row in (first, last)] == [{}, {"twice": {"score": 1.0}}]
+    assert (tmp_path / "checkpoints" / "state.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("rate is nan"), "ValueError: rate is nan"),
+        (RuntimeError("Traceback:\n  somewhere\nOSError: disk full\n\n"), "RuntimeError: OSError: disk full"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_cause_is_the_type_and_the_last_line(error, told):
+    assert cause(error) == told

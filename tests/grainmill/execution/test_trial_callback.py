@@ -1,0 +1,71 @@
+"""What the clerk makes of a group whose number of workers changes."""
+
+from types import SimpleNamespace
+
+import pytest
+import toy
+
+from grainmill.config.experiment import Resources, experiment_model
+from grainmill.execution import trial_callback
+from grainmill.execution.training_job import Plan
+from grainmill.search.asha import Halving
+from grainmill.search.study import Study
+
+
+@pytest.fixture
+def group(tmp_path, watch, monkeypatch):
+    """A trial of two to four workers, two CPUs each, and its clerk; `say`: some seconds later it says something."""
+    content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}}
+    study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
+    trial = SimpleNamespace(config={"number": study.ask().number})
+    plan = Plan("trial", "toy", {}, str(tmp_path), Resources(cpus_per_worker=2), (2, 4))
+    outbox, listener = SimpleNamespace(put=lambda _, works: works), SimpleNamespace(heard=lambda: None)
+    now = [1000.0]
+    monkeypatch.setattr(trial_callback, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    released = []
+    monkeypatch.setattr(trial_callback.group, "release", lambda: released.append(now[0]))
+    made = trial_callback.Clerk(plan, study, Halving(study.experiment, ()), outbox, watch, listener)
+    made.on_trial_start(0, [], trial)
+
+    def say(seconds, **message):
+        now[0] += seconds
+        assert made.goes_on(trial, message)
+        return made._cost(0)["cpu_seconds"]
+
+    return SimpleNamespace(say=say, clerk=made, study=study, trial=trial, released=released)
+
+
+EPOCH = {"reported": ["epoch", "score"], "variants": "{}", "epoch": 1, "score": 0.5}
+
+
+def test_trial_costs_what_really_worked_for_it(group, watch):
+    assert group.say(10, workers=4, place=None) == 10 * 2 * 2  # until then, room was kept for two
+    assert group.say(5, workers=3, place=None) == 40 + 5 * 4 * 2
+    assert group.say(60, waiting="for a node") == 80 + 60 * 3 * 2
+    assert group.released == [1075.0]  # where it waits, room that the dead have taken is given back
+    assert group.say(600, workers=2, place=None) == 440  # nothing worked meanwhile
+    assert group.say(1, **EPOCH) == 440 + 1 * 2 * 2
+    notes = [f"trial-0000: {count} of up to 4 workers" for count in (4, 3, 2)]
+    again = "trial-0000: its workers began again in epoch 1; goes on from its last checkpoint"
+    assert watch.notes == [*notes[:2], again, "for a node", notes[2], again]
+
+
+def test_what_cut_a_group_short_is_told_once_each_time(group, watch):
+    group.say(1, workers=4, place=None)
+    group.say(1, **EPOCH)
+    group.say(1, left=True)
+    group.say(1, workers=4, place=None)
+    group.say(1, workers=4, place=None)
+    group.clerk.on_trial_start(0, [], group.trial)  # by Tune, after the leader has died
+    group.say(1, workers=4, place=None)
+    # That a trial pauses and goes on is none.
+    group.study.note(0, "paused", True)
+    group.clerk.on_trial_complete(0, [], group.trial)
+    group.study.note(0, "paused", False)
+    group.clerk.on_trial_start(0, [], group.trial)
+    group.say(1, workers=4, place=None)
+    assert group.released == []
+    group.clerk.end_unfinished()
+    assert group.released == [1007.0]  # or a node would not go
+    why = ["its node was taken away", "its workers began again", "its process died"]
+    assert group.study.record(0).interruptions == tuple(f"in epoch 2: {one}" for one in why)

@@ -1,0 +1,413 @@
+"""Who is the champion: only what is shown to be better, whoever else promotes, wherever a process dies."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+
+import mlflow
+import numpy as np
+import pytest
+import toy
+from mlflow import MlflowClient
+from shared import SUPPORT
+from test_evaluate import STORY
+
+from grainmill.errors import ExperimentError, PromotionError, TrackingError
+from grainmill.registry import comparison, models, promotion, promotion_lock
+from grainmill.registry.models import Version
+from grainmill.tracking.mlflow_runs import PARENT, Tracker, local_uri
+
+METRIC = "copies/map"
+GATE = [f"metric={METRIC}"]
+
+
+class Shelf:
+    """A registered model whose versions have evidence, but no files."""
+
+    name = "apples"
+
+    def __init__(self, uri):
+        self.uri, self.notes, self.client = uri, [], MlflowClient(uri)
+
+    @classmethod
+    def new(cls, uri):
+        self = cls(uri)
+        self.client.create_registered_model(self.name)
+        self.experiment = self.client.create_experiment("runs")
+        return self
+
+    def add(self, *values, data="the same", metric=METRIC, parent=None):
+        """A version with so many values a query."""
+        info = self.client.create_run(self.experiment, tags={PARENT: parent} if parent else {}).info
+        run_id = info.run_id
+        made = self.client.create_model_version(self.name, f"{info.artifact_uri}/model", run_id)
+        version = Version(self.name, str(made.version))
+        if values:
+            comparison.keep(self.client, version, run_id, [toy.Sample(metric, data, list(values), served=False)])
+        return version
+
+    def crown(self, number):
+        self.client.set_registered_model_alias(self.name, "champion", number)
+
+    def promote(self, number, gates=GATE):
+        return promotion.promote(self.uri, f"models:/{self.name}/{number}", gates, self.notes.append)
+
+    def rollback(self):
+        return promotion.rollback(self.uri, self.name, self.notes.append)
+
+    def aliases(self):
+        return {key: int(one) for key, one in self.client.get_registered_model(self.name).aliases.items()}
+
+    def history(self, number):
+        """Decisions on a version, the oldest first."""
+        tags = self.client.get_model_version(self.name, str(number)).tags
+        return [tags[key] for key in sorted(tags) if key.startswith("promotion.0")]
+
+
+def spread(mean, count=40, seed=0):
+    return np.random.default_rng(seed).normal(mean, 0.1, count).clip(0, 1).tolist()
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    """MLflow's tables, which take seconds to make."""
+    folder = tmp_path_factory.mktemp("empty")
+    Tracker(local_uri(folder), "none", folder)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def uri(empty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    return local_uri(tmp_path)
+
+
+@pytest.fixture
+def shelf(uri):
+    return Shelf.new(uri)
+
+
+def test_a_better_version_takes_the_place_and_what_it_took_it_from_is_previous(shelf):
+    shelf.add(*spread(0.5)), shelf.add(*spread(0.7, seed=1)), shelf.add(*spread(0.9, seed=2))
+    shelf.crown(1)
+    shelf.client.set_registered_model_alias("apples", "challenger", 2)
+    assert shelf.promote(2).champion.number == "2"
+    assert shelf.aliases() == {"champion": 2, "previous": 1}
+    shelf.promote(3)
+    assert shelf.aliases() == {"champion": 3, "previous": 2}
+    (why,) = shelf.history(3)
+    assert why.startswith("promoted: copies/map 0.89")
+    assert "of models:/apples/2, +0.19" in why
+    assert why.endswith("over 40 queries")
+    assert shelf.history(1) == ["replaced by models:/apples/2"]
+    assert [text.partition(":")[0] for text in shelf.history(2)] == ["promoted", "replaced by models"]
+
+
+def test_a_version_that_is_not_better_beyond_the_interval_is_refused_and_that_is_written_down(shelf):
+    champion = spread(0.5)
+    shelf.add(*champion)
+    shelf.add(*(value + 0.002 + 0.05 * (-1) ** query for query, value in enumerate(champion)))
+    shelf.crown(1)
+    with pytest.raises(PromotionError, match=r"models:/apples/2 does not become .* not: copies/map 0\.\d+ against"):
+        shelf.promote(2)
+    assert shelf.aliases() == {"champion": 1}
+    (why,) = shelf.history(2)
+    assert why.startswith("refused: it must be better beyond the interval, but is not: copies/map")
+
+
+def test_few_queries_show_nothing(shelf):
+    for mean in (0.1, 0.9):
+        shelf.add(*spread(mean, 19))
+        shelf.add(*spread(mean, 20))
+    shelf.crown(1)
+    with pytest.raises(PromotionError, match="over 19 queries, of which it takes at least 20"):
+        shelf.promote(3)
+    shelf.crown(2)
+    shelf.promote(4)
+    assert shelf.aliases()["champion"] == 4
+
+
+def test_the_first_champion_needs_the_gates_alone_and_promoting_it_again_changes_nothing(shelf):
+    shelf.add(*spread(0.5))
+    with pytest.raises(PromotionError, match=r"copies/map must be at least 0\.9, but is 0\.\d+"):
+        shelf.promote(1, [*GATE, "minimum={copies/map: 0.9}"])
+    assert shelf.promote(1).why == "there was no champion"
+    assert shelf.promote(1).why == "it is the champion already"
+    assert shelf.aliases() == {"champion": 1}
+    assert [text.partition(":")[0] for text in shelf.history(1)] == ["refused", "promoted"]
+
+
+def test_other_data_other_metrics_and_none_at_all_are_refused_with_the_command(shelf):
+    shelf.add(*spread(0.5))
+    shelf.add(*spread(0.9), data="other")
+    shelf.add(*spread(0.9), metric="copies/recall@1")
+    shelf.add()
+    shelf.crown(1)
+    told = {
+        2: "compared in copies/map on the same data, but models:/apples/1 was evaluated on other data",
+        3: "must have been evaluated for copies/map, but copies/recall@1 is measured; grainmill evaluate models:/ap",
+        4: "must have been evaluated for copies/map, but nothing is measured",
+    }
+    for number, text in told.items():
+        with pytest.raises(PromotionError) as caught:
+            shelf.promote(number)
+        assert text in str(caught.value)
+        assert shelf.history(number) == []
+    with pytest.raises(PromotionError, match=r"got none; measured is copies/map; set promotion\.metric"):
+        shelf.promote(1, [])
+    shelf.crown(4)
+    with pytest.raises(PromotionError, match="models:/apples/4 was not evaluated for it"):
+        shelf.promote(1)
+    assert shelf.aliases() == {"champion": 4}
+
+
+def test_what_is_not_in_the_registry_is_told(shelf):
+    shelf.add(*spread(0.5))
+    for model in ("models:/apples/7", "models:/apples@best", "models:/pears/1", "apples", "models:/apples/x"):
+        with pytest.raises(TrackingError, match=rf"{model} must be in the registry at sqlite://"):
+            promotion.promote(shelf.uri, model, GATE, print)
+    with pytest.raises(TrackingError, match="models:/pears@champion must be in the registry"):
+        promotion.rollback(shelf.uri, "pears", print)
+    shelf.crown(1)
+    shelf.client.delete_model_version("apples", "1")  # and the alias goes with it
+    with pytest.raises(PromotionError, match="that of apples is missing; promote a version"):
+        shelf.rollback()
+
+
+def test_wrong_gates_are_told_all_at_once(shelf):
+    shelf.add(*spread(0.5))
+    with pytest.raises(ExperimentError) as caught:
+        shelf.promote(1, ["metrik=x", "megabytes=-1"])
+    assert "metrik" in str(caught.value)
+    assert "megabytes" in str(caught.value)
+
+
+def test_gates_are_those_of_the_experiment_that_trained_the_version(shelf):
+    parent = shelf.client.create_run(shelf.experiment).info.run_id
+    text = "promotion:\n  metric: copies/map\n  minimum: {copies/map: 0.8}\n"
+    shelf.client.log_text(parent, text, "experiment.yaml")
+    shelf.add(*spread(0.5), parent=parent)
+    with pytest.raises(PromotionError, match=r"copies/map must be at least 0\.8"):
+        shelf.promote(1, [])
+    shelf.promote(1, ["minimum={copies/map: 0.3}"])
+    assert shelf.aliases() == {"champion": 1}
+
+
+def test_size_and_latency_are_measured_on_the_model_itself(uri, tmp_path):
+    tracker = Tracker(uri, "apples", tmp_path)
+    list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
+    run_id = tracker.start("first", {}, {})
+    models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, STORY)
+    comparison.keep(tracker.client, Version("apples", "1"), run_id, [toy.Sample(METRIC, "data", spread(0.5), False)])
+    gates = [*GATE, "megabytes=1e-6", "milliseconds=1e-6"]
+    tracker.client.delete_registered_model_alias("apples", "champion")
+    with pytest.raises(PromotionError, match=r"files must take at most 1e-06 MB, .*a row must take at most 1e-06 ms"):
+        promotion.promote(tracker.uri, "models:/apples/1", gates, print)
+    gates = [*GATE, "megabytes=1000", "milliseconds=100000"]
+    assert promotion.promote(tracker.uri, "models:/apples/1", gates, print).champion.number == "1"
+
+
+def test_rollback_goes_back_step_by_step(shelf):
+    for number in range(3):
+        shelf.add(*spread(0.3 + 0.2 * number, seed=number))
+    shelf.crown(1)
+    shelf.promote(2), shelf.promote(3)
+    assert shelf.rollback().champion.number == "2"
+    assert shelf.aliases() == {"champion": 2, "previous": 1}
+    assert promotion.rollback(shelf.uri, "models:/apples@champion", print).champion.number == "1"
+    assert shelf.aliases() == {"champion": 1}
+    with pytest.raises(PromotionError, match="that of apples did not; promote a version"):
+        shelf.rollback()
+    assert shelf.history(3)[-1] == "rolled back to models:/apples/2"
+    assert shelf.history(2)[-2:] == [
+        "champion again, models:/apples/3 was rolled back",
+        "rolled back to models:/apples/1",
+    ]
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def mortal(monkeypatch, at):
+    """The process dies before its change number `at` of the registry."""
+    made = []
+
+    def deadly(name):
+        method = getattr(MlflowClient, name)
+
+        def call(*args, **kwargs):
+            made.append(name)
+            if len(made) == at:
+                raise Killed
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    changes = ("create_experiment", "delete_experiment", "set_model_version_tag", "set_registered_model_alias")
+    for name in (*changes, "delete_registered_model_alias"):
+        deadly(name)
+
+
+@pytest.mark.slow
+def test_a_process_may_die_anywhere_in_a_promotion_or_a_rollback(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(promotion_lock, "EXPIRES_SECONDS", 0.01)  # what a dead process holds is taken over at once
+    right = promotion_lock.Lease.check
+    monkeypatch.setattr(promotion_lock.Lease, "check", lambda one: setattr(one, "_until", float("inf")) or right(one))
+    for number in range(3):
+        shelf.add(*spread(0.3 + 0.2 * number, seed=number))
+    shelf.crown(1)
+    shelf.promote(2)
+    at, died = 0, True
+    while died:
+        at, died = at + 1, False
+        shutil.copy(tmp_path / "mlflow.db", tmp_path / f"{at}.db")
+        one = Shelf(f"sqlite:///{tmp_path / f'{at}.db'}")
+        with monkeypatch.context() as patch:
+            mortal(patch, at)
+            try:
+                one.promote(3)
+                one.rollback()
+            except Killed:
+                died = True
+        now = one.aliases()
+        assert (now["champion"], now["previous"]) in ((2, 1), (2, 2), (3, 2)), at
+        if now["champion"] == 3:
+            assert one.history(3)[-1].startswith(("promoting", "promoted", "rolling back")), at
+        one.promote(3)
+        assert one.aliases() == {"champion": 3, "previous": 2}, at
+        assert any(text.startswith("promoted") for text in one.history(3)), at
+        assert one.rollback().champion.number == "2", at
+        assert one.aliases() == {"champion": 2, "previous": 1}, at
+    assert at > 12
+
+
+def test_a_lease_is_one_holders_until_it_is_given_back_or_expires(shelf, monkeypatch):
+    order = []
+    with promotion_lock.held(shelf.client, "apples", print) as first:
+
+        def wait():
+            with promotion_lock.held(MlflowClient(shelf.uri), "apples", order.append) as second:
+                order.append(second.number)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not order:
+            thread.join(0.01)
+        assert "another promotion of apples is under way" in order[0]
+        first.check()
+        with promotion_lock.held(shelf.client, "apple", print) as other:  # that of another model
+            assert other.number == 1
+    thread.join()
+    assert order[1:] == [first.number + 1]
+    monkeypatch.setattr(promotion_lock, "EXPIRES_SECONDS", 0.05)
+    lost = promotion_lock.held(shelf.client, "apples", print)
+    dead = lost.__enter__()
+    with promotion_lock.held(shelf.client, "apples", print) as heir:
+        assert heir.number == dead.number + 1
+        with pytest.raises(PromotionError, match="nothing was changed, try again"):
+            dead.check()
+    active = [one.name for one in shelf.client.search_experiments() if one.name.startswith("grainmill")]
+    assert active == []
+    with pytest.raises(mlflow.MlflowException):
+        lost.__exit__(None, None, None)
+
+
+RACER = """
+    import sys
+    from grainmill import promotion
+    from grainmill.errors import PromotionError
+    uri, number = sys.argv[1:]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        promotion.promote(uri, f"models:/apples/{number}", ["metric=copies/map"], lambda message: None)
+        print("promoted")
+    except PromotionError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_others_are_told(server):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+    shelf = Shelf.new(server.uri)
+    order = random.Random(4).sample(range(1, 7), 6)  # of the versions 2 to 7, from the worst to the best
+    shelf.add(*spread(0.2))
+    for place in order:
+        shelf.add(*spread(0.2 + 0.1 * place, seed=place))
+    shelf.crown(1)
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(RACER), server.uri, str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for number in range(2, 8)
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    said = {number: racer.communicate()[0].strip() for number, racer in enumerate(racers, start=2)}
+    best = order.index(6) + 2
+    promoted = [number for number, text in said.items() if text == "promoted"]
+    assert best in promoted
+    for number, text in said.items():
+        assert number in promoted or f"models:/apples/{number} does not become the champion: it must be better" in text
+    # In turn, each better than the one before; `previous` is the last but one.
+    crowned = sorted(
+        (int(key[-6:]), number)
+        for number in range(2, 8)
+        for key, text in shelf.client.get_model_version("apples", str(number)).tags.items()
+        if text.startswith("promoted: ")
+    )
+    means = [order[number - 2] for _, number in crowned]
+    assert sorted(number for _, number in crowned) == sorted(promoted)
+    assert means == sorted(means)
+    chain = [1, *(number for _, number in crowned)]
+    assert shelf.aliases() == {"champion": chain[-1], "previous": chain[-2]}
+    assert chain[-1] == best
+
+
+def false_promotions(draw, rounds):
+    """How often the second of two networks that are equally good would be promoted."""
+    return sum(comparison.difference(*draw()).low > 0 for _ in range(rounds)) / rounds
+
+
+def test_of_two_that_are_equally_good_one_in_twenty_is_promoted_at_most():
+    """20 queries, the fewest that count; average precisions that are 1 for half of them and go together."""
+    rng, rounds = np.random.default_rng(0), 1000
+
+    def draw():
+        hard = rng.normal(size=20)
+        return [np.clip(0.9 + 0.3 * (0.8 * hard + 0.6 * rng.normal(size=20)), 0, 1) for _ in range(2)]
+
+    rate = false_promotions(draw, rounds)
+    assert rate <= 0.05 + 2 * (0.05 * 0.95 / rounds) ** 0.5
+    assert rate > 0.005
+
+
+def test_an_interval_is_that_of_its_definition():
+    rng = np.random.default_rng(3)
+    first, second = rng.random(50), rng.random(50)
+    found = comparison.difference(first, second)
+    assert found.mean == pytest.approx(first.mean() - second.mean())
+    pairs = list(zip(first, second, strict=True))
+    drawn = random.Random(5)
+    means = []
+    for _ in range(5000):
+        sample = [drawn.choice(pairs) for _ in pairs]
+        means.append(sum(one - other for one, other in sample) / len(sample))
+    means.sort()
+    assert found.low == pytest.approx(means[125], abs=0.01)
+    assert found.high == pytest.approx(means[-126], abs=0.01)
+    assert comparison.difference(first, first) == (0, 0, 0)

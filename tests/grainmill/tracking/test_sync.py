@@ -1,0 +1,240 @@
+"""MLflow comes to know the same of a study whatever becomes of its server meanwhile, and training does not wait."""
+
+import signal
+import threading
+
+import pytest
+import toy
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+
+from grainmill import trainable
+from grainmill.config.experiment import experiment_model
+from grainmill.errors import TrackingError
+from grainmill.search.study import Study
+from grainmill.tracking import sync
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.sync import Outbox
+from grainmill.workflows import tune
+
+
+def make_study(folder, epochs=2, name="trial"):
+    content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "base": {"epochs": epochs}}
+    checked = experiment_model(toy).model_validate({**content, "space": {"height": {"uniform": [0, 1]}}})
+    return Study(f"sqlite:///{folder / 'study.db'}", name, checked, checked.first, 3)
+
+
+def name(number):
+    return f"trial-{number:04d}"
+
+
+def live(study, box, deed=lambda: None):
+    """Three trials: one is complete, one fails in its second epoch, one is cut short in its first."""
+    for number in range(3):
+        study.ask()
+        box.put(study.record(number), works=True)
+        for epoch in range(1, 3 - number):
+            study.report(number, {"epoch": epoch, "score": 10.0 * number + epoch})
+            box.put(study.record(number), works=True)
+            deed()
+    study.interrupt(0, "its process died")
+    study.interrupt(0, "the command ended")
+    study.close(0, failed=False)
+    study.note(1, "cause", "it broke")
+    study.close(1, failed=True)
+    for number in range(3):
+        box.put(study.record(number), works=False)
+
+
+EXPECTED = {
+    "trial-0000": (
+        "FINISHED",
+        {
+            "state": "complete at epoch 2",
+            "interruptions": "in epoch 3: its process died; in epoch 3: the command ended",
+        },
+        [(1, 1.0), (2, 2.0)],
+    ),
+    "trial-0001": ("FAILED", {"state": "failed at epoch 1", "cause": "it broke"}, [(1, 11.0)]),
+    "trial-0002": ("KILLED", {"state": "running"}, []),
+}
+
+
+def told(client, experiment_id, parent, study):
+    """What MLflow knows of the children: status, tags of ours, and the steps and values of the score."""
+    runs = client.search_runs([experiment_id], f"tags.mlflow.parentRunId = '{parent}'", ViewType.ACTIVE_ONLY)
+    found = {}
+    for run in runs:
+        history = client.get_metric_history(run.info.run_id, "score")
+        number = int(run.info.run_name[-4:])
+        assert float(run.data.params["height"]) == study.record(number).setting["height"]
+        assert tuple(metric.timestamp for metric in history) == study.record(number).times
+        tags = {key: run.data.tags[key] for key in ("state", "cause", "interruptions") if key in run.data.tags}
+        found[run.info.run_name] = run.info.status, tags, [(metric.step, metric.value) for metric in history]
+    assert len(found) == len(runs)
+    return found
+
+
+class Faulty(Tracker):
+    """Its call number `bad` fails: before it is made, or after, so that only the answer is lost."""
+
+    CALLS = ("start", "parameters", "tagged", "last_epoch", "log", "tag", "set_status", "remove")
+    bad, after, made = None, False, 0
+
+    def __getattribute__(self, key):
+        value = super().__getattribute__(key)
+        if key not in Faulty.CALLS:
+            return value
+
+        def call(*args):
+            self.made += 1
+            if self.made != self.bad:
+                return value(*args)
+            if self.after:
+                value(*args)
+            raise TrackingError("no answer")
+
+        return call
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(sync, "PAUSES", (0,))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["asked in vain", "answer lost"])
+def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
+    tracker = Faulty(local_uri(tmp_path), "toy", tmp_path)
+    bad, calls = 0, 1
+    while bad < calls:  # the last round is the first in which none fails
+        bad += 1
+        tracker.bad = None
+        parent = tracker.start(f"parent {bad}", {}, {})
+        tracker.bad, tracker.after, tracker.made, notes = bad, after, 0, []
+        folder = tmp_path / str(bad)
+        folder.mkdir()
+        study = make_study(folder)
+        with Outbox(study, name, tracker, parent, notes.append) as box:
+            live(study, box, deed=lambda box=box: box._drained(60))  # so that each is told by itself
+        calls, tracker.bad = tracker.made, None
+        assert told(tracker.client, tracker.experiment_id, parent, study) == EXPECTED, bad
+        expected = ["training goes on, and MLflow is told later: no answer", "MLflow answers again"]
+        assert [note for note in notes if "waiting" not in note] == (expected if bad <= calls else [])
+    assert bad > 15
+
+
+def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
+    """Whatever it told: nothing, a part, or all but the end."""
+    tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
+    parent = tracker.start("parent", {}, {})
+    study = make_study(tmp_path)
+    with Outbox(study, name, tracker, parent, print) as box:
+        live(study, box)
+    run_ids = {run_name: run_id for run_id, (run_name, _) in tracker.tagged("mlflow.parentRunId", parent).items()}
+    tracker.client.delete_run(run_ids[name(0)])
+    tracker.start(name(1), {}, {}, parent)  # a second one, of an answer that got lost
+    tracker.set_status(run_ids[name(2)], "RUNNING")
+    with Outbox(study, name, tracker, parent, print) as box:
+        for record in study.records:
+            box.put(record, works=False)
+    assert told(tracker.client, tracker.experiment_id, parent, study) == EXPECTED
+    before = tracker.tagged("mlflow.parentRunId", parent)
+    assert before.keys() >= {run_ids[name(1)], run_ids[name(2)]}
+
+
+def test_an_end_without_an_answer_is_told_with_the_remedy_and_no_password(tmp_path, hasty, monkeypatch):
+    monkeypatch.setattr(sync, "PATIENCE", 0.5)
+    tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
+    parent, study = tracker.start("parent", {}, {}), make_study(tmp_path)
+    tracker.client = MlflowClient("http://me:very-secret@127.0.0.1:9")
+    tracker.uri = "http://me:very-secret@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    notes = []
+
+    def search():
+        with Outbox(study, name, tracker, parent, notes.append) as box:
+            live(study, box)
+
+    with pytest.raises(TrackingError, match="nothing is lost: the same command tells it") as caught:
+        search()
+    assert "MLflow must answer at http://127.0.0.1:9" in str(caught.value)
+    assert "very-secret" not in str(caught.value) + "".join(notes)
+
+
+def test_an_error_that_cuts_a_study_short_is_the_one_that_is_told(tmp_path, hasty, monkeypatch):
+    monkeypatch.setattr(sync, "BRIEF", 0.1)
+    tracker = Faulty(local_uri(tmp_path), "toy", tmp_path)
+    parent, study = tracker.start("parent", {}, {}), make_study(tmp_path)
+    monkeypatch.setattr(Tracker, "tagged", None)
+
+    def search():
+        with Outbox(study, name, tracker, parent, print) as box:
+            live(study, box)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+
+
+# --- a real server, in the middle of a search
+
+
+def search(storage, umpire, name):
+    content = {
+        "name": name,
+        "trainable": "toy",
+        "data": {"umpire": umpire.port},
+        "space": {"height": {"choice": [0.25, 0.75]}},
+        "objective": {"score": "max"},
+        "search": {"trials": 3, "scheduler": "none", "sampler": "grid"},
+        "winner": {"candidates": 1, "seeds": 1},
+        "resources": {"concurrent": 1},
+        "storage": str(storage),
+    }
+    return experiment_model(toy).model_validate(content)
+
+
+def all_of(client, experiment):
+    """Every run of an MLflow experiment: status, parameters, tags and metrics, but nothing that a clock has made."""
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    found = {}
+    for run in runs:
+        history = {
+            key: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+            if key not in ("cpu_seconds", "gpu_seconds")
+        }
+        tags = {key: run.data.tags[key] for key in ("state", "cause") if key in run.data.tags}
+        short = run.info.run_name.removeprefix(f"{experiment} ")
+        found[short] = run.info.status, run.data.params, tags, history
+    assert len(found) == len(runs)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", ["frozen", "killed"])
+def test_a_search_whose_server_is_gone_for_most_of_it_is_told_as_a_calm_one(
+    ray_cluster, tmp_path, umpire, watch, server, monkeypatch, fault
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    tune.tune(search(tmp_path / "runs", umpire, "calm"), server.uri, None, watch, trainable.untracked)
+    lost = threading.Event()
+    monkeypatch.setattr(watch, "note", lambda message: lost.set() if "told later" in message else None)
+
+    def rule(name, epoch, rank, pid):
+        if (name, epoch) == ("trial-0000", 2):
+            server.send(signal.SIGSTOP) if fault == "frozen" else server.end(signal.SIGKILL)
+        if (name, epoch) == ("trial-0002", 3):  # so far the search got without an answer
+            assert lost.wait(60)
+            server.send(signal.SIGCONT) if fault == "frozen" else server.start()
+
+    umpire.rule = rule
+    outcome = tune.tune(search(tmp_path / "runs", umpire, "rough"), server.uri, None, watch, trainable.untracked)
+    client = MlflowClient(server.uri)
+    calm, rough = all_of(client, "calm"), all_of(client, "rough")
+    assert rough == calm
+    assert {status for status, *_ in rough.values()} == {"FINISHED"}
+    assert len(rough) == 1 + 3 + 1
+    assert outcome.version.uri == "models:/rough/1"

@@ -1,0 +1,158 @@
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from pydantic import BaseModel
+
+from grainmill import trainable
+from grainmill.config.experiment import Experiment, json_schema, load
+from multigrain import trainable_finetune
+from multigrain.benchmarks.inputs import Evaluation
+from multigrain.config.training import MultiGrainSpec
+from multigrain.data.folders import DataSettings
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments, **environment):
+    """Stdout of a fresh interpreter that runs in the repository's root."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("root", ["platform", "trainables"])
+def test_a_source_root_is_no_package_and_holds_no_module(root):
+    # `platform` would hide Python's own module of that name.
+    assert list((ROOT / root).glob("*.py")) == []
+    packages = [path.name for path in (ROOT / root).iterdir() if (path / "__init__.py").exists()]
+    assert packages == [{"platform": "grainmill", "trainables": "multigrain"}[root]]
+
+
+def test_the_tests_are_no_package():
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+USE_PLATFORM = "import platform, uuid; print(platform.system(), uuid.UUID(int=7).int)"
+
+
+@pytest.mark.parametrize("path", ["", ".", str(ROOT)], ids=["no path", "relative path", "absolute path"])
+def test_pythons_own_platform_module_is_found_from_the_root(path):
+    assert python("-c", USE_PLATFORM, PYTHONPATH=path).split() == [platform.system(), "7"]
+    # With -m the working directory comes first on the path, too.
+    assert python("-m", "platform", PYTHONPATH=path).startswith(platform.system())
+
+
+def test_the_committed_schema_is_that_of_the_code():
+    committed = json.loads((ROOT / "search_spaces" / "schema.json").read_text())
+    assert committed == json_schema(trainable.find("multigrain")), "run `make schema`"
+
+
+def test_the_demo_is_right():
+    load(ROOT / "search_spaces" / "demo.yaml")
+
+
+def test_every_declared_dependency_is_pinned_to_a_version_that_is_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version
+        for name, equals, version in (line.partition("==") for line in lines if line and not line.startswith("#"))
+        if equals
+    }
+    declared = [
+        *project["dependencies"],
+        *(text for group in project["optional-dependencies"].values() for text in group),
+    ]
+    assert len(declared) > 20
+    for text in declared:
+        requirement = Requirement(text)
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(version), f"{text}, but constraints.txt pins {version}"
+
+
+def test_each_line_of_the_constraints_pins_one_version_exactly():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!]*", line)] == []
+    names = [canonicalize_name(line.partition("==")[0]) for line in lines]
+    assert len(set(names)) == len(names)
+
+
+HEAVY = (
+    "heavy = {'mlflow', 'optuna', 'ray', 'torch', 'torchvision', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)"
+)
+
+
+def test_the_command_checks_a_file_without_loading_anything_heavy():
+    code = f"""
+import sys
+import grainmill.cli.app
+grainmill.cli.app.app(["validate", "search_spaces/demo.yaml"], standalone_mode=False)
+{HEAVY}
+print(sorted(heavy))
+"""
+    assert python("-c", code).splitlines()[-1] == "[]"
+
+
+def test_the_methods_settings_are_read_without_torch():
+    code = f"""
+import sys
+import multigrain, multigrain.data.folders, multigrain.config.training, multigrain.trainable
+assert multigrain.MultiGrainSpec().epochs == 120
+{HEAVY}
+print(sorted(heavy))
+"""
+    assert python("-c", code).splitlines()[-1] == "[]"
+
+
+def settings(model, prefix=""):
+    """(dotted path, field) of all settings of a model and of those in it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix", "heading"),
+    [
+        (Experiment, "", "## Every setting"),
+        (DataSettings, "data.", "### Images"),
+        (MultiGrainSpec, "base.", "### `trainable: multigrain`"),
+        (trainable_finetune.Spec, "base.", "### `trainable: multigrain-exponent`"),
+        (Evaluation, "", "### `grainmill evaluate --set`"),
+    ],
+)
+def test_reference_tells_every_setting_with_its_default_and_its_description(model, prefix, heading):
+    part = (ROOT / "search_spaces" / "README.md").read_text().split(f"{heading}\n")[1].split("\n#")[0]
+    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    told = {row[0][3:-1]: (row[1].strip(), row[2].removesuffix(" |")) for row in rows if len(row) == 3}
+    expected = dict(settings(model, prefix))
+    assert list(told) == list(expected)
+    for path, field in expected.items():
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        said, description = told[path]
+        assert description == " ".join(field.description.split())
+        if isinstance(default, bool):
+            assert said == str(default).lower()
+        elif isinstance(default, int | float):
+            assert float(said) == pytest.approx(default, rel=1e-3)
+        else:
+            assert said == ("" if default in (None, {}, ()) else default)

@@ -1,0 +1,107 @@
+"""A training whose folder is in S3, as a worker runs it: without Ray, with the toy and with real images."""
+
+import json
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from test_checkpoint import assert_same
+from test_fit import spec
+from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
+from test_workspace import place, proxy, seen_by_another  # noqa: F401
+
+from grainmill.errors import StorageError
+from grainmill.execution.training_job import Job, LeftError, epochs
+from grainmill.storage import workspace
+from multigrain.models import checkpoint
+
+
+def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(place, tmp_path):  # noqa: F811
+    job = Job("toy", {"epochs": 4}, {"diary": str(tmp_path / "diary")}, place)
+    with closing(epochs(job)) as results:
+        for epoch in (1, 2):
+            assert next(results)["epoch"] == epoch
+            assert json.loads(seen_by_another(place)["state.json"])["step"] == epoch
+    assert list((tmp_path / "work").glob("*/*")) == []
+    assert [row["epoch"] for row in epochs(job)] == [2, 3, 4]  # the last one again: its reader may have died
+    computed = (tmp_path / "diary").read_text().split()[1::2]
+    assert computed == ["1", "2", "3", "4"]
+
+
+def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path):  # noqa: F811
+    job = Job("toy", {"epochs": 2, "steps": 3}, {"diary": str(tmp_path / "diary")}, place)
+    with pytest.raises(LeftError):
+        list(epochs(job, lambda: True))
+    assert json.loads(seen_by_another(place)["state.json"])["step"] == 1
+    assert [row["epoch"] for row in epochs(job)] == [1, 2]
+    assert (tmp_path / "diary").read_text().split()[1::2] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_a_training_ends_with_the_reason_why_its_checkpoint_is_not_safe(place, proxy):  # noqa: F811
+    job = Job("toy", {"epochs": 4}, {}, place)
+    with closing(epochs(job)) as results:
+        next(results)
+        proxy.rule = lambda method, *_: (400, "ExpiredToken") if method == "PUT" else None
+        with pytest.raises(StorageError, match=f"{place}/state.json needs credentials that are still good"):
+            next(results)
+
+
+class Interrupted(BaseException):
+    """As if the process were killed: nobody handles it."""
+
+
+def trained(job):
+    """All that a training tells, but for its speed."""
+    speed = {"views_per_second", "data_wait"}
+    return [{name: value for name, value in row.items() if name not in speed | {"reported"}} for row in epochs(job)]
+
+
+def test_a_training_that_is_cut_inside_an_epoch_goes_on_elsewhere_with_the_same_bits(
+    place,  # noqa: F811
+    shapes_folder,
+    tmp_path,
+    monkeypatch,
+):
+    data = {"folder": str(shapes_folder)}
+    calm = Job("multigrain.trainable", spec().model_dump(), data, str(tmp_path / "calm"))
+    far = Job("multigrain.trainable", spec().model_dump(), data, place)
+    expected = trained(calm)
+    there, save = threading.Event(), checkpoint.Writer.save
+
+    def cut(writer, state):
+        save(writer, state)
+        writer.wait()
+        if state.state["steps"] == 2:  # of three in the first epoch
+            assert there.wait(60)
+            raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace, "POLL_SECONDS", 0.01)
+        patched.setattr(checkpoint.Writer, "save", cut)
+        patched.setattr(workspace.Vault, "_bring", told_to(there, workspace.Vault._bring))
+        with pytest.raises(Interrupted):
+            trained(far)
+    assert {Path(name).parts[0] for name in seen_by_another(place, Path.read_bytes)} == {
+        "step-00000001",
+        "step-00000002",
+    }
+    assert trained(far) == expected
+    with workspace.opened(place) as kept:
+        for step in sorted((tmp_path / "calm").glob("step-*")):
+            ours, theirs = checkpoint.read(step), checkpoint.read(kept.path / step.name)
+            assert_same(ours.model, theirs.model)
+            assert_same(ours.optimizer, theirs.optimizer)
+    assert len(list((tmp_path / "calm").glob("step-*"))) == 2
+
+
+def told_to(there, bring):
+    """Says when the second step is in the bucket."""
+
+    def call(kept, store, found):
+        done = bring(kept, store, found)
+        if done and "step-00000002/MANIFEST.json" in found:
+            there.set()
+        return done
+
+    return call

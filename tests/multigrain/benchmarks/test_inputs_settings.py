@@ -1,0 +1,163 @@
+"""What an evaluation is asked for: which settings are refused, and what is read before anything is embedded."""
+
+import math
+from pathlib import Path
+
+import pytest
+from layouts import draw, holidays, imagenet
+
+from multigrain.benchmarks.inputs import Evaluation, Serve, inputs
+from multigrain.data import remote
+from multigrain.data.folders import DataError
+
+ON = {"ukbench": "y"}
+CLASSES = ("ant", "bee")
+C = 4
+"""Channels of the network."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on": {"holiday": "x", "ukbench": "y"}}, "benchmarks must be among imagenet, holidays, .*, got holiday"),
+        ({"on": {}}, "at least 1 item"),
+        ({"on": ON, "sizes": [8]}, "greater than or equal to 16"),
+        ({"on": ON, "exponents": [math.nan]}, "greater than or equal to 1"),
+        ({"on": ON, "exponents": []}, "at least 1 item"),
+        ({"on": ON, "whiten": "w", "dimension": 0}, "greater than or equal to 1"),
+        ({"on": ON, "dimension": 3}, "dimension must come with whiten, got 3 alone; name a folder in whiten"),
+        ({"on": ON, "serve": {"size": 15, "p": 3}}, "greater than or equal to 16"),
+        ({"on": ON, "serve": {"p": 3}}, "Field required"),
+        ({"on": ON, "serve": {"size": 16}}, "Field required"),
+        ({"on": ON, "serve": {"size": 16, "p": 0.5}}, "a number from 1 on, or the word proxy, got 0.5"),
+        ({"on": ON, "serve": {"size": 16, "p": math.nan}}, "a number from 1 on, or the word proxy, got nan"),
+        ({"on": ON, "proxy": "x", "serve": {"size": 16, "p": "best"}}, "or the word proxy, got 'best'"),
+        ({"on": ON, "serve": {"size": 16, "p": "proxy"}}, "serve.p = proxy must come with proxy"),
+        ({"on": ON, "serve": {"size": 16, "p": 3, "whitened": True}}, "serve.whitened must come with whiten"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation.model_validate(settings)
+
+
+def test_what_settings_need_of_each_other_is_told_at_once():
+    with pytest.raises(ValueError, match=r"(?s)dimension must.*serve\.whitened must.*serve\.p = proxy must"):
+        Evaluation(on=ON, dimension=3, serve=Serve(size=16, p="proxy", whitened=True))
+
+
+@pytest.mark.parametrize("p", [1, 3, 4.5, math.inf, "proxy"])
+def test_a_setting_to_serve(p):
+    settings = {"on": ON, "whiten": "w", "proxy": "x", "dimension": 3, "serve": {"size": 500, "p": p, "whitened": True}}
+    found = Evaluation.model_validate(settings)
+    assert found.serve == Serve(size=500, p=p, whitened=True)
+    assert type(found.serve.p) is (str if p == "proxy" else float)
+    assert Evaluation.model_validate(found.model_dump(by_alias=True)) == found
+    assert not Serve(size=500, p=p).whitened
+
+
+@pytest.fixture
+def mirrored(monkeypatch, tmp_path):
+    """What is asked of the mirror, whose buckets lie below a folder."""
+    asked = []
+
+    def local(source, cache):
+        if not source.startswith("s3://"):
+            return Path(source)
+        asked.append((source, cache.folder))
+        if "closed" in source:
+            raise DataError([f"{source} is closed"])
+        return tmp_path / "mirror" / source.removeprefix("s3://")
+
+    monkeypatch.setattr(remote, "local", local)
+    return asked
+
+
+def test_folders_in_s3_are_read_through_the_cache(mirrored, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    mirror = tmp_path / "mirror/pail"
+    holidays(mirror / "sets/holidays")
+    draw(mirror / "white/deep", *(f"{number}.png" for number in range(6)))
+    draw(mirror / "train", *(f"{name}/{number}.png" for name in CLASSES for number in range(3)))
+    sources = {"whiten": "s3://pail/white", "proxy": "s3://pail/train"}
+    found = inputs(Evaluation(on={"holidays": "s3://pail/sets/holidays"}, **sources), CLASSES, C)
+    (benchmark,) = found.benchmarks
+    assert benchmark.name == "holidays"
+    assert benchmark.database[0].path == mirror / "sets/holidays/jpg/100000.jpg"
+    assert found.whitening == [mirror / f"white/deep/{number}.png" for number in range(6)]
+    assert found.proxy.classes == CLASSES
+    cache = tmp_path / "home/.cache/grainmill"
+    assert mirrored == [(f"s3://pail/{name}", cache) for name in ("sets/holidays", "white", "train")]
+    mirrored.clear()
+    inputs(Evaluation(on={"holidays": "s3://pail/sets/holidays"}, cache=str(tmp_path / "here")), CLASSES, C)
+    assert mirrored == [("s3://pail/sets/holidays", tmp_path / "here")]
+
+
+def test_without_whitening_and_proxy_only_benchmarks_are_read(tmp_path):
+    found = inputs(Evaluation(on={"holidays": str(holidays(tmp_path))}), CLASSES, C)
+    assert (len(found.benchmarks), found.whitening, found.proxy) == (1, [], None)
+
+
+@pytest.mark.parametrize(("count", "dimension", "enough"), [(5, None, False), (6, None, True), (5, 5, False)])
+def test_a_whitening_needs_more_images_than_dimensions(tmp_path, count, dimension, enough):
+    draw(tmp_path / "white", *(f"{number}.png" for number in range(count)))
+    on = {"holidays": str(holidays(tmp_path / "holidays"))}
+    settings = Evaluation(on=on, whiten=str(tmp_path / "white"), dimension=dimension)
+    if enough:
+        assert len(inputs(settings, CLASSES, C).whitening) == count
+        return
+    with pytest.raises(DataError, match=r"needs more images than dimensions, got 5 for 5 in .*white; add images or"):
+        inputs(settings, CLASSES, C)
+    fewer = settings.model_copy(update={"dimension": 4})
+    assert len(inputs(fewer, CLASSES, C).whitening) == count
+
+
+def test_a_whitening_of_a_list_of_images(tmp_path):
+    draw(tmp_path / "lists/images", *(f"{number} ü.png" for number in range(7)))
+    paths = [tmp_path / f"lists/images/{number} ü.png" for number in range(7)]
+    lines = [*(f"images/{path.name}" for path in paths[:0:-1]), "", str(paths[0]), f"images/{paths[3].name}"]
+    file = tmp_path / "lists/images.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    settings = Evaluation(on={"holidays": str(holidays(tmp_path / "holidays"))}, whiten=str(file))
+    assert inputs(settings, CLASSES, C).whitening == paths
+    paths[2].unlink()
+    with pytest.raises(DataError, match=rf"^1 images of {file} are missing: {paths[2]}$"):
+        inputs(settings, CLASSES, C)
+
+
+def test_the_dimension_is_at_most_that_of_the_network(tmp_path):
+    draw(tmp_path / "white", *(f"{number}.png" for number in range(9)))
+    on = {"holidays": str(holidays(tmp_path / "holidays"))}
+    settings = Evaluation(on=on, whiten=str(tmp_path / "white"), dimension=5)
+    assert len(inputs(settings, CLASSES, C).whitening) == 9
+    with pytest.raises(DataError, match="must be at most 5, the network's channels and one more, got 6; lower"):
+        inputs(settings.model_copy(update={"dimension": 6}), CLASSES, C)
+
+
+@pytest.mark.parametrize("names", [("bee", "ant", "cat"), ("ant", "cat"), ("ant",)])
+def test_the_proxy_task_needs_the_networks_classes(tmp_path, names):
+    draw(tmp_path / "train", *(f"{name}/{number}.png" for name in names for number in range(3)))
+    settings = Evaluation(on={"holidays": str(holidays(tmp_path / "holidays"))}, proxy=str(tmp_path / "train"))
+    told = rf"the network's 2 classes \(ant, bee\), got {len(names)} \({', '.join(sorted(names))}\) in .*train; name"
+    with pytest.raises(DataError, match=told):
+        inputs(settings, CLASSES, C)
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path, mirrored):
+    on = {
+        "holidays": str(tmp_path / "no"),
+        "imagenet": str(imagenet(tmp_path / "imagenet")),
+        "ukbench": "s3://closed/x",
+    }
+    settings = Evaluation(on=on, whiten=str(tmp_path / "white"), proxy="s3://closed/y")
+    with pytest.raises(DataError) as caught:
+        inputs(settings, CLASSES, C)
+    starts = (
+        f"the root of holidays must be a folder, but there is nothing at {tmp_path / 'no'}",
+        "s3://closed/x is closed",
+        "imagenet needs a network of its classes, but this one knows 2 others; leave it out",
+        f"whitening needs images, but there are none in {tmp_path / 'white'}; name another folder",
+        "s3://closed/y is closed",
+    )
+    for problem, start in zip(caught.value.problems, starts, strict=True):
+        assert problem.startswith(start)

@@ -1,0 +1,234 @@
+"""The reader of exported models, without a network: pixels, shapes, and what is refused."""
+
+import io
+import json
+import random
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multigrain.data.loading import decode
+from multigrain.data.transforms import evaluation_pixels
+from multigrain.export import standalone
+
+RNG = np.random.default_rng(3)
+
+
+def pixels(height, width):
+    return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+SHAPES = [(1, 1), (1, 90), (90, 1), (2, 3), (32, 32), (37, 224), (300, 200), (641, 17), (255, 256)]
+
+
+@pytest.mark.parametrize("scale", [standalone.scale_by_torch, standalone.scale_by_numpy])
+@pytest.mark.parametrize("transform", ["crop", "rect"])
+@pytest.mark.parametrize("size", [16, 32, 75])
+def test_images_are_shown_bit_for_bit_as_in_evaluation(scale, transform, size):
+    for height, width in SHAPES:
+        image = pixels(height, width)
+        expected = evaluation_pixels(torch.tensor(image).permute(2, 0, 1), transform, size).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(standalone.prepare(image, transform, size, scale), expected)
+
+
+def test_scaling_without_torch_is_bit_for_bit_that_of_torch():
+    draw = random.Random(0)
+    for _ in range(60):
+        image = pixels(draw.randint(1, 400), draw.randint(1, 400))
+        height, width = draw.randint(1, 300), draw.randint(1, 300)
+        np.testing.assert_array_equal(
+            standalone.scale_by_numpy(image, height, width), standalone.scale_by_torch(image, height, width)
+        )
+
+
+def encoded(mode, size=(40, 30), kind="PNG", **settings):
+    buffer = io.BytesIO()
+    channels = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4, "P": 1}[mode]
+    image = Image.frombytes(mode, size, RNG.bytes(size[0] * size[1] * channels))
+    if mode == "P":
+        image.putpalette(RNG.bytes(768))
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encoded(mode) for mode in ("L", "RGB", "RGBA", "P")),
+        encoded("P", transparency=3),
+        encoded("CMYK", kind="JPEG"),
+        *(encoded("RGB", kind="JPEG", subsampling=number, quality=60) for number in (0, 1, 2)),
+        encoded("RGB", kind="JPEG", progressive=True),
+        encoded("L", kind="JPEG"),
+        encoded("RGB", kind="WEBP"),
+    ],
+)
+def test_files_are_decoded_as_in_training(tmp_path, content):
+    expected = decode(io.BytesIO(content)).permute(1, 2, 0).numpy()
+    (tmp_path / "file").write_bytes(content)
+    for image in (content, bytearray(content), memoryview(content), tmp_path / "file"):
+        np.testing.assert_array_equal(standalone.decode(image), expected)
+
+
+def test_sixteen_bit_grey_keeps_its_upper_bits():
+    grey = (np.arange(1600).reshape(40, 40) * 40).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    np.testing.assert_array_equal(standalone.decode(buffer.getvalue())[:, :, 1], grey // 256)
+
+
+def test_arrays_are_pixels():
+    image = pixels(4, 5)
+    np.testing.assert_array_equal(standalone.decode(image), image)
+    np.testing.assert_array_equal(standalone.decode(image[:, :, 0]), np.stack([image[:, :, 0]] * 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 5), np.float32), np.zeros((4, 5, 4), np.uint8), np.zeros((0, 5), np.uint8), np.zeros(3, np.uint8)],
+)
+def test_arrays_of_other_kinds_are_refused(array):
+    with pytest.raises(ValueError, match="has to be uint8"):
+        standalone.decode(array)
+
+
+def test_a_line_of_pixels_does_not_fill_the_memory():
+    with pytest.raises(ValueError, match="at most"):
+        standalone.prepare(pixels(1, 60_000), "crop", 224, standalone.scale_by_torch)
+
+
+def model(transform="rect", size=16):
+    """Embeds an image as its mean colour."""
+    shapes = []
+
+    def run(images):
+        shapes.append(images.shape)
+        means = images.reshape(len(images), 3, -1).mean(axis=2) / 255
+        return means / np.linalg.norm(means, axis=1, keepdims=True), means / means.sum(axis=1, keepdims=True)
+
+    facts = {"transform": transform, "size": size, "classes": ["red", "green", "blue"]}
+    return standalone.Model(facts, run, standalone.scale_by_numpy), shapes
+
+
+def flat(colour, height=16, width=16):
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def test_answers_keep_their_order_over_shapes_and_errors():
+    made, shapes = model()
+    red, blue = flat([200, 0, 0]), flat([0, 0, 100], 8)
+    answers = list(made.answers([blue, red, b"none", blue, red, red]))
+    assert [answer["class_name"] for answer in answers] == ["blue", "red", None, "blue", "red", "red"]
+    assert [answer["error"] is None for answer in answers] == [True, True, False, True, True, True]
+    assert answers[1] == {"embedding": [1, 0, 0], "class_id": 0, "class_name": "red", "score": 1.0, "error": None}
+    assert sorted(shapes) == [(2, 3, 8, 16), (3, 3, 16, 16)]
+
+
+def test_many_images_are_read_a_block_at_a_time():
+    made, shapes = model()
+    taken = []
+
+    def images():
+        for number in range(100):
+            taken.append(number)
+            yield flat([0, 9, 0])
+
+    answers = made.answers(images())
+    next(answers)
+    assert len(taken) == standalone.BATCH
+    assert len(list(answers)) == 99
+    assert [shape[0] for shape in shapes] == [32, 32, 32, 4]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sealed, but without networks."""
+    (tmp_path / "model.json").write_text("{}")
+    seal(tmp_path)
+    return tmp_path
+
+
+def seal(folder):
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "MANIFEST.json"}
+    manifest = {name: {"bytes": len(x), "sha256": sha256(x).hexdigest()} for name, x in files.items()}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda f: (f / "model.json").write_text("{ }"), "model.json was changed"),
+        (lambda f: (f / "model.json").unlink(), "model.json is missing"),
+        (lambda f: (f / "more").touch(), "more is not listed"),
+        (lambda f: (f / "MANIFEST.json").write_text("["), "readable MANIFEST.json"),
+        (lambda f: (f / "MANIFEST.json").unlink(), "readable MANIFEST.json"),
+    ],
+)
+def test_a_folder_that_is_not_as_it_was_exported_is_refused(folder, damage, told):
+    standalone.check(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=told):
+        standalone.load(folder)
+
+
+def archive(folder, **entries):
+    with zipfile.ZipFile(folder / "model.pt2", "w") as file:
+        for name, content in entries.items():
+            file.writestr(f"model/{name}", content)
+    return folder / "model.pt2"
+
+
+PLAIN = {"config": {"w": {"use_pickle": False}}}
+PICKLED = {"config": {"w": {"use_pickle": True}}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "fault"),
+    [
+        ({"data/sample_inputs/model.pt": "x"}, "data/sample_inputs/model.pt"),
+        ({"data/weights/model_weights_config.json": json.dumps(PICKLED)}, "names pickled tensors"),
+        ({"data/weights/model.pt": "x"}, "data/weights/model.pt"),
+        ({"data/constants/custom_obj_0": "x"}, "custom_obj_0"),
+        ({"data/constants/opaque_obj_0": "x"}, "opaque_obj_0"),
+        ({"data/aotinductor/model/a.so": "x"}, "a.so"),
+        ({"other": "x"}, "other"),
+        ({"data/weights/weight_0/x": "x"}, "weight_0/x"),
+    ],
+)
+def test_a_program_with_a_pickle_or_a_library_in_it_is_not_opened(folder, entries, fault, monkeypatch):
+    file = archive(folder, **{"byteorder": "little", "models/model.json": "{}"}, **entries)
+    seal(folder)
+    monkeypatch.setattr(torch.export, "load", lambda _: pytest.fail("was opened"))
+    with pytest.raises(ValueError, match="must not hold a pickle") as caught:
+        standalone.load(folder, "torch")
+    assert fault in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_program_of_the_format_before_is_not_opened(folder):
+    with zipfile.ZipFile(folder / "model.pt2", "w") as file:
+        file.writestr("serialized_constants.json", b"x")  # a pickle, whatever its name
+    assert standalone._pickled(folder / "model.pt2") == "serialized_constants.json"
+
+
+def test_a_program_with_an_entry_behind_another_of_its_name_is_not_opened(folder):
+    with zipfile.ZipFile(folder / "model.pt2", "w") as file:
+        file.writestr("model/byteorder", b"little")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("model/byteorder", b"big")
+    assert standalone._pickled(folder / "model.pt2") == "two entries of one name"
+
+
+def test_a_plain_program_is_opened(folder):
+    config = {"data/weights/model_weights_config.json": json.dumps(PLAIN), "data/weights/weight_0": "\x80\x04."}
+    assert standalone._pickled(archive(folder, **config, **{"data/sample_inputs/model.pt": ""})) is None
+
+
+def test_the_file_imports_nothing_that_its_users_lack():
+    lines = Path(standalone.__file__).read_text().splitlines()
+    assert [line for line in lines if "multigrain" in line and "import" in line] == []

@@ -1,0 +1,111 @@
+"""ImageNet's validation images (ILSVRC 2012), in folders by class or with the development kit."""
+
+import re
+from pathlib import Path
+
+from multigrain.benchmarks.base import Benchmark, counted, demand, images, noted, pictures
+from multigrain.data.folders import DataError
+
+_FOLDERS = {
+    "train": ("train", "ILSVRC2012_img_train"),
+    "val": ("val", "ILSVRC2012_img_val"),
+}
+_KIT = Path("ILSVRC2012_devkit_t12", "data")
+_IMAGES, _CLASSES = 50_000, 1000
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """The WordNet ids that folders in a folder are named by, sorted."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if re.fullmatch("n[0-9]{8}", path.name) and path.is_dir())
+
+
+def _kit(folder: Path) -> tuple[list[str], list[str]]:
+    """The development kit: the classes, sorted, and that of each validation image.
+
+    Raises:
+        DataError: what is wrong with its two files.
+    """
+    from scipy.io import loadmat
+
+    file = folder / "meta.mat"
+    try:
+        synsets = loadmat(file, squeeze_me=True, variable_names=("synsets",))["synsets"]
+        # Beside the classes there are their 860 ancestors, which have children.
+        wnids = {
+            int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets if not int(synset["num_children"])
+        }
+    except Exception as error:  # SciPy raises many types
+        raise DataError(
+            [f"{file} must hold the `synsets` of ImageNet, but cannot be read ({error}); unpack the kit again"]
+        ) from error
+    truth = folder / "ILSVRC2012_validation_ground_truth.txt"
+    numbers = truth.read_text(encoding="utf-8", errors="replace").split()
+    wrong = [
+        f"{truth}, entry {index}: a class must be one of the {len(wnids)} numbers in {file}, got {number!r}"
+        for index, number in enumerate(numbers, 1)
+        if not number.isdecimal() or int(number) not in wnids
+    ]
+    if wrong:
+        raise DataError(wrong)
+    return sorted(wnids.values()), [wnids[int(number)] for number in numbers]
+
+
+def _flat(found: list[Path], labels: list[str]) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Each image with its class by the number in its name, so that a missing one shifts no other; what is amiss."""
+    numbered, strange = {}, []
+    for path in found:
+        match = re.fullmatch("ILSVRC2012_val_([0-9]{8})", path.stem)
+        if match and 1 <= int(match[1]) <= len(labels):
+            numbered[int(match[1])] = path
+        else:
+            strange.append(path.name)
+    missing = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, len(labels) + 1) if number not in numbered]
+    problems = noted("images have no class in the ground truth and are left out", strange)
+    problems += noted("images that the ground truth names are missing", missing)
+    return [(path, labels[number - 1]) for number, path in sorted(numbered.items())], problems
+
+
+def imagenet(root: Path) -> Benchmark:
+    """ImageNet: `val/<wnid>/`, or a flat `val/` with `ILSVRC2012_devkit_t12/data/` beside it; 50,000 images.
+
+    `val` may be called `ILSVRC2012_img_val`, and `train` likewise, which is looked at for its folders' names only. A
+    label is the place of the class among the sorted WordNet ids.
+
+    Raises:
+        DataError: there are no images, or their classes are not known.
+    """
+    train, val = (
+        next((root / name for name in names if (root / name).is_dir()), root / names[0]) for names in _FOLDERS.values()
+    )
+    folders, flat = _class_folders(val), images(val)
+    problems = []
+    if folders:
+        classes = sorted({*folders, *_class_folders(train)})
+        by_class = {wnid: images(val / wnid) for wnid in folders}
+        pairs = [(path, wnid) for wnid, found in by_class.items() for path in found]
+        uneven = [wnid for wnid in classes if len(by_class.get(wnid, ())) != _IMAGES // _CLASSES]
+        problems += noted(f"classes do not hold {_IMAGES // _CLASSES} images", uneven)
+        problems += noted("images lie beside the folders of classes and are left out", [path.name for path in flat])
+    else:
+        kit = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+        wanted: dict[str, object] = {"images val/<wnid>/*.JPEG or val/ILSVRC2012_val_NNNNNNNN.JPEG": flat}
+        if flat:
+            wanted |= {f"the classes of a flat val/, {_KIT / name},": (root / _KIT / name).is_file() for name in kit}
+        demand("ImageNet", root, wanted)
+        classes, labels = _kit(root / _KIT)
+        pairs, problems = _flat(flat, labels)
+    demand("ImageNet", root, {"images in the folders val/<wnid>/, or ILSVRC2012_val_NNNNNNNN.JPEG": pairs})
+    problems += counted("classes", _CLASSES, len(classes)) + counted("images", _IMAGES, len(pairs))
+    number = {wnid: index for index, wnid in enumerate(classes)}
+    return Benchmark(
+        "imagenet",
+        (),
+        pictures(path for path, _ in pairs),
+        {},
+        ("top1", "top5"),
+        tuple(number[wnid] for _, wnid in pairs),
+        tuple(classes),
+        tuple(problems),
+    )

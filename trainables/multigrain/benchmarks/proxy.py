@@ -1,0 +1,91 @@
+"""The choice of p*, the pooling exponent for images of another size, without images beyond the training set.
+
+The paper chooses it on a proxy task: copies of 2,000 training images, made by augmentation, are to be found among
+each other. Its exact score is not known; the rule here is our own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from multigrain.config.training import AugmentSettings
+from multigrain.data.folders import Dataset
+from multigrain.data.loading import BATCH_PIXELS, TrainViews, training_batches
+from multigrain.data.transforms import colour
+from multigrain.evaluation.embed import descriptors, pooled
+from multigrain.models.multigrain import MultiGrain
+from multigrain.retrieval.metrics import same_label
+from multigrain.retrieval.ranking import mean_average_precision
+from multigrain.training.finetune import first_of_each_class
+
+
+class Score(NamedTuple):
+    """What an exponent is worth; all in [0, 1], larger is better."""
+
+    copy_map: float
+    """mAP of finding the other copies of a copy's image among all copies."""
+    top1: float
+    """Share of the copies whose class is right."""
+
+    @property
+    def mean(self) -> float:
+        """What p* is chosen by: it has to serve both."""
+        return (self.copy_map + self.top1) / 2
+
+
+def best(scores: dict[float, Score]) -> float:
+    """p*: the exponent with the largest mean, the smallest of equals."""
+    return max(sorted(scores), key=lambda p: scores[p].mean)
+
+
+@torch.no_grad()
+def score(
+    network: MultiGrain,
+    dataset: Dataset,
+    settings: AugmentSettings,
+    size: int,
+    exponents: Sequence[float],
+    device: torch.device,
+    loaders: int = 0,
+    images_per_class: int = 2,
+    copies: int = 5,
+    seed: int = 0,
+) -> dict[float, Score]:
+    """The score of every exponent for images of one size.
+
+    Every copy is a query, whose answers are the other copies of its image; it is not in its own list. Each copy
+    passes through the trunk once.
+
+    Args:
+        network: on `device`; it is left in evaluation mode.
+        settings: of the transform that makes the copies.
+        size: s*, the side of the square copies, in pixels.
+        exponents: at least 1.
+        loaders: processes that make the copies; 0: this one does.
+        images_per_class: training images of each class, the first by name [P: 2].
+        copies: of each image, at least 2 [P: 5].
+        seed: of the copies.
+    """
+    network.eval()
+    chosen = first_of_each_class(dataset, images_per_class)
+    labels = [dataset.train_labels[index] for index in chosen]
+    views = TrainViews([dataset.train[index] for index in chosen], labels, settings, size, seed)
+    step = max(1, BATCH_PIXELS // (copies * size * size))
+    numbers = [number for number in range(len(chosen)) for _ in range(copies)]
+    batches = [numbers[start : start + step * copies] for start in range(0, len(numbers), step * copies)]
+    exponents = tuple(map(float, exponents))
+    embeddings = np.empty((len(exponents), len(numbers), network.classifier.in_features), "f4")
+    right = np.zeros(len(exponents))
+    done = 0
+    for batch in training_batches(views, batches, loaders, pin=False):
+        found = pooled(network, colour(batch.images.to(device), batch.colour.to(device)), exponents)
+        right += (network.head(found).logits.argmax(dim=-1) == batch.labels.to(device)).sum(dim=-1).cpu().numpy()
+        embeddings[:, done : done + len(batch.labels)] = found.cpu().numpy()
+        done += len(batch.labels)
+    truth, scores = same_label(np.array(numbers)), {}
+    for p, pooled_by_p, correct in zip(exponents, embeddings, right.tolist(), strict=True):
+        vectors = descriptors(pooled_by_p, None)
+        scores[p] = Score(mean_average_precision(vectors, vectors, truth), correct / len(numbers))
+    return scores

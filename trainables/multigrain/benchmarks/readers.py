@@ -1,0 +1,53 @@
+"""The benchmarks of the literature as they lie on disk -> `Benchmark`, or everything that is wrong with them.
+
+No torch here, as in `data`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from multigrain.benchmarks.base import Benchmark, Picture
+from multigrain.benchmarks.imagenet import imagenet
+from multigrain.benchmarks.instances import copydays, holidays, ukbench
+from multigrain.benchmarks.landmarks import classic, revisited
+from multigrain.benchmarks.lists import disc21, manifest
+from multigrain.data.folders import DataError
+
+__all__ = ["NAMES", "Benchmark", "Picture", "read"]
+
+_READERS: Mapping[str, Callable[[Path], Benchmark]] = {
+    "imagenet": imagenet,
+    "holidays": holidays,
+    "holidays-upright": partial(holidays, upright=True),
+    "ukbench": ukbench,
+    "copydays": copydays,
+    "oxford5k": partial(classic, "oxford5k"),
+    "paris6k": partial(classic, "paris6k"),
+    "roxford5k": partial(revisited, "roxford5k"),
+    "rparis6k": partial(revisited, "rparis6k"),
+    "disc21": disc21,
+    "manifest": manifest,
+}
+NAMES = tuple(_READERS)
+
+
+def read(name: str, root: Path) -> Benchmark:
+    """List the images of a benchmark, with its truth; none is opened.
+
+    What is missing, where the rest can still be evaluated, is in the `problems` of what is returned.
+
+    Args:
+        name: one of `NAMES`.
+        root: the folder of the set; for `manifest`, its file. What must lie in it, see the reader of the set.
+    Raises:
+        DataError: with everything for which the set cannot be evaluated.
+        ValueError: there is no benchmark of this name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"a benchmark must be one of {', '.join(NAMES)}, got {name!r}")
+    root = root.absolute()
+    if name != "manifest" and not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise DataError([f"the root of {name} must be a folder, but there is {found} at {root}; name the set's folder"])
+    return _READERS[name](root)

@@ -1,0 +1,245 @@
+"""Image folders: what lies on disk -> lists of files with their class and instance; what is wrong with them.
+
+No torch here: the experiment file is checked, folders included, before anything heavy is loaded.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Protocol, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from multigrain.config.training import Positive, Settings
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+BLOCK = 4
+"""Digits that name the original image in a Copydays file name."""
+SHOWN = 20
+"""Lines of a list that are shown; of the others, the number is."""
+
+Item = TypeVar("Item")
+
+
+class Track(Protocol):
+    """Wraps a long loop, given a title and a length, to show its progress."""
+
+    def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
+
+
+def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
+    """The `Track` that shows nothing."""
+    return items
+
+
+class DataSettings(Settings):
+    """Where the images are: a folder or a list of one's own, or a built-in source that is written to disk."""
+
+    builtin: Literal["digits", "shapes"] | None = None
+    """`digits`: 1,797 scans of handwritten digits. `shapes`: drawn coloured shapes of any size and number."""
+    folder: str | None = None
+    """`train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`, then split by file name.
+    It can be s3://bucket/prefix."""
+    manifest: str | None = None
+    """A CSV file with the columns `image`, `class` and, optionally, `role` and `instance_id`. It and its images can be
+    s3://bucket/key."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of each class held out where the folder has no `val/`, or the manifest no `role`."""
+    skip_broken: bool = False
+    """Whether images that cannot be used are left out, counted and listed, instead of being errors."""
+    image_size: int = Field(96, ge=16, le=4096)
+    """Side of the `shapes`, in pixels."""
+    images: int = Field(600, ge=20)
+    """Number of `shapes`."""
+    cache: str = "~/.cache/grainmill"
+    """Folder for what is read from s3://, shared by all processes of a machine."""
+    cache_limit: Positive | None = None
+    """GB that it may hold, half of the disk by default; what no running process reads makes room, the latest last."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = (self.builtin, self.folder, self.manifest)
+        if (found := sum(source is not None for source in sources)) != 1:
+            raise ValueError(
+                f"data needs exactly one of `builtin`, `folder` and `manifest`, got {found}; name a folder of images, "
+                "or `builtin: digits`"
+            )
+        return self
+
+
+def shortened(lines: Sequence[str]) -> list[str]:
+    """The first `SHOWN` lines, and how many more there are."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"and {more} more of the kind"] if more > 0 else [*lines]
+
+
+class DataError(ValueError):
+    """The images on disk cannot be used; `problems` says why, one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(shortened(problems)))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A copy-detection set: every query shows one of the first `len(originals)` images of the database."""
+
+    database: tuple[Path, ...]
+    """Originals first, then distractors."""
+    queries: tuple[Path, ...]
+    truth: tuple[int, ...]
+    """For each query, the index of its original in `database`."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Files of one data set; a label is an index into `classes`."""
+
+    classes: tuple[str, ...]
+    train: tuple[Path, ...]
+    train_labels: tuple[int, ...]
+    val: tuple[Path, ...]
+    val_labels: tuple[int, ...]
+    copies: Copies | None
+    instances: tuple[int, ...] = ()
+    """For each training image, the index into `train` of the first that shows the same; by default, its own."""
+
+    def __post_init__(self) -> None:
+        if not self.instances:
+            object.__setattr__(self, "instances", tuple(range(len(self.train))))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file once."""
+        copies = (*self.copies.database, *self.copies.queries) if self.copies else ()
+        return tuple(dict.fromkeys((*self.train, *self.val, *copies)))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that these images allow."""
+        pairs = len(set(self.val_labels)) < len(self.val_labels)  # some held-out image has another of its class
+        names = ("top1", *(("class_map",) if pairs else ()))
+        return (*names, "copy_map", "mean_top1_copy_map") if self.copies else names
+
+
+def stable_order(name: str) -> str:
+    """A sort key that shuffles names the same way on every machine and for ever."""
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {folder.name: _files(folder) for folder in folders}
+
+
+def split(
+    by_class: dict[str, list[Item]], share: float, key: Callable[[str, Item], str]
+) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
+    """Hold out a share of each class of two or more, one image at least and not all, by the hash of its key."""
+    train, val = {}, {}
+    for name, items in by_class.items():
+        order = sorted(range(len(items)), key=lambda index: stable_order(key(name, items[index])))
+        held_out = set(order[: min(max(1, round(share * len(items))), len(items) - 1)])
+        train[name] = [item for index, item in enumerate(items) if index not in held_out]
+        val[name] = [item for index, item in enumerate(items) if index in held_out]
+    return train, val
+
+
+def read_copies(root: Path) -> Copies:
+    """An INRIA Copydays folder: `original/NNNN00.jpg`, `strong/NNNNkk.jpg`, optionally `distractors/`.
+
+    The queries are the strong copies, as in the paper; the database is the originals and the distractors.
+
+    Raises:
+        DataError: a folder is missing or empty, or a copy has no original.
+    """
+    originals, strong = _files(root / "original"), _files(root / "strong")
+    problems = [
+        f"a copy-detection set needs images in {root / name}, found none"
+        for name, found in (("original", originals), ("strong", strong))
+        if not found
+    ]
+    block = {path.stem[:BLOCK]: index for index, path in enumerate(originals)}
+    problems += [
+        f"the first {BLOCK} characters of a copy name its original, but {root / 'original'} has none for {path}"
+        for path in strong
+        if originals and path.stem[:BLOCK] not in block
+    ]
+    if problems:
+        raise DataError(problems)
+    database = (*originals, *_files(root / "distractors"))
+    return Copies(database, tuple(strong), tuple(block[path.stem[:BLOCK]] for path in strong))
+
+
+def _parts(
+    folder: Path, val_share: float
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]], list[Path], list[str]]:
+    """Training and held-out files by class, class folders without any, and what else is wrong."""
+    problems: list[str] = []
+    if (folder / "train").is_dir():
+        train = _class_folders(folder / "train")
+        val = _class_folders(folder / "val") if (folder / "val").is_dir() else {}
+        if not val:
+            problems.append(f"a folder with train/ needs val/<class>/ too, but there is none in {folder}")
+        problems += [
+            f"each class of val/ must be in train/, but there is no {folder / 'train' / name}"
+            for name in val
+            if name not in train
+        ]
+        empty = [
+            folder / part / name
+            for part, found in (("train", train), ("val", val))
+            for name in found
+            if not found[name]
+        ]
+    else:
+        by_class = _class_folders(folder)
+        by_class.pop("copies", None)
+        empty = [folder / name for name, paths in by_class.items() if not paths]
+        few = [name for name, paths in by_class.items() if len(paths) == 1]
+        problems += [f"a class needs 2 images to be split, found 1 in {folder / name}" for name in few]
+        several = {name: paths for name, paths in by_class.items() if len(paths) > 1}
+        train, val = split(several, val_share, lambda name, path: f"{name}/{path.name}")
+        if not by_class:
+            problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
+    return train, val, empty, problems
+
+
+def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
+    """List the images of a folder.
+
+    Raises:
+        DataError: with everything that is wrong about the folder's layout.
+    """
+    if not os.path.isdir(folder):
+        raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
+    train, val, empty, problems = _parts(folder, val_share)
+    problems += [
+        f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty
+    ]
+    if train and sum(map(len, train.values())) == 1:
+        problems.append(f"training needs at least 2 images, found 1 in {folder}")
+    copies = None
+    if (folder / "copies").is_dir():
+        try:
+            copies = read_copies(folder / "copies")
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    classes = tuple(train)
+    return Dataset(
+        classes,
+        tuple(path for paths in train.values() for path in paths),
+        tuple(label for label, paths in enumerate(train.values()) for _ in paths),
+        tuple(path for paths in val.values() for path in paths),
+        tuple(classes.index(name) for name, paths in val.items() for _ in paths),
+        copies,
+    )

@@ -1,0 +1,237 @@
+"""Files -> tensors: augmented views for training, plain ones for evaluation."""
+
+import io
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+import torchvision.io  # noqa: F401 - registers the operator below
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from multigrain.benchmarks.base import Picture
+from multigrain.config.training import AugmentSettings
+from multigrain.data.folders import DataError
+from multigrain.data.transforms import EvaluationTransform, TrainTransform, evaluation_pixels, rect_shape
+
+# Half the time of Pillow. The public function around it warns that both will go; Pillow then reads everything.
+_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
+_RGB = 3  # in torchvision.io.ImageReadMode
+
+BATCH_PIXELS = 64 * 224 * 224
+"""Most pixels in one evaluation batch of several images."""
+
+
+Source = Picture | Path
+"""A part of a file, or the whole."""
+
+
+class Views(NamedTuple):
+    """One rank's batch."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8."""
+    colour: Tensor
+    """(B, 11) float, what `augment.colour` still has to do to them."""
+    labels: Tensor
+    """(B,) class numbers."""
+    indices: Tensor
+    """(B,) positions in the training list of the images that the views show."""
+
+
+def decode(file: Path | BinaryIO) -> Tensor:
+    """An image file as RGB, (3, H, W) uint8.
+
+    Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
+    """
+    content = file.read_bytes() if isinstance(file, Path) else file.read()
+    with Image.open(io.BytesIO(content)) as image:  # reads the header, and refuses what would fill the memory
+        if _decode_jpeg and image.format in {"JPEG", "MPO"} and image.mode in {"RGB", "L"}:
+            try:
+                return _decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), _RGB)
+            except RuntimeError:
+                pass  # Pillow reads some that torchvision does not, and says better what is wrong with the others
+        if image.mode.startswith("I"):
+            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
+        if "transparency" in image.info:
+            return pil_to_tensor(image.convert("RGBA").convert("RGB"))
+        return pil_to_tensor(image.convert("RGB"))
+
+
+class TrainViews(Dataset[Views]):
+    """Augmented views of a list of images, fetched by whole batches; an image is decoded once for all its copies.
+
+    The draw of a view depends on (seed, epoch, image, copy) alone: not on the order of the batches, the
+    number of loading processes, or what was drawn before.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], settings: AugmentSettings, size: int, seed: int
+    ) -> None:
+        # One block of memory: a million objects would be copied, page by page, by every loading process.
+        self._paths, self._labels = np.array([os.fsencode(path) for path in paths]), torch.tensor(labels)
+        self._transform, self._size, self._seed = TrainTransform(settings, size), size, seed
+        # Shared, so that loading processes that outlive an epoch see the next.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draws of the batches that are asked for from now on, in all loading processes."""
+        self._epoch.fill_(epoch)
+
+    def __getitems__(self, indices: list[int]) -> Views:
+        images = torch.empty(len(indices), 3, self._size, self._size, dtype=torch.uint8)
+        colours: list[Tensor] = []
+        epoch = int(self._epoch)
+        with torch.random.fork_rng(devices=[]):
+            for index, copies in groupby(indices):
+                image = decode(Path(os.fsdecode(self._paths[index])))
+                for copy, _ in enumerate(copies):
+                    torch.default_generator.manual_seed(hash((self._seed, epoch, index, copy)) % 2**63)
+                    images[len(colours)], parameters = self._transform(image)
+                    colours.append(parameters)
+        positions = torch.tensor(indices)
+        return Views(images, torch.stack(colours), self._labels[positions], positions)
+
+
+def _whole(batch: Any) -> Any:
+    """The collate function of batches that come as one."""
+    return batch
+
+
+def training_batches(
+    views: TrainViews, sampler: Sampler[list[int]] | Sequence[list[int]], loaders: int, pin: bool
+) -> DataLoader[Views]:
+    """The views of the sampler's batches, the same whatever the number of loaders.
+
+    Args:
+        loaders: processes that read ahead, with one thread each; they stay from epoch to epoch. 0: none.
+        pin: whether the batches lie in memory from which a GPU can copy while it computes.
+    """
+    return DataLoader(
+        views,
+        batch_sampler=sampler,
+        num_workers=loaders,
+        collate_fn=_whole,
+        pin_memory=pin,
+        persistent_workers=loaders > 0,
+        generator=torch.Generator(),  # else it draws a number from the global one
+    )
+
+
+@contextmanager
+def readable(picture: Source) -> Iterator[None]:
+    """Turns what keeps a picture from being read into a DataError that names it."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises many types, SyntaxError among them
+        path = picture if isinstance(picture, Path) else picture.path
+        raise DataError([f"every image must be readable, but {path} is not ({error}); repair or remove it"]) from error
+
+
+def _box(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is cropped out of the file, whole pixels within it."""
+    if picture.box is None:
+        return 0, 0, width, height
+    x1, y1, x2, y2 = map(round, picture.box)
+    left, top, right, bottom = max(0, x1), max(0, y1), min(width, x2), min(height, y2)
+    if left >= right or top >= bottom:
+        raise ValueError(f"a box must hold a pixel, but {picture.box} holds none of {width} x {height}")
+    return left, top, right, bottom
+
+
+def read(picture: Source) -> Tensor:
+    """A file, or the box of it that is meant, turned as told: (3, H, W) uint8.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with readable(picture):
+        if isinstance(picture, Path):
+            return decode(picture)
+        image = decode(picture.path)
+        left, top, right, bottom = _box(picture, *image.shape[1:])
+        return torch.rot90(image[:, top:bottom, left:right], -picture.turn // 90, (1, 2))
+
+
+def _shape(picture: Source) -> tuple[int, int]:
+    """Height and width of what `read` gives, from the header."""
+    with readable(picture), Image.open(picture if isinstance(picture, Path) else picture.path) as image:
+        if isinstance(picture, Path):
+            return image.height, image.width
+        left, top, right, bottom = _box(picture, image.height, image.width)
+        shape = bottom - top, right - left
+        return shape[::-1] if picture.turn % 180 else shape
+
+
+class _EvaluationImages(Dataset[tuple[list[int], Tensor | list[str]]]):
+    def __init__(self, pictures: Sequence[Source], transform: EvaluationTransform, size: int) -> None:
+        self.pictures, self.transform, self.size = pictures, transform, size
+
+    def __getitems__(self, positions: list[int]) -> tuple[list[int], Tensor | list[str]]:
+        try:
+            images = [evaluation_pixels(read(self.pictures[i]), self.transform, self.size) for i in positions]
+        except DataError as error:
+            return positions, error.problems  # raised by a loading process, it would come with that one's traceback
+        return positions, torch.stack(images)
+
+
+def _of_one_shape(
+    pictures: Sequence[Source], block: Sequence[int], transform: EvaluationTransform, size: int, most: int
+) -> Iterator[list[int]]:
+    """Positions of a block, by the height and width of what the network is shown, `most` at a time or fewer."""
+    found = defaultdict(list)
+    for position in block:
+        shape = rect_shape(*_shape(pictures[position]), size) if transform == "rect" else (size, size)
+        found[shape].append(position)
+    for (height, width), positions in found.items():
+        step = max(1, min(most, BATCH_PIXELS // (height * width)))
+        yield from (positions[start : start + step] for start in range(0, len(positions), step))
+
+
+def evaluation_batches(
+    pictures: Sequence[Source],
+    transform: EvaluationTransform,
+    size: int,
+    batch_size: int = 256,
+    loaders: int = 0,
+    blocks: Sequence[Sequence[int]] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Every picture once, in batches of one shape: positions in `pictures`, and (B, 3, h, w) uint8.
+
+    Args:
+        transform, size: as in `augment.evaluation_pixels`.
+        batch_size: most images in a batch; fewer where they are large.
+        loaders: processes that read ahead.
+        blocks: positions that are shown, a whole block before the next; all of them in one by default.
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    blocks = [range(len(pictures))] if blocks is None else blocks
+    problems: list[str] = []
+
+    def batches() -> Iterator[list[int]]:
+        for block in blocks:
+            for batch in _of_one_shape(pictures, block, transform, size, batch_size):
+                if problems:  # what is read ahead is all that is still read: loading processes dislike being cut
+                    return
+                yield batch
+
+    images = _EvaluationImages(pictures, transform, size)
+    loader: DataLoader[Any] = DataLoader(
+        images, batch_sampler=batches(), num_workers=loaders, collate_fn=_whole, generator=torch.Generator()
+    )
+    for positions, shown in loader:
+        if not isinstance(shown, Tensor):
+            problems += shown
+        elif not problems:
+            yield positions, shown
+    if problems:
+        raise DataError(problems)

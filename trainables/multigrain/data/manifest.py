@@ -1,0 +1,276 @@
+"""Manifests: a CSV file that lists images -> `Dataset`, or everything that is wrong with it; and back.
+
+Columns: `image`, a path that starts at the file's folder or at the root; `class`; optionally `role`, one of
+`ROLES`; optionally `instance_id`. Training images of one instance_id show the same. A query's instance_id
+is that of its original among the rows of the database; the other rows of the database are distractors.
+
+An image can be s3://bucket/key, and is an object if the file itself is one. Optional columns `size`, in bytes, and
+`etag` tell which version of an object is meant, and spare asking its bucket.
+"""
+
+import csv
+import difflib
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from multigrain.data import remote
+from multigrain.data.buckets import SCHEME, parsed
+from multigrain.data.cache import Cache
+from multigrain.data.folders import Copies, DataError, Dataset, Track, split, untracked
+
+COLUMNS = ("image", "class", "role", "instance_id")
+REQUIRED = ("image", "class")
+PINS = ("size", "etag")
+ROLES = ("train", "val", "database", "query")
+OF_CLASSES = ("", "train", "val")
+"""Roles whose rows need a class."""
+
+
+class Row(NamedTuple):
+    """One line of a manifest."""
+
+    line: int
+    path: Path
+    image: str
+    label: str
+    role: str
+    instance: str
+
+
+class Reader:
+    """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
+
+    def __init__(self, file: Path, cache: Cache | None = None, track: Track = untracked) -> None:
+        """Read a manifest; what it names in s3:// is mirrored in a cache, if there is one."""
+        self.file = file.absolute()
+        self.cache, self.track = cache, track
+        self.problems: list[str] = []
+
+    def add(self, line: int, problem: str) -> None:
+        self.problems.append(f"{self.file}, line {line}: {problem}")
+
+    def stop_if_wrong(self) -> None:
+        if self.problems:
+            raise DataError(self.problems)
+
+    def records(self) -> list[tuple[int, list[str]]]:
+        """The lines that are not blank, the header first, each with its number."""
+        if not os.path.isfile(self.file):
+            raise DataError([f"the manifest must exist, but there is no file {self.file}"])
+        content = self.file.read_bytes()
+        found: list[tuple[int, list[str]]] = []
+        line = 1
+        try:
+            reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+            for cells in reader:
+                if cells:
+                    found.append((line, cells))
+                line = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            self.add(line, f"a manifest must be UTF-8, but is not ({error.reason}); save it as `CSV UTF-8`")
+        except csv.Error as error:
+            self.add(line, f"rows must be comma-separated values, but this one is not ({error}); check its quotes")
+        if not found and not self.problems:
+            self.add(1, f"a manifest must begin with its columns ({', '.join(COLUMNS)}), but is empty")
+        self.stop_if_wrong()
+        return found
+
+    def check_header(self, line: int, header: Sequence[str], required: Sequence[str] = REQUIRED) -> None:
+        for name in dict.fromkeys(header):
+            if header.count(name) > 1:
+                self.add(line, f"each column may come once, but {name!r} comes {header.count(name)} times")
+            if name not in (*COLUMNS, *PINS):
+                near = difflib.get_close_matches(name, COLUMNS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COLUMNS)}, with commas between"
+                self.add(line, f"unknown column {name!r}; {hint}")
+        for name in required:
+            if name not in header:
+                self.add(line, f"the column {name!r} is required, found {', '.join(header)}")
+
+    def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[Row]:
+        """The rows that say enough to be looked at together."""
+        if self.cache is not None:
+            self._fetch(self.cache, header, records)
+        rows = []
+        for line, values in records:
+            if len(values) != len(header):
+                self.add(line, f"a row must have as many cells as the header, {len(header)}, got {len(values)}")
+                continue
+            cells = {name: value if value.strip() else "" for name, value in zip(header, values, strict=True)}
+            image, label, role = cells["image"], cells["class"], cells.get("role", "")
+            row = Row(line, self._path(image), image, label, role, cells.get("instance_id", ""))
+            needed = {"image": True, "class": role in OF_CLASSES, "role": "role" in header}
+            empty = [name for name in needed if needed[name] and not cells[name]]
+            for name in empty:
+                self.add(line, f"the cell of {name!r} must not be empty")
+            if image and not os.path.isfile(row.path):
+                self.add(line, f"every image must exist, but there is no file {row.path}")
+            if role and role not in ROLES:
+                near = difflib.get_close_matches(role, ROLES, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ROLES)}"
+                self.add(line, f"unknown role {role!r}; {hint}")
+            elif not empty:
+                rows.append(row)
+        self._check_repeats(rows)
+        return rows
+
+    def _path(self, image: str) -> Path:
+        path = self.file.parent / image
+        if self.cache is None:
+            return path
+        if image.startswith(SCHEME):
+            return self.cache.path(image)
+        return Path(os.path.normpath(path)) if self.cache.url(path) else path
+
+    def _fetch(self, cache: Cache, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> None:
+        """Mirror the objects that rows name."""
+        wanted: dict[str, remote.Pin | None] = {}
+        for line, values in records:
+            cells = dict(zip(header, values, strict=False))
+            image = cells.get("image", "")
+            url = image if image.startswith(SCHEME) else cache.url(self._path(image)) if image.strip() else None
+            if url:
+                size, etag = (cells.get(name, "") for name in PINS)
+                if bool(size) != bool(etag) or (size and not re.fullmatch("[0-9]{1,15}", size)):
+                    self.add(
+                        line, f"an object has both a size in bytes and an etag, or none, got {size!r} and {etag!r}"
+                    )
+                    continue
+                try:
+                    parsed(url)
+                except DataError as error:
+                    self.add(line, str(error))
+                else:
+                    wanted[url] = remote.Pin(int(size), etag) if size else None
+        remote.fetch(wanted, cache, self.track)
+
+    def _check_repeats(self, rows: Sequence[Row]) -> None:
+        first: dict[tuple[str, Path], int] = {}
+        for row in rows:
+            if (line := first.setdefault((row.role, row.path), row.line)) != row.line:
+                place = f"role {row.role!r}" if row.role else "manifest"
+                self.add(row.line, f"an image may come once in a {place}, but {row.image} is in line {line}, too")
+
+    def split(self, rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+        """Rows without roles for training and for validation."""
+        by_class = defaultdict(list)
+        for row in rows:
+            by_class[row.label].append(row)
+        for label, (row, *others) in by_class.items():
+            if not others:
+                self.add(row.line, f"a class needs 2 images to be split, found 1 of {label!r}; add a column `role`")
+        several = {label: found for label, found in by_class.items() if len(found) > 1}
+        parts = split(several, share, lambda _, row: Path(row.image).as_posix())
+        train, val = (sorted(row for found in part.values() for row in found) for part in parts)
+        return train, val
+
+    def check_classes(self, train: Sequence[Row], val: Sequence[Row]) -> None:
+        known = {row.label for row in train}
+        strange: dict[str, int] = {}
+        for row in val:
+            if row.label not in known and strange.setdefault(row.label, row.line) == row.line:
+                self.add(row.line, f"each class of val must have training images, but {row.label!r} has none")
+        if len(train) < 2:
+            self.problems.append(f"training needs at least 2 images, found {len(train)} in {self.file}")
+        if not val:
+            self.problems.append(f"validation needs at least 1 image, found none in {self.file}")
+
+    def copies(self, database: Sequence[Row], queries: Sequence[Row]) -> Copies | None:
+        by_instance = defaultdict(list)
+        for row in database:
+            by_instance[row.instance].append(row)
+        named = dict.fromkeys(row.instance for row in queries if row.instance in by_instance and row.instance)
+        for row in queries:
+            if row.instance not in named:
+                found = f"no row of the database has {row.instance!r}" if row.instance else "the cell is empty"
+                self.add(row.line, f"a query must have the instance_id of its original, but {found}")
+        for instance in named:
+            original, *others = by_instance[instance]
+            for row in others:
+                self.add(row.line, f"originals must differ in instance_id, but {instance!r} is in line {original.line}")
+        if database and not queries:
+            self.problems.append(f"a copy-detection set needs queries, but {self.file} has a database only")
+        if not queries:
+            return None
+        originals = [by_instance[instance][0] for instance in named]
+        others = [row for row in database if row.instance not in named]
+        place = {instance: index for index, instance in enumerate(named)}
+        return Copies(
+            tuple(row.path for row in (*originals, *others)),
+            tuple(row.path for row in queries),
+            tuple(place.get(row.instance, -1) for row in queries),
+        )
+
+
+def read_manifest(file: Path, val_share: float = 0.2, cache: Cache | None = None, track: Track = untracked) -> Dataset:
+    """List the images that a manifest names, in its order; without a column `role`, they are split as a folder's are.
+
+    Args:
+        file: the manifest.
+        val_share: of each class.
+        cache: for images in s3://; without one, there are none.
+        track: shows the progress of reading them.
+    Raises:
+        DataError: with everything that is wrong about the manifest.
+    """
+    reader = Reader(file, cache, track)
+    (line, header), *records = reader.records()
+    reader.check_header(line, header)
+    wrong_header = bool(reader.problems)
+    if not set(REQUIRED) <= set(header):
+        reader.stop_if_wrong()
+    rows = reader.rows(header, records)
+    if wrong_header:  # what the rows are to each other is not known
+        reader.stop_if_wrong()
+    train, val, database, queries = ([row for row in rows if row.role == role] for role in ROLES)
+    if "role" not in header:
+        train, val = reader.split(rows, val_share)
+    reader.check_classes(train, val)
+    copies = reader.copies(database, queries)
+    reader.stop_if_wrong()
+    classes = tuple(sorted({row.label for row in train}))
+    number = {label: index for index, label in enumerate(classes)}
+    first: dict[str | int, int] = {}
+    return Dataset(
+        classes,
+        tuple(row.path for row in train),
+        tuple(number[row.label] for row in train),
+        tuple(row.path for row in val),
+        tuple(number[row.label] for row in val),
+        copies,
+        tuple(first.setdefault(row.instance or index, index) for index, row in enumerate(train)),
+    )
+
+
+def manifest_text(dataset: Dataset, objects: Mapping[Path, tuple[str, remote.Pin]] | None = None) -> str:
+    """The manifest that `read_manifest` reads as this data set; absolute paths, numbers as instance_id.
+
+    Args:
+        dataset: the images.
+        objects: URL and version of those images that are mirrored.
+    """
+    text = io.StringIO(newline="")
+    rows, objects = csv.writer(text), objects or {}
+    rows.writerow((*COLUMNS, *PINS) if objects else COLUMNS)
+
+    def write(path: Path, *cells: object) -> None:
+        url, pin = objects.get(path, (path.absolute(), ("", "")))
+        rows.writerow((url, *cells, *pin) if objects else (url, *cells))
+
+    for path, label, instance in zip(dataset.train, dataset.train_labels, dataset.instances, strict=True):
+        write(path, dataset.classes[label], "train", instance)
+    for path, label in zip(dataset.val, dataset.val_labels, strict=True):
+        write(path, dataset.classes[label], "val", "")
+    if copies := dataset.copies:
+        originals = set(copies.truth)
+        for index, path in enumerate(copies.database):
+            write(path, "", "database", index if index in originals else "")
+        for path, index in zip(copies.queries, copies.truth, strict=True):
+            write(path, "", "query", index)
+    return text.getvalue()

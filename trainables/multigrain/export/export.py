@@ -1,0 +1,120 @@
+"""A trained network -> a folder that anyone can load: no package of ours, no pickle.
+
+    model.pt2          the exported program, weights included, for PyTorch
+    model.onnx         the same for ONNX runtimes
+    model.json         classes, and how an image becomes the network's input
+    model.py           `portable`, which reads these: `load(folder)`
+    requirements.txt   what that needs
+    signature.json     columns in and out, as MLflow notes them
+    checkpoint/        the weights as trained, with all settings, to evaluate or fine-tune
+    MANIFEST.json      size and SHA-256 of each of these
+
+Both networks take uint8 (B, 3, H, W) of any B, H and W, and scale and normalise the pixels themselves. They are read
+again and held against the trained one before the folder is given away.
+"""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import Dim
+
+from multigrain.export import inference, standalone
+from multigrain.models import checkpoint, served_setting
+
+PARITY = 1e-5
+"""Largest difference from the trained network, of any component of an embedding and any probability."""
+REQUIREMENTS = ("numpy", "pandas", "pillow", "torch")
+SIGNATURE = {
+    "inputs": [{"name": "image", "type": "binary", "required": True}],
+    "outputs": [
+        {"name": "embedding", "type": "array", "items": {"type": "double"}, "required": False},
+        {"name": "class_id", "type": "long", "required": False},
+        {"name": "class_name", "type": "string", "required": False},
+        {"name": "score", "type": "double", "required": False},
+        {"name": "error", "type": "string", "required": False},
+    ],
+}
+
+
+def export(folder: Path, out: Path) -> dict[str, Any]:
+    """Write the model of a training folder, as `predict.read` finds it, to a new folder.
+
+    Returns:
+        The facts of `model.json`.
+    Raises:
+        FileNotFoundError, ValueError: see `predict.read`; or the exported network answers differently.
+    """
+    served = inference.read(folder)
+    saved = checkpoint.latest(folder)
+    assert saved, "was read before"
+    out.mkdir(parents=True)
+    served_setting.copy(folder, out / "checkpoint", saved)
+    _programs(served, out)
+    shutil.copyfile(standalone.__file__, out / "model.py")
+    facts = {"format": 1, **served.facts(), "parity": _parity(served, out)}
+    _write_json(out / standalone.FACTS, facts)
+    _write_json(out / "signature.json", SIGNATURE)
+    lines = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    (out / "requirements.txt").write_text("\n".join(lines) + "\n")
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    _write_json(
+        out / standalone.MANIFEST, {path.relative_to(out).as_posix(): standalone.digest(path) for path in files}
+    )
+    return facts
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1))
+
+
+def _side(size: int) -> int:
+    """A multiple of 32, which every trunk takes, near a size."""
+    return max(32, round(size / 32) * 32)
+
+
+def _programs(served: inference.Served, out: Path) -> None:
+    # At 32 pixels the map of a trunk is 1 x 1, which would be taken for its size whatever the image's.
+    side, free = max(64, _side(served.size)), Dim.DYNAMIC
+    images = torch.zeros(2, 3, side, side + 32, dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.export.export(served.answers, (images,), dynamic_shapes=({0: free, 2: free, 3: free},))
+    torch.onnx.export(
+        program,
+        f=str(out / standalone.NETWORK),
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+        input_names=["images"],
+        output_names=["embedding", "probabilities"],
+    )
+    program.example_inputs = None  # they would be pickled
+    torch.export.save(program, out / standalone.PROGRAM)
+
+
+@torch.no_grad()
+def _parity(served: inference.Served, out: Path) -> dict[str, float]:
+    """The largest differences between the trained network and each exported one, over images of three shapes.
+
+    Raises:
+        ValueError: one is too large.
+    """
+    side, rng = _side(served.size), np.random.default_rng(0)
+    runs = {"torch": standalone._torch(out / standalone.PROGRAM), "onnx": standalone._onnx(out / standalone.NETWORK)}
+    parity = dict.fromkeys(runs, 0.0)
+    for shape in ((1, side, side), (2, side, side + 32), (3, side + 64, side)):
+        images = rng.integers(0, 256, (shape[0], 3, *shape[1:]), dtype=np.uint8)
+        expected = [output.numpy() for output in served.answers(torch.from_numpy(images))]
+        for name, run in runs.items():
+            differences = [float(np.abs(a - b).max()) for a, b in zip(run(images), expected, strict=True)]
+            parity[name] = max(parity[name], *differences)
+    if wrong := [f"{name} by {value:.1e}" for name, value in parity.items() if not value <= PARITY]:
+        raise ValueError(
+            f"an exported network must answer as the trained one to {PARITY:g}, but {', '.join(wrong)} differs; "
+            f"report the trunk, {served.trunk}"
+        )
+    return parity

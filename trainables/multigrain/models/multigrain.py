@@ -1,0 +1,185 @@
+"""The MultiGrain network: trunk -> GeM -> embedding -> (descriptor, logits), after the paper."""
+
+from collections import OrderedDict
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.resnet import BasicBlock
+
+from multigrain.config.training import TIMM
+from multigrain.models.pooling import GeM
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Trunk(NamedTuple):
+    """A network before the pooling: (B, 3, H, W) -> (B, C, h, w)."""
+
+    module: nn.Module
+    channels: int
+    """C."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of the pixels it was made for, by channel, in [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+class Output(NamedTuple):
+    """What the network says of B images."""
+
+    embedding: Tensor
+    """(B, C), pooled and not normalised: what the classifier reads."""
+    descriptor: Tensor
+    """(B, C), the embedding with unit L2 norm: what retrieval and the margin loss compare."""
+    logits: Tensor
+    """(B, K), one per class."""
+
+
+def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / (|x| + eps) along the last axis; a zero vector stays zero, with a finite gradient."""
+    # norm() has no gradient at zero: the square root is kept away from it.
+    norm = (x.square().sum(dim=-1, keepdim=True) + torch.finfo(x.dtype).tiny).sqrt()
+    return x / (norm + eps)
+
+
+def _narrow_trunk() -> Trunk:
+    """A three-stage residual trunk for images of about 32 pixels: (B, 3, 32, 32) -> (B, 128, 4, 4)."""
+
+    def stage(channels_in: int, channels: int, stride: int) -> BasicBlock:
+        shortcut = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+        )
+        return BasicBlock(channels_in, channels, stride=stride, downsample=shortcut)
+
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+        stage(32, 64, stride=2),
+        stage(64, 128, stride=2),
+    )
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return Trunk(trunk, 128)
+
+
+def _channels(module: nn.Module, name: str) -> int:
+    """C of the maps that `module` gives, found on shapes alone: nothing is computed.
+
+    Raises:
+        ValueError: it gives none, or takes images of one size only.
+    """
+    height, width = 96, 128  # few networks were made for it, so that one bound to its own size fails
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    try:
+        images = torch.empty(2, 3, height, width, device="meta")
+        shape = functional_call(module, {key: tensor.to("meta") for key, tensor in tensors}, (images,)).shape
+    except Exception as error:  # each network refuses in its own way
+        found = f"refuses images of {height} x {width} pixels ({error})"
+    else:
+        # Some transformers put the channels last.
+        if len(shape) == 4 and shape[2] <= height and shape[3] <= width:
+            return shape[1]
+        found = f"gives {tuple(shape)} for two images of {height} x {width} pixels"
+    raise ValueError(
+        f"model.trunk must be a network that gives a map (B, C, h, w) of images of any size, but {name} {found}; "
+        "name a convolutional one"
+    )
+
+
+def _timm_trunk(name: str) -> Trunk:
+    import timm
+
+    try:
+        # No dropout: some would drop single positions of the map, before the pooling.
+        module = timm.create_model(name.removeprefix(TIMM), num_classes=0, global_pool="", drop_rate=0.0)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"model.trunk must be a network that timm builds without its pooling, but {name} is not ({error}); "
+            "name another"
+        ) from error
+    pixels = timm.data.resolve_model_data_config(module)
+    return Trunk(module, _channels(module, name), tuple(pixels["mean"]), tuple(pixels["std"]))
+
+
+def build_trunk(name: str) -> Trunk:
+    """The network before the pooling, with random weights.
+
+    Its parameters have the names that they have in torchvision or timm. Images have any height and width,
+    though some of timm's networks take multiples of 32 only.
+
+    Args:
+        name: one of `spec.TRUNKS`, or `timm/<name>`.
+    Raises:
+        ValueError: the network of timm gives no map.
+    """
+    if name == "narrow":
+        return _narrow_trunk()
+    if name.startswith(TIMM):
+        return _timm_trunk(name)
+    resnet = torchvision.models.get_model(name, weights=None)
+    children = OrderedDict((key, child) for key, child in resnet.named_children() if key not in {"avgpool", "fc"})
+    return Trunk(nn.Sequential(children), resnet.fc.in_features)
+
+
+def _stay(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return module
+
+
+def freeze_batchnorm(module: nn.Module) -> None:
+    """Make batch normalisation in `module` use its running statistics and keep them, also after `train()`.
+
+    Its scale and shift learn on.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()
+            # A bound method, so that a deep copy gets one of its own.
+            layer.train = MethodType(_stay, layer)  # type: ignore[method-assign]
+
+
+class MultiGrain(nn.Module):
+    """One network for class, object and copy.
+
+    The classifier reads the embedding as it is pooled; the margin loss and retrieval read its
+    normalised copy, so that neither goal fixes the other's scale. The trunk may run under autocast:
+    what follows it computes in fp32 at least.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, trunk: str, num_classes: int, p: float = 3.0, learn_p: bool = False) -> None:
+        """
+        Args:
+            trunk: a name that `build_trunk` knows.
+            num_classes: K, at least 1.
+            p: GeM exponent, at least 1.
+            learn_p: whether p is a parameter.
+        """
+        super().__init__()
+        self.trunk, channels, mean, std = build_trunk(trunk)
+        self.pool = GeM(p, learn_p)
+        self.classifier = nn.Linear(channels, num_classes)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB in [0, 1], any height and width that the trunk takes -> embeddings (B, C)."""
+        return self.pool(self.trunk((images - self.mean) / self.std))
+
+    def head(self, embedding: Tensor) -> Output:
+        """What follows from embeddings (B, C)."""
+        # Autocast would take the classifier to half precision.
+        with torch.autocast(embedding.device.type, enabled=False):
+            return Output(embedding, l2_normalise(embedding), self.classifier(embedding))
+
+    def forward(self, images: Tensor) -> Output:
+        """`head` of `embed`."""
+        return self.head(self.embed(images))
