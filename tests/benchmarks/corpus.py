@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from grainmill import trainable
+from grainmill.cluster.session import connect
 from grainmill.corpus import embed
-from grainmill.execution import runner
 from grainmill.registry import models
 from grainmill.registry.model_card import Lineage
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--trunk", default="resnet18")
     options = parser.parse_args()
     before, rng, rounds = machine(), np.random.default_rng(0), itertools.count()
-    with tempfile.TemporaryDirectory() as name, runner.cluster(None):
+    with tempfile.TemporaryDirectory() as name, connect(None):
         folder = Path(name)
         (folder / "images").mkdir()
         photos = [photo(rng) for _ in range(FILES)]

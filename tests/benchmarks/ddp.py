@@ -23,7 +23,7 @@ def steps(config):
     from torch import distributed
 
     from multigrain.config.training import MultiGrainSpec
-    from multigrain.data.folders import Dataset
+    from multigrain.data.dataset import Dataset
     from multigrain.data.loading import Views
     from multigrain.training.trainer import Training
 

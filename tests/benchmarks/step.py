@@ -17,7 +17,7 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data.folders import Dataset
+from multigrain.data.dataset import Dataset
 from multigrain.data.loading import Views
 from multigrain.data.transforms import scale
 from multigrain.training.trainer import Training, autocast_type

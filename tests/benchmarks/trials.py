@@ -21,7 +21,8 @@ from ray import tune
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from grainmill.config.experiment import Resources, experiment_model
+from grainmill.config.experiment import experiment_model
+from grainmill.config.resources import Resources
 from grainmill.execution import runner
 from grainmill.execution.training_job import Plan
 from grainmill.search.study import Study

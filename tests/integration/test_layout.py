@@ -14,10 +14,10 @@ from pydantic import BaseModel
 
 from grainmill import trainable
 from grainmill.config.experiment import Experiment, json_schema, load
-from multigrain import trainable_finetune
-from multigrain.benchmarks.inputs import Evaluation
+from multigrain.config.data import DataSettings
+from multigrain.config.evaluation import Evaluation
+from multigrain.config.finetune import FinetuneSpec
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data.folders import DataSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,7 +136,7 @@ def settings(model, prefix=""):
         (Experiment, "", "## Every setting"),
         (DataSettings, "data.", "### Images"),
         (MultiGrainSpec, "base.", "### `trainable: multigrain`"),
-        (trainable_finetune.Spec, "base.", "### `trainable: multigrain-exponent`"),
+        (FinetuneSpec, "base.", "### `trainable: multigrain-exponent`"),
         (Evaluation, "", "### `grainmill evaluate --set`"),
     ],
 )

@@ -11,10 +11,13 @@ from PIL import Image
 from test_remote import SECRET, bucket, moto, proxy, waits  # noqa: F401 - fixtures
 
 from multigrain import trainable
+from multigrain.config.data import DataSettings
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data import remote
-from multigrain.data.folders import SHOWN, DataError, DataSettings, read_dataset, untracked
+from multigrain.data.folders import read_dataset
 from multigrain.data.manifest import read_manifest
+from multigrain.errors import SHOWN, DataError
+from multigrain.hooks import untracked
 from multigrain.models.weights import weight_problems
 
 SPEC = MultiGrainSpec.model_validate(

@@ -22,16 +22,20 @@ from grainmill.cli.app import app
 from grainmill.config.experiment import load
 from grainmill.config.yaml_document import Document
 from multigrain import trainable_finetune
+from multigrain.config.data import DataSettings
+from multigrain.config.finetune import FinetuneSpec
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data.folders import Dataset, DataSettings, read_dataset
+from multigrain.data.dataset import Dataset, first_of_each_class
+from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view, scale
 from multigrain.export import inference
 from multigrain.models import checkpoint
-from multigrain.trainable_finetune import Spec, worker_problems
+from multigrain.models.multigrain import network_of
+from multigrain.trainable_finetune import worker_problems
 from multigrain.training import finetune
 from multigrain.training import fit as training
-from multigrain.training.finetune import first_of_each_class, fit, rate
+from multigrain.training.finetune import fit, rate
 from multigrain.training.trainer import TrainingError
 
 CPU = torch.device("cpu")
@@ -88,7 +92,7 @@ def spec(trained):
 
     def spec(source="plain", **changes):
         settings = {"image_size": SIZE, "epochs": 2, "images_per_class": 4, "rate": 20.0, **changes}
-        return Spec(checkpoint=str(trained[source]), **settings)
+        return FinetuneSpec(checkpoint=str(trained[source]), **settings)
 
     return spec
 
@@ -106,10 +110,10 @@ def tuning_of(spec, data):
 
 def test_the_rate_is_that_of_the_recipe():
     steps = 12_500
-    assert rate(Spec(), 0) == 0.005
-    assert rate(Spec(), 0.5) == pytest.approx(0.00268, abs=5e-6)
-    assert rate(Spec(), (steps - 1) / steps) == pytest.approx(1.03e-6, abs=5e-9)
-    assert rate(Spec(rate=2.0, power=0.0), 0.9) == 2
+    assert rate(FinetuneSpec(), 0) == 0.005
+    assert rate(FinetuneSpec(), 0.5) == pytest.approx(0.00268, abs=5e-6)
+    assert rate(FinetuneSpec(), (steps - 1) / steps) == pytest.approx(1.03e-6, abs=5e-9)
+    assert rate(FinetuneSpec(rate=2.0, power=0.0), 0.9) == 2
 
 
 def test_images_are_the_first_of_each_class_by_name():
@@ -122,7 +126,7 @@ def test_images_are_the_first_of_each_class_by_name():
 
 
 def test_defaults_take_fifty_thousand_images_of_imagenet_in_12500_steps():
-    assert Spec().images_per_class * 1000 / Spec().batch_size * Spec().epochs == 12_500
+    assert FinetuneSpec().images_per_class * 1000 / FinetuneSpec().batch_size * FinetuneSpec().epochs == 12_500
 
 
 def slow_loss(trunk_maps, labels, weight, bias, p):
@@ -210,7 +214,7 @@ def test_p_counts_as_1_below_1(data, spec):
     assert again.p.item() == tuning.p.item(), "a later start goes on from below 1"
     assert tuning.result(state).metrics["p"] == 1.0
     image = torch.rand(1, 3, 24, 24)
-    at_one, _ = inference.network_of(state)
+    at_one, _ = network_of(state)
     with torch.no_grad():
         torch.testing.assert_close(tuning.network(image).logits, at_one.eval()(image).logits)
 
@@ -371,7 +375,7 @@ def test_a_network_is_needed(data, tmp_path, place):
     (tmp_path / "empty" / "draft-step-00000001").mkdir(parents=True)
     (tmp_path / "empty" / "draft-step-00000001" / "MANIFEST.json").touch()
     (tmp_path / "empty" / "step-00000002").mkdir()
-    settings = Spec(checkpoint=place and str(tmp_path / place))
+    settings = FinetuneSpec(checkpoint=place and str(tmp_path / place))
     (problem,) = worker_problems(settings, 2)
     assert problem.startswith("checkpoint must be a folder with the checkpoints of a trained network, got ")
     assert "; name that of a trial, such as " in problem
@@ -386,7 +390,7 @@ def test_a_network_that_is_damaged_is_told(data, trained, tmp_path):
         for file in directory.iterdir():
             (tmp_path / directory.name / file.name).write_bytes(file.read_bytes())
         (tmp_path / directory.name / "model.safetensors").write_bytes(b"")
-    settings = Spec(checkpoint=str(tmp_path))
+    settings = FinetuneSpec(checkpoint=str(tmp_path))
     with (
         pytest.warns(UserWarning, match=r"model\.safetensors differ"),
         pytest.raises(FileNotFoundError, match="no intact one; name the folder of a trial that has trained"),
@@ -411,8 +415,8 @@ def test_workers_share_a_step_evenly(spec):
 
 def test_the_path_of_the_checkpoint_is_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert Spec(checkpoint="runs/x").checkpoint == str(tmp_path / "runs/x")
-    assert Spec().checkpoint is None
+    assert FinetuneSpec(checkpoint="runs/x").checkpoint == str(tmp_path / "runs/x")
+    assert FinetuneSpec().checkpoint is None
 
 
 # Two ranks
@@ -426,8 +430,8 @@ def of_one_rank(rank, meeting, folder, settings):
     saves, save = [], checkpoint.save
     checkpoint.save = lambda *args: saves.append(rank) or save(*args)
     data, run = read_dataset(Path(folder)), Path(meeting) / "run"
-    results = [result.metrics for result in fit(Spec(**settings), data, run, CPU)]
-    again = [result.metrics for result in fit(Spec(**settings), data, run, CPU)]
+    results = [result.metrics for result in fit(FinetuneSpec(**settings), data, run, CPU)]
+    again = [result.metrics for result in fit(FinetuneSpec(**settings), data, run, CPU)]
     (Path(meeting) / f"{rank}.json").write_text(json.dumps([results, again, saves]))
     distributed.destroy_process_group()
 
@@ -469,15 +473,15 @@ def test_the_preset_is_right_but_for_its_folders(folder, trained, tmp_path):
 
 def test_the_preset_has_the_published_figures(folder, trained):
     experiment = load(PRESET, [f"data.folder={folder}", f"base.checkpoint={trained['plain']}"])
-    assert experiment.base == Spec(checkpoint=str(trained["plain"]))
-    assert Spec(image_size=500, batch_size=4, rate=0.005, power=0.9, momentum=0.9) == Spec()
+    assert experiment.base == FinetuneSpec(checkpoint=str(trained["plain"]))
+    assert FinetuneSpec(image_size=500, batch_size=4, rate=0.005, power=0.9, momentum=0.9) == FinetuneSpec()
     assert experiment.objective == {"top1": "max"}
     assert experiment.resources.gpus_per_worker == 1
     tree = Document(PRESET).tree
     assert tree["data"] == {"folder": "/data/imagenet"}
     base = PRESET.read_text().partition("base:\n")[2].partition("objective:")[0]
     settings = re.findall(r"^ +(\w+): +\S+(.*)$", base, re.MULTILINE)
-    assert {name for name, _ in settings} == set(Spec.model_fields) - {"loaders"}
+    assert {name for name, _ in settings} == set(FinetuneSpec.model_fields) - {"loaders"}
     assert [name for name, comment in settings if not re.search(r"\[(P|R|-)", comment)] == ["checkpoint"]
 
 

@@ -19,8 +19,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # on images this small, threads cost more t
 import pytest
 import ray
 
+from multigrain.config.data import DataSettings
 from multigrain.data.builtin import write_builtin
-from multigrain.data.folders import DataSettings, untracked
+from multigrain.hooks import untracked
 
 SUPPORT = Path(__file__).parent
 

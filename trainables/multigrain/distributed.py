@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from multigrain.heartbeat import Beat
+from multigrain.hooks import Beat
 
 Item = TypeVar("Item")
 

@@ -5,18 +5,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from multigrain.benchmarks.inputs import Evaluation
 from multigrain.config import training as settings
+from multigrain.config.data import DataSettings
+from multigrain.config.evaluation import Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data import remote
 from multigrain.data.buckets import SCHEME
 from multigrain.data.cache import Cache
+from multigrain.data.dataset import Dataset
 from multigrain.data.fingerprint import Part, parts
-from multigrain.data.folders import DataError, Dataset, DataSettings, Track, read_dataset, shortened, untracked
+from multigrain.data.folders import read_dataset
 from multigrain.data.intact import leave_out, write_intact
 from multigrain.data.manifest import manifest_text, read_manifest
 from multigrain.data.validation import image_faults, image_problems
-from multigrain.heartbeat import Beat, undisturbed
+from multigrain.errors import DataError, shortened
+from multigrain.hooks import Beat, Track, undisturbed, untracked
 from multigrain.models.weights import weight_problems
 
 if TYPE_CHECKING:

@@ -10,24 +10,24 @@ from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClien
 
 from grainmill.cluster import shape
 from grainmill.cluster.shape import Cluster, NodeType
+from grainmill.config.resources import Need
 from grainmill.errors import ExperimentError, ResourceError
-from grainmill.execution.training_job import Plan
 
 MONITOR = "monitor.py"
 """Ray's autoscaler, a process on the head."""
 
 
-def at_once(plan: Plan, note: Callable[[str], None]) -> int:
+def at_once(need: Need, limit: int | None, note: Callable[[str], None]) -> int:
     """How many trials are to be asked for at once.
 
     Args:
-        plan: theirs. Where it cannot be told whether the cluster grows, as many are asked for as its resources allow
-            at once, whatever is there.
+        need: what each of them takes.
+        limit: most of them at once. Where it cannot be told whether the cluster grows, as many are asked for, whatever
+            is there.
         note: hears of a cluster that must grow for the first trial, if that cannot be told.
     Raises:
         ResourceError: not one fits, nor will.
     """
-    need, limit = plan.need, plan.resources.concurrent
     found = possible()
     if found is not None:
         fits = found.room(need)

@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grainmill.config.findings import describe, errors
+from grainmill.config.resources import Need
 from grainmill.config.yaml_document import read_plain
 from grainmill.errors import ExperimentError, Problem, ResourceError
 
@@ -18,19 +19,6 @@ NODES = 1000
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
-
-
-class Need(NamedTuple):
-    """What a trial takes of a cluster."""
-
-    bundle: Mapping[str, float]
-    """What one worker takes."""
-    fewest: int
-    """Workers with which it can go on."""
-    most: int
-    """Workers where there is room for all."""
-    apart: bool = False
-    """Whether each worker must have a node of its own."""
 
 
 @dataclass(frozen=True)

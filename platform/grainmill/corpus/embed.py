@@ -15,10 +15,10 @@ import ray
 import ray.data
 
 from grainmill import trainable
+from grainmill.cluster.session import connect
 from grainmill.corpus import index
 from grainmill.corpus.embedder import Embedder, Identity
 from grainmill.errors import CorpusError, ResourceError
-from grainmill.execution import runner
 
 BLOCK = 256
 """Images that a worker is given at once, and reads ahead at most."""
@@ -76,7 +76,7 @@ def embed(
         missing = [name for name in missing if name not in faults]
         writer = _Writer(out, made.record)
         if missing:
-            with runner.cluster(address):
+            with connect(address):
                 answers = _answers(images, missing, tracking_uri, identity, workers)
                 count = -(-len(missing) // BLOCK)
                 for table in track(answers, "embedding", count):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grainmill import trainable as catalog
-from grainmill.cluster.shape import Need
-from grainmill.config.experiment import Resources, Workers
+from grainmill.config.resources import Need, Resources, Workers
 from grainmill.storage import workspace
 
 

@@ -16,7 +16,7 @@ from grainmill.errors import StorageError
 
 # The one thing of a trainable's that the mill uses: a client of S3 and its errors, in words, are not written twice.
 from multigrain.data.buckets import REQUESTS, SCHEME, Stored, connect, listed, parsed, told
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 PATIENCE = 300
 """Seconds that an endpoint is asked again."""

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
 from grainmill import trainable as catalog
+from grainmill.cluster.session import connect
 from grainmill.config.findings import describe, errors
 from grainmill.config.yaml_document import Document
 from grainmill.errors import EvaluationError, TrackingError, hidden
@@ -69,9 +70,7 @@ def evaluate(
             raise EvaluationError(str(error)) from error
         settings = _settings(found, overrides)
         if shared:
-            from grainmill.execution import runner  # one process does without Ray
-
-            with runner.cluster(address):
+            with connect(address):
                 assessment = evaluate_group.assess_on(workers, found, folder, settings, out, shared)
         else:
             assessment = evaluate_group.assess(found, folder, settings, out)

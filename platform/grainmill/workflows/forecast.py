@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from grainmill.cluster.shape import Cluster, Need, NodeType, room
+from grainmill.cluster.shape import Cluster, NodeType, room
 from grainmill.config.experiment import Experiment
+from grainmill.config.resources import Need
 from grainmill.config.space import Scalar
 from grainmill.search.asha import Halving
 from grainmill.search.records import Record

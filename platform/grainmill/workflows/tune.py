@@ -9,7 +9,9 @@ from typing import Any
 
 from grainmill import trainable as catalog
 from grainmill.cluster import capacity
-from grainmill.config.experiment import Budget, Experiment, Search, Workers
+from grainmill.cluster.session import connect
+from grainmill.config.experiment import Budget, Experiment, Search
+from grainmill.config.resources import Workers
 from grainmill.config.space import Setting
 from grainmill.config.validation import COSTS
 from grainmill.config.yaml_document import to_yaml
@@ -70,7 +72,7 @@ def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: 
         TrackingError: MLflow does not answer.
         SearchError: no trial came through.
     """
-    with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, runner.cluster(address):
+    with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, connect(address):
         run.check_room("trial", experiment.resources.workers)
         run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
         watch.note(_forecast(experiment))
@@ -87,7 +89,7 @@ def train(
     experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
-    with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, runner.cluster(address):
+    with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, connect(address):
         workers = experiment.resources.retrain_workers
         watch.note(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
         return run.finish([None], None)
@@ -171,7 +173,8 @@ class _Run:
         Raises:
             ResourceError: says what is missing.
         """
-        capacity.at_once(self._plan(name, workers), self.watch.note)
+        plan = self._plan(name, workers)
+        capacity.at_once(plan.need, plan.resources.concurrent, self.watch.note)
 
     def _plan(self, study: str, workers: Workers) -> Plan:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from grainmill.cluster import shape
-from grainmill.cluster.shape import Cluster, Need, NodeType, room
+from grainmill.cluster.shape import Cluster, NodeType, room
+from grainmill.config.resources import Need
 from grainmill.errors import ExperimentError, ResourceError
 
 INFRA = Path(__file__).parents[3] / "infra"

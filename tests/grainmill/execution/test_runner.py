@@ -16,7 +16,9 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from grainmill.cluster import capacity
-from grainmill.config.experiment import Resources, experiment_model
+from grainmill.cluster.session import _check_head
+from grainmill.config.experiment import experiment_model
+from grainmill.config.resources import Resources
 from grainmill.errors import ResourceError
 from grainmill.execution import evaluate_group, runner, trial_callback
 from grainmill.execution.training_job import Plan
@@ -213,26 +215,31 @@ def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, 
         bench.run(bench.study(1), workers, **resources)
 
 
+def at_once(bench, **resources):
+    plan = bench.plan(**resources)
+    return capacity.at_once(plan.need, plan.resources.concurrent, bench.watch.note)
+
+
 def test_as_many_are_asked_for_at_once_as_the_cluster_holds(bench):
-    assert capacity.at_once(bench.plan(), bench.watch.note) == 2
-    assert capacity.at_once(bench.plan(workers=2), bench.watch.note) == 1
-    assert capacity.at_once(bench.plan(workers=(1, 2)), bench.watch.note) == 1
+    assert at_once(bench) == 2
+    assert at_once(bench, workers=2) == 1
+    assert at_once(bench, workers=(1, 2)) == 1
     assert bench.watch.notes == []
 
 
 def test_trial_fits_if_its_fewest_workers_do(bench):
-    assert capacity.at_once(bench.plan(workers=(2, 5)), bench.watch.note) == 1
+    assert at_once(bench, workers=(2, 5)) == 1
     with pytest.raises(ResourceError, match=r"needs 3 workers of 1 CPU each, but the cluster has room for 2 at most"):
-        capacity.at_once(bench.plan(workers=(3, 5)), bench.watch.note)
+        at_once(bench, workers=(3, 5))
 
 
 def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
     with pytest.raises(
         ResourceError, match=r"a node for each of its 2 workers, but the cluster has 1 that can hold one;"
     ):
-        capacity.at_once(bench.plan(workers=2, placement="spread"), bench.watch.note)
-    assert capacity.at_once(bench.plan(workers=(2, 3), placement="spread"), bench.watch.note) == 1
-    assert capacity.at_once(bench.plan(workers=1, placement="spread"), bench.watch.note) == 2
+        at_once(bench, workers=2, placement="spread")
+    assert at_once(bench, workers=(2, 3), placement="spread") == 1
+    assert at_once(bench, workers=1, placement="spread") == 2
 
 
 def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
@@ -317,7 +324,7 @@ def test_address_where_no_head_answers_is_refused_soon(no_head, monkeypatch):
     with pytest.raises(
         ResourceError, match=rf"must answer at \S+:{no_head.partition(':')[2]} within 1 seconds, but did"
     ):
-        runner._check_head(no_head)
+        _check_head(no_head)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265"])
@@ -386,11 +393,10 @@ def test_every_epoch_has_its_cost_and_it_can_be_an_objective(bench):
 
 def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
     study = bench.study(1, search={"scheduler": "none"})
-    plan = bench.plan(cpus_per_worker=3, concurrent=2)
-    assert capacity.at_once(plan, bench.watch.note) == 2
+    assert at_once(bench, cpus_per_worker=3, concurrent=2) == 2
     (note,) = bench.watch.notes
     assert note.startswith("waiting for the cluster to grow: one worker needs 3 CPU")
-    assert capacity.at_once(bench.plan(concurrent=1), bench.watch.note) == 1
+    assert at_once(bench, concurrent=1) == 1
     assert study.remaining == 1
 
 

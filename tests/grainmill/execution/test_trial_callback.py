@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import toy
 
-from grainmill.config.experiment import Resources, experiment_model
+from grainmill.config.experiment import experiment_model
+from grainmill.config.resources import Resources
 from grainmill.execution import trial_callback
 from grainmill.execution.training_job import Plan
 from grainmill.search.asha import Halving

@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from grainmill.config.experiment import Resources
+from grainmill.config.resources import Resources
 from grainmill.execution import watchdog, worker_group
 from grainmill.execution.training_job import Job, Plan
 

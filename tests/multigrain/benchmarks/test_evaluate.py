@@ -22,17 +22,17 @@ from multigrain.benchmarks import evaluate as assess
 from multigrain.benchmarks import gallery, proxy, results
 from multigrain.benchmarks.evaluate import evaluate
 from multigrain.benchmarks.figures import Figure, headlines
-from multigrain.benchmarks.inputs import Evaluation
+from multigrain.config.evaluation import Evaluation
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data.folders import DataError, read_dataset
+from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view
+from multigrain.errors import DataError
 from multigrain.evaluation import embed
 from multigrain.evaluation.embed import Setting
 from multigrain.export import inference
-from multigrain.export.inference import network_of
 from multigrain.models import checkpoint, served_setting
-from multigrain.models.multigrain import MultiGrain
+from multigrain.models.multigrain import MultiGrain, network_of
 from multigrain.models.whitening import Whitening
 from multigrain.retrieval import ranking
 from multigrain.training.fit import fit

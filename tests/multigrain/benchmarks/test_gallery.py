@@ -11,9 +11,10 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from multigrain.benchmarks.base import Benchmark, Picture, indices
+from multigrain.benchmarks.base import Benchmark, indices
 from multigrain.benchmarks.figures import Figure, grids
 from multigrain.benchmarks.gallery import BEST, FOUND, SIDE, WORST, heat_map, page
+from multigrain.data.picture import Picture
 from multigrain.evaluation.embed import Setting
 from multigrain.retrieval import ranking
 from multigrain.retrieval.metrics import Truth

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from layouts import draw, holidays, imagenet
 
-from multigrain.benchmarks.inputs import Evaluation, Serve, inputs
+from multigrain.benchmarks.inputs import inputs
+from multigrain.config.evaluation import Evaluation, Serve
 from multigrain.data import remote
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 ON = {"ukbench": "y"}
 CLASSES = ("ant", "bee")

@@ -11,7 +11,8 @@ from torch import nn
 from multigrain.benchmarks import proxy
 from multigrain.benchmarks.proxy import Score, best, score
 from multigrain.config.training import AugmentSettings
-from multigrain.data.folders import Dataset, read_dataset
+from multigrain.data.dataset import Dataset
+from multigrain.data.folders import read_dataset
 from multigrain.data.loading import TrainViews, decode
 from multigrain.data.transforms import TrainTransform, colour
 from multigrain.models.multigrain import MultiGrain

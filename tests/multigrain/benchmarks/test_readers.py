@@ -13,8 +13,9 @@ import pytest
 
 from multigrain.benchmarks import imagenet, instances, landmarks
 from multigrain.benchmarks.published import PUBLISHED
-from multigrain.benchmarks.readers import NAMES, Picture, read
-from multigrain.data.folders import DataError
+from multigrain.benchmarks.readers import Picture, read
+from multigrain.config.evaluation import BENCHMARKS
+from multigrain.errors import DataError
 from multigrain.retrieval.metrics import MEASURES
 
 
@@ -129,7 +130,7 @@ def test_a_root_that_is_no_folder_is_told_by_its_full_path(tmp_path, monkeypatch
 
 
 def test_an_unknown_name_is_told_with_the_known_ones(tmp_path):
-    assert set(NAMES) == {*LOOKED_FOR, "manifest"}
+    assert set(BENCHMARKS) == {*LOOKED_FOR, "manifest"}
     with pytest.raises(ValueError, match=r"one of imagenet, .*manifest, got 'oxford'"):
         read("oxford", tmp_path)
 
@@ -769,7 +770,7 @@ def test_published_figures_are_those_of_the_paper():
 
 
 def test_published_figures_are_of_benchmarks_and_measures_that_there_are():
-    assert {row.benchmark for row in PUBLISHED} <= set(NAMES)
+    assert {row.benchmark for row in PUBLISHED} <= set(BENCHMARKS)
     assert {row.measure for row in PUBLISHED} <= set(MEASURES)
     assert all(0 < row.value < (4 if row.measure == "ukb" else 1) for row in PUBLISHED)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from multigrain.benchmarks.safe_pickle import read_pickle
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 
 def read(folder, content):

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from multigrain.config.data import DataSettings
 from multigrain.data import builtin
-from multigrain.data.folders import DataSettings, read_copies, read_dataset, untracked
+from multigrain.data.folders import read_copies, read_dataset
+from multigrain.hooks import untracked
 
 
 @pytest.fixture(scope="module")

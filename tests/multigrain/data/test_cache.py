@@ -10,7 +10,7 @@ from test_remote import bucket, files, moto, proxy, waits  # noqa: F401 - fixtur
 
 from multigrain.data import cache, remote
 from multigrain.data.cache import Cache
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 KB = 1e-6
 """In GB."""

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from multigrain.data.dataset import Copies, Dataset
 from multigrain.data.fingerprint import parts
-from multigrain.data.folders import Copies, Dataset
 
 
 @pytest.fixture

@@ -9,17 +9,11 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from multigrain.data.folders import (
-    SHOWN,
-    Copies,
-    DataError,
-    Dataset,
-    DataSettings,
-    read_copies,
-    read_dataset,
-    shortened,
-    untracked,
-)
+from multigrain.config.data import DataSettings
+from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.folders import read_copies, read_dataset
+from multigrain.errors import SHOWN, DataError, shortened
+from multigrain.hooks import untracked
 
 
 def write_images(root, *names):

@@ -7,7 +7,7 @@ import pytest
 from test_remote import bucket, moto, proxy, waits  # noqa: F401 - fixtures
 
 from multigrain.data import image_sources
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 
 def write(root, *names):

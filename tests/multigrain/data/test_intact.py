@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multigrain.data.folders import Copies, DataError, Dataset
+from multigrain.data.dataset import Copies, Dataset
 from multigrain.data.intact import leave_out, write_intact
 from multigrain.data.manifest import manifest_text, read_manifest
+from multigrain.errors import DataError
 
 TRAIN = tuple(Path(f"/images/train/{number}.png") for number in range(20))
 VAL = tuple(Path(f"/images/val/{number}.png") for number in range(8))

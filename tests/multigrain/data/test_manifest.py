@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multigrain.data.folders import Copies, DataError, Dataset, read_dataset
+from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.folders import read_dataset
 from multigrain.data.manifest import manifest_text, read_manifest
+from multigrain.errors import DataError
 
 
 def touch(root, *names):

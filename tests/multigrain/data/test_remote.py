@@ -23,7 +23,7 @@ from moto.server import ThreadedMotoServer
 from multigrain.benchmarks.readers import read
 from multigrain.data import cache, remote
 from multigrain.data.cache import Cache
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 SECRET = "very-secret"
 LOADER = Loader()

@@ -15,9 +15,9 @@ from torch import distributed, multiprocessing
 from multigrain import Whitening
 from multigrain.benchmarks.readers import Picture
 from multigrain.data import loading
-from multigrain.data.folders import DataError
 from multigrain.data.loading import decode, evaluation_batches
 from multigrain.data.transforms import evaluation_view
+from multigrain.errors import DataError
 from multigrain.evaluation import embed as grid
 from multigrain.evaluation.embed import descriptors, embed
 from multigrain.models.multigrain import MultiGrain

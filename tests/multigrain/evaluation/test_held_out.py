@@ -12,7 +12,8 @@ from torch import distributed, multiprocessing, nn
 from multigrain import Whitening
 from multigrain.config.training import MultiGrainSpec, VariantSettings
 from multigrain.data import loading
-from multigrain.data.folders import Copies, Dataset, read_dataset
+from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view
 from multigrain.evaluation import embed

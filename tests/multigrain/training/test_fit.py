@@ -14,9 +14,9 @@ from multigrain.config.training import MultiGrainSpec
 from multigrain.data.folders import read_dataset
 from multigrain.evaluation import embed
 from multigrain.evaluation.held_out import METRICS, evaluate, evaluate_grid
-from multigrain.export.inference import network_of
 from multigrain.losses.joint import Objective
 from multigrain.models import checkpoint, multigrain
+from multigrain.models.multigrain import network_of
 from multigrain.training import fit as module
 from multigrain.training import trainer as training_module
 from multigrain.training.fit import fit

@@ -7,26 +7,17 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from multigrain.data.folders import SUFFIXES, DataError
+from multigrain.data.folders import SUFFIXES
+from multigrain.data.picture import Picture
+from multigrain.errors import DataError
 from multigrain.retrieval.metrics import Truth
 
 SHOWN = 5
 """Names that one sentence tells; of the others, the number is."""
-
-
-class Picture(NamedTuple):
-    """One image as a benchmark shows it to the network."""
-
-    path: Path
-    box: tuple[float, float, float, float] | None = None
-    """x1, y1, x2, y2 in pixels of the file: all that is shown; cropped before resizing."""
-    turn: int = 0
-    """Degrees clockwise, 0, 90, 180 or 270; the canvas turns with the image."""
 
 
 @dataclass(frozen=True)

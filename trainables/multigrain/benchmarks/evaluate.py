@@ -15,18 +15,18 @@ from multigrain import distributed
 from multigrain.benchmarks import gallery, proxy, published, results
 from multigrain.benchmarks.base import Benchmark
 from multigrain.benchmarks.figures import Figure, Grid, grids, headlines
-from multigrain.benchmarks.inputs import PROXY, Evaluation, Inputs, inputs
+from multigrain.benchmarks.inputs import Inputs, inputs
 from multigrain.benchmarks.published import Published
 from multigrain.benchmarks.samples import Sample, digests
+from multigrain.config.evaluation import PROXY, Evaluation
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data.folders import DataError
 from multigrain.data.loading import Source
 from multigrain.data.transforms import EvaluationTransform
+from multigrain.errors import DataError
 from multigrain.evaluation import embed
 from multigrain.evaluation.embed import Setting
-from multigrain.export.inference import network_of
 from multigrain.models import checkpoint, served_setting
-from multigrain.models.multigrain import MultiGrain
+from multigrain.models.multigrain import MultiGrain, network_of
 from multigrain.models.whitening import Whitening
 from multigrain.retrieval import ranking
 from multigrain.retrieval.metrics import MEASURES, Floats, Truth, interval

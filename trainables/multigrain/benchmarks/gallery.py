@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from multigrain.benchmarks.base import Benchmark, Picture
+from multigrain.benchmarks.base import Benchmark
 from multigrain.benchmarks.figures import Grid
 from multigrain.data.loading import read
+from multigrain.data.picture import Picture
 from multigrain.retrieval import ranking
 from multigrain.retrieval.metrics import average_precision
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from multigrain.benchmarks.base import Benchmark, counted, demand, images, noted, pictures
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 _FOLDERS = {
     "train": ("train", "ILSVRC2012_img_train"),

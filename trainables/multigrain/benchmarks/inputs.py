@@ -6,94 +6,18 @@ No torch here, as in `data`.
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self, TypeVar
-
-from pydantic import AfterValidator, Field, model_validator
+from typing import NamedTuple, TypeVar
 
 from multigrain.benchmarks import readers
 from multigrain.benchmarks.base import Benchmark, images, noted, some
-from multigrain.config.training import Positive, Settings
+from multigrain.config.evaluation import Evaluation
 from multigrain.data import remote
 from multigrain.data.cache import Cache
-from multigrain.data.folders import DataError, Dataset, read_dataset
+from multigrain.data.dataset import Dataset
+from multigrain.data.folders import read_dataset
+from multigrain.errors import DataError
 
 Found = TypeVar("Found")
-Size = Annotated[int, Field(ge=16)]
-Exponent = Annotated[float, Field(ge=1, allow_inf_nan=True)]
-PROXY = "proxy"
-"""Stands for the exponent that the proxy task chose."""
-
-
-def _known(on: dict[str, str]) -> dict[str, str]:
-    if strangers := [name for name in on if name not in readers.NAMES]:
-        raise ValueError(f"benchmarks must be among {', '.join(readers.NAMES)}, got {', '.join(strangers)}")
-    return on
-
-
-def _served(p: float | str) -> float | str:
-    if p == PROXY or (isinstance(p, float) and p >= 1):
-        return p
-    raise ValueError(f"must be a number from 1 on, or the word {PROXY}, got {p!r}; the paper has 3 to 5")
-
-
-class Serve(Settings):
-    """The setting at which a copy of the model is kept for its users."""
-
-    size: Size
-    """s*, in pixels; it joins the grid."""
-    p: Annotated[Annotated[float, Field(allow_inf_nan=True)] | str, AfterValidator(_served)]
-    """p*, which joins the grid, or `proxy`: the one that the proxy task chose for this size."""
-    whitened: bool = False
-    """Whether descriptors are whitened, by the whitening of this size and exponent."""
-
-
-class Evaluation(Settings):
-    """Benchmarks, and the grid of settings at which a network is evaluated on them."""
-
-    on: Annotated[dict[str, str], Field(min_length=1), AfterValidator(_known)]
-    """Benchmark -> its folder; `manifest` -> its file. These and all folders below can be s3://bucket/prefix."""
-    sizes: Annotated[tuple[Size, ...], Field(min_length=1, strict=False)] | None = None
-    """s*, in pixels; the network's own by default [P Table 2: 224, 500, 800]."""
-    exponents: Annotated[tuple[Exponent, ...], Field(min_length=1, strict=False)] | None = None
-    """p*; the network's own by default [P section 3.5: 3 to 5]."""
-    whiten: str | None = None
-    """Folder of images, or text file with the path of one in each line, on which a whitening is fitted for each size
-    and exponent; none by default [R: 20,000]."""
-    dimension: int | None = Field(None, ge=1)
-    """Directions that a whitening keeps, those of the largest variance; all by default [R]."""
-    proxy: str | None = None
-    """Folder of training images by class, `train/<class>/` or `<class>/`, on copies of which p* is chosen among the
-    exponents for each size; none by default [P section 3.5]."""
-    serve: Serve | None = None
-    """The setting at which a copy of the model is kept for its users, such as `{size: 500, p: 4, whitened: true}`, with
-    `proxy` for p* as the proxy task chose it; none by default."""
-    cache: str = "~/.cache/grainmill"
-    """Folder for what is read from s3://, shared by all processes of a machine."""
-    cache_limit: Positive | None = None
-    """GB that it may hold, half of the disk by default; what no running process reads makes room, the latest last."""
-    loaders: int = Field(0, ge=0)
-    """Processes that read images."""
-
-    @model_validator(mode="after")
-    def _needs(self) -> Self:
-        problems = []
-        if self.dimension is not None and self.whiten is None:
-            problems.append(f"dimension must come with whiten, got {self.dimension} alone; name a folder in whiten")
-        if self.serve and self.serve.whitened and self.whiten is None:
-            problems.append("serve.whitened must come with whiten, got it alone; name a folder in whiten")
-        if self.serve and self.serve.p == PROXY and self.proxy is None:
-            problems.append(f"serve.p = {PROXY} must come with proxy, got it alone; name a folder in proxy")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-    def local(self, source: str) -> Path:
-        """The local path of a folder or file; what lies in s3:// is read into `cache`.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        return remote.local(source, Cache(Path(self.cache).expanduser().absolute(), self.cache_limit))
 
 
 class Inputs(NamedTuple):
@@ -135,7 +59,7 @@ def _sets(evaluation: Evaluation, classes: Sequence[str]) -> list[Benchmark]:
     found, problems = [], []
     for name, source in evaluation.on.items():
         try:
-            found.append(readers.read(name, evaluation.local(source)))
+            found.append(readers.read(name, _local(evaluation, source)))
         except DataError as error:
             problems += error.problems
     problems += [
@@ -155,7 +79,7 @@ def _whitening_images(evaluation: Evaluation, channels: int) -> list[Path]:
     if evaluation.dimension is not None and evaluation.dimension > most:
         got = f"dimension must be at most {most}, the network's channels and one more, got {evaluation.dimension}"
         raise DataError([f"{got}; lower it or leave it out"])
-    source = evaluation.local(evaluation.whiten)
+    source = _local(evaluation, evaluation.whiten)
     found = _listed(source) if source.is_file() else images(source, deep=True)
     if not found:
         raise DataError([f"whitening needs images, but there are none in {source.absolute()}; name another folder"])
@@ -177,10 +101,19 @@ def _listed(file: Path) -> list[Path]:
 def _proxy_images(evaluation: Evaluation, classes: Sequence[str]) -> Dataset | None:
     if evaluation.proxy is None:
         return None
-    folder = evaluation.local(evaluation.proxy)
+    folder = _local(evaluation, evaluation.proxy)
     found = read_dataset(folder)
     if list(found.classes) != list(classes):
         got = f"proxy needs images of the network's {len(classes)} classes ({some(classes)})"
         here = f"got {len(found.classes)} ({some(found.classes)}) in {folder.absolute()}"
         raise DataError([f"{got}, {here}; name the folder that it was trained on"])
     return found
+
+
+def _local(evaluation: Evaluation, source: str) -> Path:
+    """The local path of a folder or file; what lies in s3:// is read into `cache`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return remote.local(source, Cache(Path(evaluation.cache).expanduser().absolute(), evaluation.cache_limit))

@@ -5,18 +5,10 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from multigrain.benchmarks.base import (
-    Benchmark,
-    Picture,
-    counted,
-    demand,
-    images,
-    indices,
-    listing,
-    noted,
-    pictures,
-)
-from multigrain.data.folders import BLOCK, DataError
+from multigrain.benchmarks.base import Benchmark, counted, demand, images, indices, listing, noted, pictures
+from multigrain.data.folders import BLOCK
+from multigrain.data.picture import Picture
+from multigrain.errors import DataError
 from multigrain.retrieval.metrics import Truth
 
 TURNS = "rotations.txt"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from multigrain.benchmarks.base import Benchmark, by_stem, demand, images, indices, noted, pictures
-from multigrain.data.folders import DataError
 from multigrain.data.manifest import Reader, Row
+from multigrain.errors import DataError
 from multigrain.retrieval.metrics import Truth
 
 _HEADERS = (["query", "reference"], ["query_id", "reference_id"])

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from multigrain.config.training import AugmentSettings
-from multigrain.data.folders import Dataset
+from multigrain.data.dataset import Dataset, first_of_each_class
 from multigrain.data.loading import BATCH_PIXELS, TrainViews, training_batches
 from multigrain.data.transforms import colour
 from multigrain.evaluation.embed import descriptors, pooled
 from multigrain.models.multigrain import MultiGrain
 from multigrain.retrieval.metrics import same_label
 from multigrain.retrieval.ranking import mean_average_precision
-from multigrain.training.finetune import first_of_each_class
 
 
 class Score(NamedTuple):

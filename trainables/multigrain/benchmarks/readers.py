@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from multigrain.benchmarks.base import Benchmark, Picture
+from multigrain.benchmarks.base import Benchmark
 from multigrain.benchmarks.imagenet import imagenet
 from multigrain.benchmarks.instances import copydays, holidays, ukbench
 from multigrain.benchmarks.landmarks import classic, revisited
 from multigrain.benchmarks.lists import disc21, manifest
-from multigrain.data.folders import DataError
+from multigrain.config.evaluation import BENCHMARKS
+from multigrain.data.picture import Picture
+from multigrain.errors import DataError
 
-__all__ = ["NAMES", "Benchmark", "Picture", "read"]
+__all__ = ["Benchmark", "Picture", "read"]
 
 _READERS: Mapping[str, Callable[[Path], Benchmark]] = {
     "imagenet": imagenet,
@@ -29,7 +31,6 @@ _READERS: Mapping[str, Callable[[Path], Benchmark]] = {
     "disc21": disc21,
     "manifest": manifest,
 }
-NAMES = tuple(_READERS)
 
 
 def read(name: str, root: Path) -> Benchmark:
@@ -38,14 +39,14 @@ def read(name: str, root: Path) -> Benchmark:
     What is missing, where the rest can still be evaluated, is in the `problems` of what is returned.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `BENCHMARKS`.
         root: the folder of the set; for `manifest`, its file. What must lie in it, see the reader of the set.
     Raises:
         DataError: with everything for which the set cannot be evaluated.
         ValueError: there is no benchmark of this name.
     """
-    if name not in NAMES:
-        raise ValueError(f"a benchmark must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in BENCHMARKS:
+        raise ValueError(f"a benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}")
     root = root.absolute()
     if name != "manifest" and not root.is_dir():
         found = "a file" if root.exists() else "nothing"

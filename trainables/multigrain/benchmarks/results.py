@@ -5,14 +5,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from multigrain.benchmarks import readers
 from multigrain.benchmarks.base import Benchmark
 from multigrain.benchmarks.figures import Figure
 from multigrain.benchmarks.proxy import Score
+from multigrain.config.evaluation import BENCHMARKS
 
 _RESULTS = (
     *("figures.csv", "grid.png", "proxy.csv", "whitening-*.safetensors"),
-    *(f"{name}{rest}.html" for name in readers.NAMES for rest in ("", "-*")),
+    *(f"{name}{rest}.html" for name in BENCHMARKS for rest in ("", "-*")),
 )
 
 

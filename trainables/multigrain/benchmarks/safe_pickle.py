@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 _KINDS = "biufU"
 """Of NumPy's kinds of dtype, those whose bytes are numbers or text, and nothing else."""

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 SCHEME = "s3://"
 REQUESTS = 16

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from multigrain.data.folders import DataSettings, Track, stable_order
+from multigrain.config.data import DataSettings
+from multigrain.data.folders import stable_order
+from multigrain.hooks import Track
 
 VAL_SHARE = 0.25
 COPYDAYS_ORIGINALS = 157

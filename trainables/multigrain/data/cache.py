@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from multigrain.data.buckets import SCHEME
-from multigrain.data.folders import DataError
+from multigrain.errors import DataError
 
 _held: dict[Path, int] = {}
 """The uses of this process: file -> the descriptor that keeps its lock."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from multigrain.data.folders import Dataset
+from multigrain.data.dataset import Dataset
 
 
 class Part(NamedTuple):

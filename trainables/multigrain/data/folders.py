@@ -5,124 +5,16 @@ No torch here: the experiment file is checked, folders included, before anything
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, Self, TypeVar
 
-from pydantic import Field, model_validator
-
-from multigrain.config.training import Positive, Settings
+from multigrain.data.dataset import Copies, Dataset
+from multigrain.errors import DataError
+from multigrain.hooks import Item
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 BLOCK = 4
 """Digits that name the original image in a Copydays file name."""
-SHOWN = 20
-"""Lines of a list that are shown; of the others, the number is."""
-
-Item = TypeVar("Item")
-
-
-class Track(Protocol):
-    """Wraps a long loop, given a title and a length, to show its progress."""
-
-    def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
-
-
-def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
-    """The `Track` that shows nothing."""
-    return items
-
-
-class DataSettings(Settings):
-    """Where the images are: a folder or a list of one's own, or a built-in source that is written to disk."""
-
-    builtin: Literal["digits", "shapes"] | None = None
-    """`digits`: 1,797 scans of handwritten digits. `shapes`: drawn coloured shapes of any size and number."""
-    folder: str | None = None
-    """`train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`, then split by file name.
-    It can be s3://bucket/prefix."""
-    manifest: str | None = None
-    """A CSV file with the columns `image`, `class` and, optionally, `role` and `instance_id`. It and its images can be
-    s3://bucket/key."""
-    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of each class held out where the folder has no `val/`, or the manifest no `role`."""
-    skip_broken: bool = False
-    """Whether images that cannot be used are left out, counted and listed, instead of being errors."""
-    image_size: int = Field(96, ge=16, le=4096)
-    """Side of the `shapes`, in pixels."""
-    images: int = Field(600, ge=20)
-    """Number of `shapes`."""
-    cache: str = "~/.cache/grainmill"
-    """Folder for what is read from s3://, shared by all processes of a machine."""
-    cache_limit: Positive | None = None
-    """GB that it may hold, half of the disk by default; what no running process reads makes room, the latest last."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        sources = (self.builtin, self.folder, self.manifest)
-        if (found := sum(source is not None for source in sources)) != 1:
-            raise ValueError(
-                f"data needs exactly one of `builtin`, `folder` and `manifest`, got {found}; name a folder of images, "
-                "or `builtin: digits`"
-            )
-        return self
-
-
-def shortened(lines: Sequence[str]) -> list[str]:
-    """The first `SHOWN` lines, and how many more there are."""
-    more = len(lines) - SHOWN
-    return [*lines[:SHOWN], f"and {more} more of the kind"] if more > 0 else [*lines]
-
-
-class DataError(ValueError):
-    """The images on disk cannot be used; `problems` says why, one sentence each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(shortened(problems)))
-        self.problems = problems
-
-
-@dataclass(frozen=True)
-class Copies:
-    """A copy-detection set: every query shows one of the first `len(originals)` images of the database."""
-
-    database: tuple[Path, ...]
-    """Originals first, then distractors."""
-    queries: tuple[Path, ...]
-    truth: tuple[int, ...]
-    """For each query, the index of its original in `database`."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Files of one data set; a label is an index into `classes`."""
-
-    classes: tuple[str, ...]
-    train: tuple[Path, ...]
-    train_labels: tuple[int, ...]
-    val: tuple[Path, ...]
-    val_labels: tuple[int, ...]
-    copies: Copies | None
-    instances: tuple[int, ...] = ()
-    """For each training image, the index into `train` of the first that shows the same; by default, its own."""
-
-    def __post_init__(self) -> None:
-        if not self.instances:
-            object.__setattr__(self, "instances", tuple(range(len(self.train))))
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """Every file once."""
-        copies = (*self.copies.database, *self.copies.queries) if self.copies else ()
-        return tuple(dict.fromkeys((*self.train, *self.val, *copies)))
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics that these images allow."""
-        pairs = len(set(self.val_labels)) < len(self.val_labels)  # some held-out image has another of its class
-        names = ("top1", *(("class_map",) if pairs else ()))
-        return (*names, "copy_map", "mean_top1_copy_map") if self.copies else names
 
 
 def stable_order(name: str) -> str:

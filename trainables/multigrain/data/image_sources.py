@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from multigrain.data import buckets
-from multigrain.data.folders import SUFFIXES, DataError
+from multigrain.data.folders import SUFFIXES
 from multigrain.data.manifest import Reader
+from multigrain.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from multigrain.data.folders import Copies, DataError, Dataset
+from multigrain.data.dataset import Copies, Dataset
+from multigrain.errors import DataError
 
 MOST = 10
 """At most one image in so many may be left out."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from multigrain.benchmarks.base import Picture
 from multigrain.config.training import AugmentSettings
-from multigrain.data.folders import DataError
+from multigrain.data.picture import Picture
 from multigrain.data.transforms import EvaluationTransform, TrainTransform, evaluation_pixels, rect_shape
+from multigrain.errors import DataError
 
 # Half the time of Pillow. The public function around it warns that both will go; Pillow then reads everything.
 _decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)

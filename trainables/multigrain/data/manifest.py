@@ -21,7 +21,10 @@ from typing import NamedTuple
 from multigrain.data import remote
 from multigrain.data.buckets import SCHEME, parsed
 from multigrain.data.cache import Cache
-from multigrain.data.folders import Copies, DataError, Dataset, Track, split, untracked
+from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.folders import split
+from multigrain.errors import DataError
+from multigrain.hooks import Track, untracked
 
 COLUMNS = ("image", "class", "role", "instance_id")
 REQUIRED = ("image", "class")

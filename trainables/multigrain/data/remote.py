@@ -32,7 +32,8 @@ from multigrain.data.buckets import (
     told,
 )
 from multigrain.data.cache import Cache, check_unread, claimed, hold, make_room
-from multigrain.data.folders import DataError, Track, untracked
+from multigrain.errors import DataError
+from multigrain.hooks import Track, untracked
 
 _TRIES = 3
 """Readings of an object whose size is not the listed one; botocore repeats requests that fail by itself."""

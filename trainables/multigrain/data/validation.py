@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from multigrain.data.folders import Dataset, Track, untracked
+from multigrain.data.dataset import Dataset
+from multigrain.hooks import Track, untracked
 
 SMALLEST = 2
 """Pixels that an image must have each way."""

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from multigrain import distributed as group
 from multigrain.data.loading import Source, evaluation_batches, readable
 from multigrain.data.transforms import EvaluationTransform, scale
-from multigrain.heartbeat import Beat, EndedError, undisturbed
+from multigrain.hooks import Beat, EndedError, undisturbed
 from multigrain.models.multigrain import MultiGrain, l2_normalise
 from multigrain.models.pooling import gem_all
 from multigrain.models.whitening import ROWS, Whitening

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from multigrain import distributed
 from multigrain.config.training import MultiGrainSpec, VariantSettings
-from multigrain.data.folders import Dataset
+from multigrain.data.dataset import Dataset
 from multigrain.evaluation import embed
 from multigrain.evaluation.embed import Setting
-from multigrain.heartbeat import Beat, undisturbed
+from multigrain.hooks import Beat, undisturbed
 from multigrain.models.multigrain import MultiGrain
 from multigrain.models.whitening import Whitening
 from multigrain.retrieval.metrics import Truth, same_label

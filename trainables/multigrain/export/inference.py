@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multigrain.config.training import MultiGrainSpec
 from multigrain.data.transforms import scale
 from multigrain.export import standalone
 from multigrain.models import checkpoint, served_setting
-from multigrain.models.multigrain import MultiGrain, l2_normalise
+from multigrain.models.multigrain import MultiGrain, l2_normalise, network_of
 from multigrain.models.pooling import GeM
 from multigrain.models.whitening import Whitening
 
@@ -54,14 +53,6 @@ class Served(NamedTuple):
         """What a reader of the exported model needs; an infinite exponent as the text `inf`."""
         told = self._asdict() | {"classes": list(self.classes), "p": self.p if self.p < float("inf") else "inf"}
         return {name: value for name, value in told.items() if name != "answers"} | {"whitened": self.answers.whitened}
-
-
-def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec]:
-    """The network of a checkpoint, with the averaged weights where it has them, and its settings."""
-    spec = MultiGrainSpec.model_validate(saved.state["spec"])
-    network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p, spec.model.learn_p)
-    network.load_state_dict(saved.part(checkpoint.AVERAGED) or saved.part(checkpoint.NETWORK))
-    return network, spec
 
 
 def read(folder: Path) -> Served:

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock
 
-from multigrain.config.training import TIMM
+from multigrain.config.training import TIMM, MultiGrainSpec
+from multigrain.models import checkpoint
 from multigrain.models.pooling import GeM
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -183,3 +184,11 @@ class MultiGrain(nn.Module):
     def forward(self, images: Tensor) -> Output:
         """`head` of `embed`."""
         return self.head(self.embed(images))
+
+
+def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec]:
+    """The network of a checkpoint, with the averaged weights where it has them, and its settings."""
+    spec = MultiGrainSpec.model_validate(saved.state["spec"])
+    network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p, spec.model.learn_p)
+    network.load_state_dict(saved.part(checkpoint.AVERAGED) or saved.part(checkpoint.NETWORK))
+    return network, spec

@@ -13,16 +13,16 @@ from torch.nn import functional
 from torch.optim import SGD
 from torch.utils import data as torch_data
 
-from multigrain.data.folders import Dataset
+from multigrain.config.finetune import FinetuneSpec
+from multigrain.data.dataset import Dataset, first_of_each_class
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_pixels, scale
 from multigrain.distributed import Ending
 from multigrain.evaluation.held_out import evaluate
-from multigrain.export.inference import network_of
-from multigrain.heartbeat import Beat, EndedError, undisturbed
+from multigrain.hooks import Beat, EndedError, undisturbed
 from multigrain.models import checkpoint
+from multigrain.models.multigrain import network_of
 from multigrain.models.pooling import GeM
-from multigrain.trainable_finetune import Spec
 from multigrain.training.fit import EpochResult
 from multigrain.training.trainer import TrainingError
 
@@ -31,7 +31,7 @@ LARGEST = 100.0
 
 
 def fit(
-    spec: Spec, dataset: Dataset, folder: Path, device: torch.device | None = None, beat: Beat = undisturbed
+    spec: FinetuneSpec, dataset: Dataset, folder: Path, device: torch.device | None = None, beat: Beat = undisturbed
 ) -> Iterator[EpochResult]:
     """Learn p by the cross-entropy of whole images at another size, evaluating and saving after every epoch.
 
@@ -78,7 +78,7 @@ def fit(
             yield tuning.result(state, beat)
 
 
-def _trained(spec: Spec) -> checkpoint.Checkpoint:
+def _trained(spec: FinetuneSpec) -> checkpoint.Checkpoint:
     found = checkpoint.latest(Path(spec.checkpoint)) if spec.checkpoint else None
     if found is None:
         raise FileNotFoundError(
@@ -88,15 +88,7 @@ def _trained(spec: Spec) -> checkpoint.Checkpoint:
     return found
 
 
-def first_of_each_class(dataset: Dataset, count: int) -> list[int]:
-    """Positions of the first `count` training images of each class, by name."""
-    of_class: dict[int, list[int]] = {}
-    for index in sorted(range(len(dataset.train)), key=lambda index: str(dataset.train[index])):
-        of_class.setdefault(dataset.train_labels[index], []).append(index)
-    return [index for label in sorted(of_class) for index in of_class[label][:count]]
-
-
-def rate(spec: Spec, done: float) -> float:
+def rate(spec: FinetuneSpec, done: float) -> float:
     """Learning rate where the share `done` of all steps, in [0, 1), lies behind [R]."""
     return spec.rate * (1 - done) ** spec.power
 
@@ -118,7 +110,9 @@ class _Images(torch_data.Dataset[tuple[Tensor, int]]):
 class _Tuning:
     """What one fine-tuning builds once and steps through."""
 
-    def __init__(self, spec: Spec, dataset: Dataset, source: checkpoint.Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, spec: FinetuneSpec, dataset: Dataset, source: checkpoint.Checkpoint, device: torch.device
+    ) -> None:
         self.spec, self.dataset, self.device = spec, dataset, device
         self.grouped = distributed.is_initialized()
         self.rank, self.world_size = (distributed.get_rank(), distributed.get_world_size()) if self.grouped else (0, 1)

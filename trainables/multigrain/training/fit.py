@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from multigrain.config.training import MultiGrainSpec, VariantSettings
-from multigrain.data.folders import Dataset
+from multigrain.data.dataset import Dataset
 from multigrain.evaluation.held_out import evaluate_grid
-from multigrain.heartbeat import Beat, EndedError, undisturbed
+from multigrain.hooks import Beat, EndedError, undisturbed
 from multigrain.models import checkpoint
 from multigrain.training.trainer import Training
 

@@ -10,12 +10,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from multigrain.config.training import ComputeSettings, MultiGrainSpec
-from multigrain.data.folders import Dataset
+from multigrain.data.dataset import Dataset
 from multigrain.data.loading import TrainViews, Views, training_batches
 from multigrain.data.sampler import RepeatedAugmentationBatches
 from multigrain.data.transforms import colour, paints, scale
 from multigrain.distributed import Ending
-from multigrain.heartbeat import Beat, undisturbed
+from multigrain.hooks import Beat, undisturbed
 from multigrain.losses.joint import Objective, Step, average
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import MultiGrain, freeze_batchnorm
