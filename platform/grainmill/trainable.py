@@ -12,18 +12,18 @@ Direction = Literal["max", "min"]
 Item = TypeVar("Item")
 
 
-class Track(Protocol):
+class Progress(Protocol):
     """Wraps a long loop, given a title and a length, to show its progress."""
 
     def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
 
 
-def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
-    """The `Track` that shows nothing."""
+def no_progress(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
+    """The `Progress` that shows nothing."""
     return items
 
 
-class Beat(Protocol):
+class Heartbeat(Protocol):
     """What a trainable calls on every worker after each step, and now and then in an evaluation: it is alive.
 
     Where it returns True, and it does so from then on, the worker must leave: all save a checkpoint at once, and end.
@@ -33,8 +33,8 @@ class Beat(Protocol):
     def __call__(self) -> bool: ...
 
 
-def undisturbed() -> bool:
-    """The `Beat` of a training that nobody watches."""
+def no_heartbeat() -> bool:
+    """The `Heartbeat` of a training that nobody watches."""
     return False
 
 
@@ -178,7 +178,7 @@ class Trainable(Protocol):
         """The metrics that an objective can name, and which way is better. Raises ValueError if they do not tell."""
 
     @staticmethod
-    def data_problems(data: Any, track: Track) -> list[str]:
+    def data_problems(data: Any, progress: Progress) -> list[str]:
         """What is wrong with the data on disk, one sentence each."""
 
     @staticmethod
@@ -186,7 +186,7 @@ class Trainable(Protocol):
         """What keeps a valid spec from running on so many workers, one sentence each."""
 
     @staticmethod
-    def prepare(data: Any, root: Path, track: Track) -> Any:
+    def prepare(data: Any, root: Path, progress: Progress) -> Any:
         """Write built-in data below `root`; returns the settings to train with. Called once, before all trials.
 
         Where the storage is in S3, a setting that names something below `root` then gets its `s3://` URL.
@@ -197,10 +197,10 @@ class Trainable(Protocol):
         """The parts of prepared data."""
 
     @staticmethod
-    def fit(spec: Any, data: Any, folder: Path, beat: Beat = undisturbed) -> Iterator[EpochResult]:
+    def fit(spec: Any, data: Any, folder: Path, heartbeat: Heartbeat = no_heartbeat) -> Iterator[EpochResult]:
         """Train, on every worker alike; goes on from the checkpoints in `folder`, an epoch's result that is kept first.
 
-        Ends before its last epoch, with all steps kept, where `beat` says so on any worker.
+        Ends before its last epoch, with all steps kept, where `heartbeat` says so on any worker.
 
         What is being written there has a name that begins with `.` or `draft` or ends in `.draft`, and gets its own
         when it is whole: all else may be copied at any moment. One process writes, or all write the same.

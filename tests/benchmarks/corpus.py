@@ -50,7 +50,7 @@ def plain(network, paths):
 
 def ours(uri, model, source, out):
     """Images a second, with Ray started before."""
-    done = embed.embed(uri, model, str(source), out, 1, None, trainable.untracked)
+    done = embed.embed(uri, model, str(source), out, 1, None, trainable.no_progress)
     assert not done.faults
     assert done.steady >= 512, "from the first answer to the last, of blocks of 256"
     return done.steady / done.seconds

@@ -33,8 +33,8 @@ def metrics(data):
     return {"error": "min"}
 
 
-def data_problems(data, track):
-    seen = list(track(range(data.rows), "counting rows", data.rows))
+def data_problems(data, progress):
+    seen = list(progress(range(data.rows), "counting rows", data.rows))
     return [] if len(seen) > 1 else [f"there must be 2 rows or more, got {data.rows}"]
 
 
@@ -42,9 +42,9 @@ def worker_problems(spec, workers):
     return [f"one worker is enough, got {workers}"] if workers > 1 else []
 
 
-def prepare(data, root, track): ...
+def prepare(data, root, progress): ...
 def sources(data): ...
-def fit(spec, data, folder, beat): ...
+def fit(spec, data, folder, heartbeat): ...
 def load(folder): ...
 def export(folder, out): ...
 def evaluate(folder, settings, out): ...
@@ -76,14 +76,14 @@ def somebody(tmp_path, monkeypatch):
 def read(somebody):
     """An experiment with the trainable of a stranger, after replacements in its file."""
 
-    def read(*replacements, track=trainable.untracked):
+    def read(*replacements, progress=trainable.no_progress):
         text = FILE
         for old, new in replacements:
             assert old in text
             text = text.replace(old, new)
         file = somebody.parent / "file.yaml"
         file.write_text(text)
-        return load(file, track=track)
+        return load(file, progress=progress)
 
     return read
 
@@ -143,7 +143,7 @@ def test_a_name_with_no_module_behind_it_makes_the_schema_command_fail():
 
 def test_untracked_items_pass_unchanged():
     items = iter("abc")
-    assert trainable.untracked(items, "title", 3) is items
+    assert trainable.no_progress(items, "title", 3) is items
 
 
 def test_a_trainable_of_a_stranger_is_loaded_by_its_path(read):
@@ -156,11 +156,11 @@ def test_a_trainable_of_a_stranger_is_loaded_by_its_path(read):
 def test_the_progress_of_a_trainable_s_own_check_is_tracked(read):
     tracked = []
 
-    def track(items, title, length):
+    def progress(items, title, length):
         tracked.append((title, length))
         return items
 
-    read(track=track)
+    read(progress=progress)
     assert tracked == [("counting rows", 3)]
 
 

@@ -9,7 +9,7 @@ from grainmill.config.experiment import experiment_model
 from grainmill.errors import BusyError, NameTakenError, StorageError
 from grainmill.execution.training_job import Job, epochs
 from grainmill.storage import lock, workspace
-from grainmill.trainable import untracked
+from grainmill.trainable import no_progress
 from grainmill.workflows import evaluate, run_folder, tune
 
 
@@ -98,9 +98,9 @@ class Drawn:
 
 
 def test_built_in_data_are_where_all_nodes_see_them(storage, tmp_path):
-    data = tune._prepared(Drawn, experiment(storage), untracked)
+    data = tune._prepared(Drawn, experiment(storage), no_progress)
     assert (data.diary, data.gate) == (f"{storage}/far/data/drawn", "/elsewhere")
     assert seen_by_another(f"{storage}/far/data") == {"drawn": "picture"}
-    here = tune._prepared(Drawn, experiment(str(tmp_path / "here")), untracked)
+    here = tune._prepared(Drawn, experiment(str(tmp_path / "here")), no_progress)
     assert here.diary == str(tmp_path / "here" / "data" / "drawn")
     assert workspace.read(str(tmp_path / "here" / "data"), "drawn") == "picture"

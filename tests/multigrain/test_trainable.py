@@ -17,7 +17,7 @@ from multigrain.data import remote
 from multigrain.data.folders import read_dataset
 from multigrain.data.manifest import read_manifest
 from multigrain.errors import SHOWN, DataError
-from multigrain.hooks import untracked
+from multigrain.hooks import no_progress
 from multigrain.models.weights import weight_problems
 
 SPEC = MultiGrainSpec.model_validate(
@@ -81,7 +81,7 @@ def test_a_manifest_gives_what_its_folder_gives(tmp_path):
     write_images(tmp_path, *SPLIT)
     data = write_manifest(tmp_path, ROWS)
     assert trainable.metrics(data) == PLAIN
-    assert trainable.data_problems(data, untracked) == []
+    assert trainable.data_problems(data, no_progress) == []
     results = [
         list(trainable.fit(SPEC, source, tmp_path / f"run-{number}"))
         for number, source in enumerate((data, DataSettings(folder=str(tmp_path))))
@@ -94,7 +94,7 @@ def test_a_manifest_gives_what_its_folder_gives(tmp_path):
 def test_problems_of_a_manifest_are_told_with_their_lines(tmp_path):
     write_images(tmp_path, *SPLIT[1:])
     data = write_manifest(tmp_path, [*ROWS, (SPLIT[1], "a", "vall")])
-    problems = trainable.data_problems(data, untracked)
+    problems = trainable.data_problems(data, no_progress)
     assert [f"line {line}: " in problem for line, problem in zip((2, 8), problems, strict=True)] == [True, True]
     with pytest.raises(DataError, match="vall"):
         trainable.metrics(data)
@@ -107,12 +107,12 @@ def test_a_long_list_of_problems_is_cut(tmp_path, skip_broken):
         (tmp_path / f"train/a/x{number}.png").write_bytes(b"")
         (tmp_path / f"val/x{number}").mkdir()
     data = DataSettings(folder=str(tmp_path), skip_broken=skip_broken)
-    problems = trainable.data_problems(data, untracked)
+    problems = trainable.data_problems(data, no_progress)
     assert len(problems) == SHOWN + 1
     assert problems[-1] == f"and {SHOWN + 10} more of the kind", "every class of val is empty, and not in train"
     for number in range(SHOWN + 5):
         (tmp_path / f"val/x{number}").rmdir()
-    problems = trainable.data_problems(data, untracked)
+    problems = trainable.data_problems(data, no_progress)
     assert len(problems) == (1 if skip_broken else SHOWN + 1)
 
 
@@ -125,18 +125,18 @@ def many(root, broken, count=30):
 def test_broken_images_are_told_and_skipped_by_choice(tmp_path):
     many(tmp_path / "images", ["a/3.png", "b/7.png"])
     folder = str(tmp_path / "images")
-    assert len(trainable.data_problems(DataSettings(folder=folder), untracked)) == 2
+    assert len(trainable.data_problems(DataSettings(folder=folder), no_progress)) == 2
     data = DataSettings(folder=folder, skip_broken=True)
     with pytest.warns(UserWarning, match="2 of 62 images will be left out") as warned:
-        assert trainable.data_problems(data, untracked) == []
+        assert trainable.data_problems(data, no_progress) == []
     assert str(warned[0].message).splitlines()[1:] == [f"  {folder}/{name} is empty" for name in ("a/3.png", "b/7.png")]
     with pytest.warns(UserWarning, match="2 of 62 images left out, listed in ") as warned:
-        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     listed = str(warned[0].message).rpartition("listed in ")[2]
     assert Path(listed).read_text() == f"{folder}/a/3.png\tis empty\n{folder}/b/7.png\tis empty\n"
     assert Path(prepared.manifest).parent == Path(listed).parent
     assert Path(listed).parents[1] == tmp_path / "data"
-    assert trainable.data_problems(prepared, untracked) == []
+    assert trainable.data_problems(prepared, no_progress) == []
     assert trainable.metrics(prepared) == trainable.metrics(data) == ALL
     before, after = read_dataset(tmp_path / "images"), read_manifest(Path(prepared.manifest))
     left_out = {tmp_path / "images/a/3.png", tmp_path / "images/b/7.png"}
@@ -153,7 +153,7 @@ def test_skipping_keeps_the_instances_of_a_manifest(tmp_path):
     (tmp_path / "list.csv").write_text("\n".join(["image,class,role,instance_id", *rows]))
     data = DataSettings(manifest=str(tmp_path / "list.csv"), skip_broken=True)
     with pytest.warns(UserWarning, match="1 of 24 images left out"):
-        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     # Without the first, the groups of three begin at 0 (two are left), 2, 5, ...
     assert read_manifest(Path(prepared.manifest)).instances == (0, 0, *(2 + 3 * (n // 3) for n in range(18)))
 
@@ -161,24 +161,24 @@ def test_skipping_keeps_the_instances_of_a_manifest(tmp_path):
 def test_where_nothing_is_broken_nothing_is_said(tmp_path):
     many(tmp_path / "images", [])
     data = DataSettings(folder=str(tmp_path / "images"), skip_broken=True)
-    assert trainable.data_problems(data, untracked) == []
-    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    assert trainable.data_problems(data, no_progress) == []
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     assert set(read_manifest(Path(prepared.manifest)).paths) == set(read_dataset(tmp_path / "images").paths)
 
 
 def test_what_cannot_be_skipped_stays_a_problem(tmp_path):
     many(tmp_path, [COPIES[0]])
     data = DataSettings(folder=str(tmp_path), skip_broken=True)
-    (problem,) = trainable.data_problems(data, untracked)
+    (problem,) = trainable.data_problems(data, no_progress)
     assert "no copy_map" in problem
     with pytest.raises(DataError, match="no copy_map"):
-        trainable.prepare(data, tmp_path / "data", untracked)
+        trainable.prepare(data, tmp_path / "data", no_progress)
 
 
 def test_problems_of_the_layout_are_told_all_at_once(tmp_path):
     write_images(tmp_path, "train/a/0.png", "val/c/0.png", COPIES[0])
     data = DataSettings(folder=str(tmp_path))
-    problems = trainable.data_problems(data, untracked)
+    problems = trainable.data_problems(data, no_progress)
     assert len(problems) == 3
     with pytest.raises(DataError) as caught:
         read_dataset(tmp_path)
@@ -188,23 +188,23 @@ def test_problems_of_the_layout_are_told_all_at_once(tmp_path):
 def test_problems_of_the_images_are_told_all_at_once(tmp_path):
     write_images(tmp_path, *SPLIT, *COPIES)
     data = DataSettings(folder=str(tmp_path))
-    assert trainable.data_problems(data, untracked) == []
+    assert trainable.data_problems(data, no_progress) == []
     for name in (SPLIT[0], COPIES[1]):
         (tmp_path / name).write_bytes(b"")
-    problems = trainable.data_problems(data, untracked)
+    problems = trainable.data_problems(data, no_progress)
     assert [name for problem in problems for name in (SPLIT[0], COPIES[1]) if name in problem] == [SPLIT[0], COPIES[1]]
 
 
 def test_a_folder_that_may_not_be_read_is_a_problem_too(tmp_path, monkeypatch):
     monkeypatch.setattr(trainable, "read_dataset", Mock(side_effect=PermissionError(13, "not yours", str(tmp_path))))
-    (problem,) = trainable.data_problems(DataSettings(folder=str(tmp_path)), untracked)
+    (problem,) = trainable.data_problems(DataSettings(folder=str(tmp_path)), no_progress)
     assert str(tmp_path) in problem
 
 
 def test_problems_are_looked_for_in_the_split_that_is_asked_for(tmp_path):
     write_images(tmp_path, "a/0.png", "a/1.png", "a/2.png", "a/3.png")
-    assert trainable.data_problems(DataSettings(folder=str(tmp_path), val_share=0.25), untracked) == []
-    assert trainable.data_problems(DataSettings(folder=str(tmp_path), val_share=0.7), untracked) != []
+    assert trainable.data_problems(DataSettings(folder=str(tmp_path), val_share=0.25), no_progress) == []
+    assert trainable.data_problems(DataSettings(folder=str(tmp_path), val_share=0.7), no_progress) != []
 
 
 def test_a_manifest_without_roles_is_split_as_asked_for(tmp_path):
@@ -217,17 +217,17 @@ def test_a_manifest_without_roles_is_split_as_asked_for(tmp_path):
 
 def test_a_built_in_source_has_no_problems_and_is_not_written_to_find_that_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert trainable.data_problems(DataSettings(builtin="digits"), untracked) == []
+    assert trainable.data_problems(DataSettings(builtin="digits"), no_progress) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_preparing_a_built_in_source_writes_it_once(tmp_path):
     data = DataSettings(builtin="shapes", images=20, image_size=16)
-    prepared = trainable.prepare(data, tmp_path, untracked)
-    assert prepared == trainable.prepare(data, tmp_path, untracked)
+    prepared = trainable.prepare(data, tmp_path, no_progress)
+    assert prepared == trainable.prepare(data, tmp_path, no_progress)
     assert len(read_dataset(tmp_path / "shapes-20x16").train) == 12
     assert prepared.folder == str(tmp_path / "shapes-20x16")
-    assert trainable.data_problems(prepared, untracked) == []
+    assert trainable.data_problems(prepared, no_progress) == []
 
 
 @pytest.mark.parametrize(
@@ -244,15 +244,15 @@ def test_prepared_data_is_found_from_any_directory(tmp_path, monkeypatch, data):
     write_images(tmp_path / "images", "a/0.png", "a/1.png", "a/2.png")
     (tmp_path / "images/list.csv").write_text("image,class\na/0.png,a\na/1.png,a\na/2.png,a\n")
     monkeypatch.chdir(tmp_path)
-    prepared = trainable.prepare(data, (tmp_path / "data").relative_to(tmp_path), untracked)
+    prepared = trainable.prepare(data, (tmp_path / "data").relative_to(tmp_path), no_progress)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert trainable.data_problems(prepared, untracked) == []
+    assert trainable.data_problems(prepared, no_progress) == []
     assert data.skip_broken or prepared.val_share == data.val_share
 
 
 def test_what_fit_trains_load_answers_with(tmp_path, shapes_folder):
-    data = trainable.prepare(DataSettings(folder=str(shapes_folder)), tmp_path, untracked)
+    data = trainable.prepare(DataSettings(folder=str(shapes_folder)), tmp_path, no_progress)
     (result,) = trainable.fit(SPEC, data, tmp_path / "run")
     assert set(ALL) <= set(result.metrics)
     example = trainable.example(data)
@@ -318,9 +318,9 @@ def relative(paths, root):
 
 def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(stored, tmp_path, proxy):  # noqa: F811
     here, data = DataSettings(folder=str(tmp_path / "here")), there(stored, tmp_path)
-    assert trainable.data_problems(data, untracked) == []
+    assert trainable.data_problems(data, no_progress) == []
     assert trainable.metrics(data) == trainable.metrics(here) == ALL
-    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     assert len(proxy.got()) == len(read_dataset(tmp_path / "here").paths)
     assert set(proxy.got().values()) == {1}
     # Another node has nothing yet.
@@ -341,7 +341,7 @@ def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(
 
 def test_what_a_node_has_is_listed_at_most(stored, tmp_path, proxy):  # noqa: F811
     data = there(stored, tmp_path)
-    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     proxy.seen.clear()
     again = trainable.images_of(data)
     assert {path for path, _ in proxy.seen} == {f"/{stored.name}"}
@@ -357,7 +357,7 @@ def test_what_a_node_has_is_listed_at_most(stored, tmp_path, proxy):  # noqa: F8
 def test_progress_of_the_first_reading_is_shown(stored, tmp_path):
     shown = []
 
-    def track(items, title, length):
+    def progress(items, title, length):
         count = 0
         for item in items:
             yield item
@@ -365,7 +365,7 @@ def test_progress_of_the_first_reading_is_shown(stored, tmp_path):
         shown.append((title, length, count))
 
     for _ in range(2):
-        trainable.data_problems(there(stored, tmp_path), track)
+        trainable.data_problems(there(stored, tmp_path), progress)
     assert shown == [(f"reading {stored.url}", 22, 22), *[("checking images", 22, 22)] * 2]
 
 
@@ -377,12 +377,12 @@ def test_a_manifest_names_objects_beside_it_and_of_other_buckets(stored, tmp_pat
     text = "\n".join(["image,class,role", *rows])
     stored.put(**{"set/list.csv": text.encode()})
     data = there(stored, tmp_path, manifest=f"{stored.url}/list.csv")
-    assert trainable.data_problems(data, untracked) == []
+    assert trainable.data_problems(data, no_progress) == []
     keys = [f"{stored.name}/set/{name}" for name in ("list.csv", "a/0.png", "a/1.png")]
     assert proxy.got() == {f"/{key}": 1 for key in (*keys, f"{other}/x/0.png")}
     mirror = tmp_path / "cache"
     expected = (mirror / keys[1], mirror / other / "x/0.png"), (mirror / keys[2], tmp_path / "here/b/1.png")
-    prepared = trainable.prepare(data, tmp_path / "data", untracked)
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     for source in (data, prepared):
         dataset = trainable.images_of(source)
         assert (dataset.train, dataset.val, dataset.classes) == (*expected, ("a", "b"))
@@ -396,7 +396,7 @@ def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored,
     rows = [f"{stored.url}/a/0.png,a,,", "a/0.png,a,,", f"{stored.url}/a/99.png,a,,", f"s3://me:{SECRET}@x/y,a,,"]
     rows += [f"{stored.url}/b/{number}.png,b,{pin}" for number, pin in enumerate(pins)]
     (tmp_path / "list.csv").write_text("\n".join(["image,class,size,etag", *rows]))
-    problems = trainable.data_problems(there(stored, tmp_path, manifest=str(tmp_path / "list.csv")), untracked)
+    problems = trainable.data_problems(there(stored, tmp_path, manifest=str(tmp_path / "list.csv")), no_progress)
     told = {
         "line 3": f"there is no file {tmp_path}/a/0.png",
         "line 4": f"there is no file {stored.url}/a/99.png",
@@ -409,16 +409,16 @@ def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored,
 
 def test_a_broken_object_is_told_by_its_url_and_left_out_by_choice(stored, tmp_path):
     stored.put(**{"set/a/3.png": b"", "set/a/4.png": b"<html>"})
-    problems = trainable.data_problems(there(stored, tmp_path), untracked)
+    problems = trainable.data_problems(there(stored, tmp_path), no_progress)
     assert [f"{stored.url}/a/{number}.png is" in one for number, one in zip((3, 4), problems, strict=True)] == [
         True
     ] * 2
     data = there(stored, tmp_path, skip_broken=True)
     with pytest.warns(UserWarning, match="2 of 22 images will be left out") as warned:
-        assert trainable.data_problems(data, untracked) == []
+        assert trainable.data_problems(data, no_progress) == []
     assert f"{stored.url}/a/3.png is empty" in str(warned[0].message)
     with pytest.warns(UserWarning, match="2 of 22 images left out, listed in ") as warned:
-        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     listed = Path(str(warned[0].message).rpartition("listed in ")[2]).read_text()
     assert listed.splitlines()[0] == f"{stored.url}/a/3.png\tis empty"
     node = prepared.model_copy(update={"cache": str(tmp_path / "b")})
@@ -429,7 +429,7 @@ def test_a_broken_object_is_told_by_its_url_and_left_out_by_choice(stored, tmp_p
 
 @pytest.mark.parametrize("change", ["other", "gone"])
 def test_an_object_that_changes_in_mid_search_is_refused_where_it_must_be_read(stored, tmp_path, proxy, change):  # noqa: F811
-    prepared = trainable.prepare(there(stored, tmp_path), tmp_path / "data", untracked)
+    prepared = trainable.prepare(there(stored, tmp_path), tmp_path / "data", no_progress)
     before = trainable.images_of(prepared)
     key = f"set/{relative(before.train, tmp_path / 'cache' / stored.name / 'set')[0]}"
     content = before.train[0].read_bytes()
@@ -450,7 +450,7 @@ def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_p
     monkeypatch.setattr(remote, "REQUESTS", 1)
     keys = [f"set/a/{number}.png" for number in range(10)]
     proxy.faults = {f"/{stored.name}/{keys[6]}": [(400, "ExpiredToken")] * 9}
-    (problem,) = trainable.data_problems(there(stored, tmp_path), untracked)
+    (problem,) = trainable.data_problems(there(stored, tmp_path), no_progress)
     assert problem.startswith(
         f"s3://{stored.name}/{keys[6]} needs credentials that are still good, but these have expired"
     )
@@ -458,7 +458,7 @@ def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_p
     assert proxy.got() == {f"/{stored.name}/{key}": 1 for key in keys[:7]}, "it is told at once"
     proxy.faults.clear()
     proxy.seen.clear()
-    assert trainable.data_problems(there(stored, tmp_path), untracked) == []
+    assert trainable.data_problems(there(stored, tmp_path), no_progress) == []
     assert not {f"/{stored.name}/{key}" for key in keys[:6]} & set(proxy.got())
     assert len(proxy.got()) == 22 - 6
 
@@ -467,9 +467,9 @@ def test_settings_of_the_cache_stay_in_prepared_data(stored, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for source in ({"folder": stored.url}, {"folder": "here"}, {"builtin": "shapes", "images": 20, "image_size": 16}):
         data = DataSettings(**source, cache="relative", cache_limit=1)
-        prepared = trainable.prepare(data, tmp_path / "data", untracked)
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress)
         assert (Path(prepared.cache), prepared.cache_limit) == (tmp_path / "relative", 1), source
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    prepared = trainable.prepare(DataSettings(folder=stored.url), tmp_path / "data", untracked)
+    prepared = trainable.prepare(DataSettings(folder=stored.url), tmp_path / "data", no_progress)
     assert prepared.cache == "~/.cache/grainmill", "another node has another home"
     assert (tmp_path / "home/.cache/grainmill" / stored.name / "set").is_dir()

@@ -21,7 +21,7 @@ import ray
 
 from multigrain.config.data import DataSettings
 from multigrain.data.builtin import write_builtin
-from multigrain.hooks import untracked
+from multigrain.hooks import no_progress
 
 SUPPORT = Path(__file__).parent
 
@@ -41,7 +41,7 @@ def pytest_runtest_setup():
 def shapes_folder(tmp_path_factory):
     """40 drawn images of 32 pixels in 8 classes, 26 of them for training, with a copy-detection set; read only."""
     settings = DataSettings(builtin="shapes", images=40, image_size=32)
-    return write_builtin(settings, tmp_path_factory.mktemp("builtin"), untracked)
+    return write_builtin(settings, tmp_path_factory.mktemp("builtin"), no_progress)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     epochs: int = 4
     steps: int = 1
-    """In an epoch; the end of an epoch is kept, and the step where a beat says that the toy must end."""
+    """In an epoch; the end of an epoch is kept, and the step where a heartbeat says that the toy must end."""
     height: float = 0.5
     kind: Literal["plain", "nan", "broken"] = "plain"
     """`nan`: the score is not a number. `broken`: raises in the second epoch."""
@@ -33,7 +33,7 @@ class Data(BaseModel):
     gate: str | None = None
     """A named pipe: from the second epoch on, a new process waits until someone opens it for writing."""
     hold: str | None = None
-    """A step, `trial-0001 5`, that lasts until a beat says that the toy must end."""
+    """A step, `trial-0001 5`, that lasts until a heartbeat says that the toy must end."""
     umpire: int | None = None
     """A port of this machine: in each step, each process says there where it is, and waits for an answer."""
 
@@ -116,7 +116,7 @@ def metrics(data: Data) -> dict[str, Literal["max", "min"]]:
     return {"score": "max", "cost": "min"}
 
 
-def data_problems(data: Data, track: Any) -> list[str]:
+def data_problems(data: Data, progress: Any) -> list[str]:
     return []
 
 
@@ -124,7 +124,7 @@ def worker_problems(spec: Spec, workers: int) -> list[str]:
     return []
 
 
-def prepare(data: Data, root: Path, track: Any) -> Data:
+def prepare(data: Data, root: Path, progress: Any) -> Data:
     return data
 
 
@@ -140,16 +140,16 @@ def sources(data: Data) -> list[Source]:
     return [Source("heights", "training", "a1b2", 3, "nowhere"), Source("scale", "evaluation", "c3d4", 1, "nowhere")]
 
 
-def fit(spec: Spec, data: Data, folder: Path, beat: Callable[[], bool] = lambda: False) -> Iterator[Result]:
+def fit(spec: Spec, data: Data, folder: Path, heartbeat: Callable[[], bool] = lambda: False) -> Iterator[Result]:
     state, rank = folder / "state.json", int(os.environ.get("RANK", "0"))
     done = _highest(json.loads(state.read_text())["step"] if rank == 0 and state.exists() else 0)
     if done and done % spec.steps == 0:
         yield _result(spec, done // spec.steps)
     for step in range(done + 1, spec.epochs * spec.steps + 1):
         _compute(spec, data, folder.name, step, rank)
-        while data.hold == f"{folder.name} {step}" and not beat():
+        while data.hold == f"{folder.name} {step}" and not heartbeat():
             time.sleep(0.05)
-        ends = _highest(beat())
+        ends = _highest(heartbeat())
         if rank == 0 and (ends or step % spec.steps == 0):
             folder.mkdir(parents=True, exist_ok=True)
             state.with_suffix(".draft").write_text(json.dumps({"step": step, "height": spec.height}))

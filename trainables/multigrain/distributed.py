@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from multigrain.hooks import Beat
+from multigrain.hooks import Heartbeat
 
 Item = TypeVar("Item")
 
@@ -52,15 +52,15 @@ class Ending:
     They ask each other while that step runs, so that nobody waits for an answer.
     """
 
-    def __init__(self, beat: Beat, device: torch.device) -> None:
-        self.beat, self.device = beat, device
+    def __init__(self, heartbeat: Heartbeat, device: torch.device) -> None:
+        self.heartbeat, self.device = heartbeat, device
         # Not the stream of the steps: to read the answer would be to wait for the step that runs.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._asked: tuple[Tensor, distributed.Work] | None = None
 
     def after_step(self) -> bool:
         """Whether to end now; every rank must call it after each step."""
-        told, ends = self.beat(), False
+        told, ends = self.heartbeat(), False
         if not distributed.is_initialized():
             return told
         with torch.cuda.stream(self._stream):

@@ -1,4 +1,4 @@
-"""Functions that a caller hands to long work: one shows its progress, one is told that it is alive."""
+"""Functions that a caller passes to long-running work: to show its progress, and to stop it."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
@@ -6,28 +6,28 @@ from typing import Protocol, TypeVar
 Item = TypeVar("Item")
 
 
-class Track(Protocol):
-    """Wraps a long loop, given a title and a length, to show its progress."""
+class Progress(Protocol):
+    """Wraps the items of a long loop to show its progress, given a title and the number of items."""
 
     def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
 
 
-def untracked(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
-    """The `Track` that shows nothing."""
+def no_progress(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
+    """Return the items as they are: the `Progress` that shows nothing."""
     return items
 
 
-Beat = Callable[[], bool]
-"""Called after each step, and between the batches of an evaluation.
+Heartbeat = Callable[[], bool]
+"""Called by a training after each step, and between the batches of an evaluation.
 
-True, and it stays so: save a checkpoint at once, and end.
+It returns True, from then on always, when the caller must save a checkpoint at once and end.
 """
 
 
-def undisturbed() -> bool:
-    """The `Beat` of a training that nobody watches."""
+def no_heartbeat() -> bool:
+    """Return False: the `Heartbeat` of a training that nothing watches."""
     return False
 
 
 class EndedError(Exception):
-    """An evaluation was cut short on all ranks, because a beat of one of them said so."""
+    """An evaluation was cut short on all ranks, because the heartbeat of one rank returned True."""

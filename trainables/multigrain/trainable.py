@@ -19,7 +19,7 @@ from multigrain.data.intact import leave_out, write_intact
 from multigrain.data.manifest import manifest_text, read_manifest
 from multigrain.data.validation import image_faults, image_problems
 from multigrain.errors import DataError, shortened
-from multigrain.hooks import Beat, Track, undisturbed, untracked
+from multigrain.hooks import Heartbeat, Progress, no_heartbeat, no_progress
 from multigrain.models.weights import weight_problems
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 
-def images_of(data: DataSettings, track: Track = untracked) -> Dataset:
+def images_of(data: DataSettings, progress: Progress = no_progress) -> Dataset:
     """The images of a folder or a manifest; those in s3:// are read first, as far as this machine has them not yet.
 
     Raises:
@@ -66,9 +66,9 @@ def images_of(data: DataSettings, track: Track = untracked) -> Dataset:
             if data.manifest.startswith(SCHEME):
                 remote.fetch({data.manifest: None}, cache)
                 file = cache.path(data.manifest)
-            return read_manifest(file, data.val_share, cache, track)
+            return read_manifest(file, data.val_share, cache, progress)
         assert data.folder is not None, "prepare() writes a built-in source to a folder"
-        return read_dataset(remote.local(data.folder, cache, track), data.val_share)
+        return read_dataset(remote.local(data.folder, cache, progress), data.val_share)
     except DataError as error:
         raise DataError([cache.named(problem) for problem in error.problems]) from error
 
@@ -88,7 +88,7 @@ def metrics(data: DataSettings) -> Mapping[str, Literal["max", "min"]]:
     return dict.fromkeys(images_of(data).metrics, "max")
 
 
-def data_problems(data: DataSettings, track: Track) -> list[str]:
+def data_problems(data: DataSettings, progress: Progress) -> list[str]:
     """What is wrong with the images of a folder or a manifest, all at once; every file is opened.
 
     With `skip_broken`, only what makes the whole unusable; a warning tells which images will be left out.
@@ -97,10 +97,10 @@ def data_problems(data: DataSettings, track: Track) -> list[str]:
         return []
     named = _cache(data).named
     try:
-        dataset = images_of(data, track)
+        dataset = images_of(data, progress)
         if not data.skip_broken:
-            return shortened([named(problem) for problem in image_problems(dataset, track)])
-        _, left_out = leave_out(dataset, image_faults(dataset, track))
+            return shortened([named(problem) for problem in image_problems(dataset, progress)])
+        _, left_out = leave_out(dataset, image_faults(dataset, progress))
     except DataError as error:
         return shortened([named(problem) for problem in error.problems])
     except OSError as error:
@@ -112,7 +112,7 @@ def data_problems(data: DataSettings, track: Track) -> list[str]:
     return []
 
 
-def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
+def prepare(data: DataSettings, root: Path, progress: Progress) -> DataSettings:
     """What to train on: a built-in source is written below `root`, unless it is there; paths become absolute.
 
     What lies in s3:// becomes a manifest below `root` that pins every object, so that all workers see the same, or
@@ -127,17 +127,17 @@ def prepare(data: DataSettings, root: Path, track: Track) -> DataSettings:
     if data.builtin is not None:
         from multigrain.data.builtin import write_builtin
 
-        folder = str(write_builtin(data, root.absolute(), track))
+        folder = str(write_builtin(data, root.absolute(), progress))
         return DataSettings(folder=folder, cache=data.cache, cache_limit=data.cache_limit)
     sources = {"folder": data.folder, "manifest": data.manifest}
     data = data.model_copy(update={name: _absolute(source) for name, source in sources.items() if source is not None})
     if data.folder is not None and not (data.skip_broken or data.folder.startswith(SCHEME)):
         return data
-    dataset, cache = images_of(data, track), _cache(data)
+    dataset, cache = images_of(data, progress), _cache(data)
     pins = remote.pins(dataset.paths, cache)
     if not (data.skip_broken or pins):
         return data
-    intact, left_out = leave_out(dataset, image_faults(dataset, track)) if data.skip_broken else (dataset, {})
+    intact, left_out = leave_out(dataset, image_faults(dataset, progress)) if data.skip_broken else (dataset, {})
     text = manifest_text(intact, {path: (f"{cache.url(path)}", pin) for path, pin in pins.items()})
     skipped = "".join(f"{path}\t{fault}\n" for path, fault in left_out.items())
     manifest = write_intact(text, cache.named(skipped), root.absolute())
@@ -162,11 +162,13 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
-def fit(spec: MultiGrainSpec, data: DataSettings, folder: Path, beat: Beat = undisturbed) -> Iterator["EpochResult"]:
+def fit(
+    spec: MultiGrainSpec, data: DataSettings, folder: Path, heartbeat: Heartbeat = no_heartbeat
+) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.training.fit.fit`."""
     import multigrain.training.fit
 
-    return multigrain.training.fit.fit(spec, images_of(data), folder, beat=beat)
+    return multigrain.training.fit.fit(spec, images_of(data), folder, heartbeat=heartbeat)
 
 
 def load(folder: Path) -> "Model":

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from grainmill import trainable as catalog
 from grainmill.cli import corpus, plan, registry, submit
-from grainmill.cli.console import File, Overrides, clear_errors, out, prepare_process, track, tracking_uri
+from grainmill.cli.console import File, Overrides, clear_errors, out, prepare_process, show_progress, tracking_uri
 from grainmill.config import experiment
 from grainmill.config.experiment import Experiment
 from grainmill.config.space import shown
@@ -175,12 +175,12 @@ def _mill(file: Path, overrides: Sequence[str] | None, address: str | None, verb
         uri = tracking_uri(checked.tracking.uri, checked.storage)
         call = launch.tune if verb == "tune" else launch.train
         with Screen(checked) as screen:
-            outcome = call(checked, uri, address, screen, track)
+            outcome = call(checked, uri, address, screen, show_progress)
         _summarise(checked, outcome, uri)
 
 
 def _load(file: Path, overrides: Sequence[str] | None) -> Experiment:
-    return experiment.load(file, overrides or (), track)
+    return experiment.load(file, overrides or (), show_progress)
 
 
 class Screen:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 from rich.console import Console
-from rich.progress import track as rich_track
+from rich.progress import track
 
 from grainmill.config.experiment import Experiment
 from grainmill.errors import ExperimentError, GrainmillError, NameTakenError, TrackingError
@@ -33,9 +33,9 @@ Overrides = Annotated[
 ]
 
 
-def track(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
-    """The `catalog.Track` that shows a bar on a terminal."""
-    return rich_track(items, title, length, console=err, transient=True, disable=not err.is_terminal)
+def show_progress(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
+    """The `catalog.Progress` that shows a bar on a terminal."""
+    return track(items, title, length, console=err, transient=True, disable=not err.is_terminal)
 
 
 @contextmanager

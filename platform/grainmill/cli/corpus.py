@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from grainmill.cli.console import FAILURE, clear_errors, err, out, prepare_process, track, tracking_uri
+from grainmill.cli.console import FAILURE, clear_errors, err, out, prepare_process, show_progress, tracking_uri
 
 Model = Annotated[str, typer.Argument(help="models:/name@alias or models:/name/version.")]
 Folder = Annotated[Path, typer.Argument(help="Folder that `grainmill embed` wrote.", metavar="INDEX")]
@@ -37,7 +37,7 @@ def embed(
         prepare_process()
         from grainmill.corpus import embed as corpus
 
-        done = corpus.embed(tracking_uri(), model, images, folder, workers, address, track)
+        done = corpus.embed(tracking_uri(), model, images, folder, workers, address, show_progress)
         told = f"{done.images:,} images in {folder.absolute()}, {done.before:,} of them from before"
         out.print(told, markup=False, highlight=False, soft_wrap=True)
         if done.steady:

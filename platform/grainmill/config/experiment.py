@@ -181,14 +181,14 @@ def json_schema(trainable: catalog.Trainable) -> dict[str, Any]:
 
 
 def load(
-    file: Path, overrides: Sequence[str] = (), track: catalog.Track = catalog.untracked, here: bool = True
+    file: Path, overrides: Sequence[str] = (), progress: catalog.Progress = catalog.no_progress, here: bool = True
 ) -> Experiment:
     """Read and check an experiment file, the data that it names included; starts and writes nothing.
 
     Args:
         file: the YAML file.
         overrides: `a.b=value`, applied to the file's content; the value is read as YAML.
-        track: shows the progress of long checks.
+        progress: shows the progress of long checks.
         here: whether this machine sees the data and the earlier runs that the file names; else they are not checked.
     Raises:
         ExperimentError: with all problems found.
@@ -205,7 +205,7 @@ def load(
         document.stop_if_wrong()
     model = experiment_model(trainable)
     parts = _validated_parts(model, document)
-    for location, message in validation.between_sections(trainable, parts, track, here):
+    for location, message in validation.between_sections(trainable, parts, progress, here):
         document.add(location, message)
     document.stop_if_wrong()
     return model.model_validate(document.tree)

@@ -32,14 +32,14 @@ HOURS: Mapping[str, str] = {"cpu_seconds": "CPU-hours", "gpu_seconds": "accelera
 
 
 def between_sections(
-    trainable: catalog.Trainable, parts: Mapping[str, Any], track: catalog.Track, here: bool
+    trainable: catalog.Trainable, parts: Mapping[str, Any], progress: catalog.Progress, here: bool
 ) -> Iterator[tuple[Location, str]]:
     """What is wrong between sections, as far as the sections themselves are right.
 
     What only the machine can tell that sees the files named there is left out unless it is `here`.
     """
     if here and "data" in parts:
-        messages = trainable.data_problems(parts["data"], track)
+        messages = trainable.data_problems(parts["data"], progress)
         yield from ((("data",), message) for message in messages)
         if not messages:
             yield from _metric_problems({**trainable.metrics(parts["data"]), **COSTS}, parts)

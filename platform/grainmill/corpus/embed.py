@@ -48,7 +48,13 @@ class Embedded(NamedTuple):
 
 
 def embed(
-    tracking_uri: str, model: str, source: str, out: Path, workers: int, address: str | None, track: trainable.Track
+    tracking_uri: str,
+    model: str,
+    source: str,
+    out: Path,
+    workers: int,
+    address: str | None,
+    progress: trainable.Progress,
 ) -> Embedded:
     """Embed the images of a corpus that are not in the index yet; those that are none are tried again.
 
@@ -61,7 +67,7 @@ def embed(
         out: folder of the index. Only this process writes there.
         workers: that each hold the model.
         address: of a Ray cluster; None starts a local one for the time of the call.
-        track: shows the progress.
+        progress: shows the progress.
     Raises:
         BusyError, CorpusError: the images, the index or the model cannot be used.
         ResourceError: the cluster is too small.
@@ -79,7 +85,7 @@ def embed(
             with connect(address):
                 answers = _answers(images, missing, tracking_uri, identity, workers)
                 count = -(-len(missing) // BLOCK)
-                for table in track(answers, "embedding", count):
+                for table in progress(answers, "embedding", count):
                     writer.add(table)
         writer.close()
         faults |= writer.faults

@@ -80,7 +80,7 @@ class Pulse:
         threading.Thread(target=self._tell, name="pulse", daemon=True).start()
 
     def beat(self) -> bool:
-        """The training's; see `catalog.Beat`."""
+        """The training's; see `catalog.Heartbeat`."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._at if self._at else 0)
         self._at = now

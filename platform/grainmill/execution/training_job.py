@@ -63,10 +63,10 @@ class Job:
 
 
 class LeftError(Exception):
-    """A training ended early, with all steps kept, because its beat said so."""
+    """A training ended early, with all steps kept, because its heartbeat said so."""
 
 
-def epochs(job: Job, beat: catalog.Beat = catalog.undisturbed) -> Generator[dict[str, Any], None, None]:
+def epochs(job: Job, heartbeat: catalog.Heartbeat = catalog.no_heartbeat) -> Generator[dict[str, Any], None, None]:
     """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
 
     What the training leaves in a folder in S3 is safe there before an epoch is yielded, and at its end.
@@ -80,7 +80,7 @@ def epochs(job: Job, beat: catalog.Beat = catalog.undisturbed) -> Generator[dict
     done = 0
     with workspace.opened(job.folder) as kept, kept.followed():
         _meet()
-        for result in trainable.fit(spec, data, kept.path, beat):
+        for result in trainable.fit(spec, data, kept.path, heartbeat):
             kept.push()
             metrics = {"epoch": result.epoch, **result.metrics}
             # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.

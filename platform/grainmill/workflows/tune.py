@@ -55,7 +55,9 @@ class Outcome:
     """Its path, or its URL in S3."""
 
 
-def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track) -> Outcome:
+def tune(
+    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, progress: catalog.Progress
+) -> Outcome:
     """Search, train the winner again, register it, report.
 
     Cut short at any point, the same call carries on where it was.
@@ -65,14 +67,14 @@ def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: 
         tracking_uri: MLflow's.
         address: of a Ray cluster; None starts a local one for the time of the call.
         watch: is told of the progress.
-        track: shows the progress of long loops.
+        progress: shows the progress of long loops.
     Raises:
         NameTakenError, BusyError, StorageError: see `runs.claim`.
         ResourceError: a trial does not fit into the cluster.
         TrackingError: MLflow does not answer.
         SearchError: no trial came through.
     """
-    with _Run.begin(experiment, tracking_uri, track, watch, "run") as run, connect(address):
+    with _Run.begin(experiment, tracking_uri, progress, watch, "run") as run, connect(address):
         run.check_room("trial", experiment.resources.workers)
         run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
         watch.note(_forecast(experiment))
@@ -86,10 +88,10 @@ def tune(experiment: Experiment, tracking_uri: str, address: str | None, watch: 
 
 
 def train(
-    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, track: catalog.Track
+    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, progress: catalog.Progress
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
-    with _Run.begin(experiment, tracking_uri, track, watch, "train") as run, connect(address):
+    with _Run.begin(experiment, tracking_uri, progress, watch, "train") as run, connect(address):
         workers = experiment.resources.retrain_workers
         watch.note(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
         return run.finish([None], None)
@@ -138,12 +140,12 @@ class _Run:
     @classmethod
     @contextmanager
     def begin(
-        cls, experiment: Experiment, tracking_uri: str, track: catalog.Track, watch: Watch, kind: str
+        cls, experiment: Experiment, tracking_uri: str, progress: catalog.Progress, watch: Watch, kind: str
     ) -> Iterator["_Run"]:
         """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
         with run_folder.claim(experiment, kind, watch.note) as home:
             trainable = catalog.find(experiment.trainable)
-            data = _prepared(trainable, experiment, track)
+            data = _prepared(trainable, experiment, progress)
             tracker = Tracker(tracking_uri, experiment.name, experiment.storage)
             parent = _parent(tracker, experiment, home)
             try:
@@ -266,13 +268,13 @@ def _resolved(experiment: Experiment) -> str:
     return to_yaml(experiment.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def _prepared(trainable: catalog.Trainable, experiment: Experiment, track: catalog.Track) -> Any:
+def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: catalog.Progress) -> Any:
     """The data to train with; what is built in lies where all nodes see it."""
     storage = workspace.absolute(experiment.storage)
     # In S3 beside the runs of the name: whoever works under another must not write there.
     place = f"{storage}/{experiment.name}/data" if workspace.remote(storage) else f"{storage}/data"
     with workspace.opened(place) as images:
-        data = trainable.prepare(experiment.data, images.path, track)
+        data = trainable.prepare(experiment.data, images.path, progress)
         images.push()
         written = {
             name: place + value.removeprefix(str(images.path))

@@ -278,9 +278,9 @@ from grainmill import cli
 _fit = fit
 
 
-def fit(spec, data, folder, beat):
+def fit(spec, data, folder, heartbeat):
     Path(data.diary).with_name("place").write_text(cli.__file__)
-    yield from _fit(spec, data, folder, beat)
+    yield from _fit(spec, data, folder, heartbeat)
 """
 """At the end of a trainable: where the mill lies that runs it."""
 

@@ -587,12 +587,12 @@ def test_every_picture_is_opened_and_progress_is_tracked(pictures, tmp_path):
     file.write_text(COPY_MAP)
     tracked = []
 
-    def track(items, title, length):
+    def progress(items, title, length):
         seen = list(items)
         tracked.append((title, len(seen), length))
         return seen
 
-    load(file, track=track)
+    load(file, progress=progress)
     assert tracked == [("checking images", 6, 6)]
 
 

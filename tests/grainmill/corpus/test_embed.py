@@ -34,7 +34,7 @@ def registered(tmp_path_factory):
 
 
 def embed(registered, images, out, version=0, workers=1):
-    return corpus.embed(registered[0], registered[1][version], str(images), out, workers, None, trainable.untracked)
+    return corpus.embed(registered[0], registered[1][version], str(images), out, workers, None, trainable.no_progress)
 
 
 def rows(out):
@@ -146,7 +146,7 @@ def test_what_cannot_be_embedded_is_told_before_anything_starts(registered, tmp_
 
     def fails(model, source, kind, words, place=out):
         with pytest.raises(kind, match=words):
-            corpus.embed(uri, model, str(source), place, 1, None, trainable.untracked)
+            corpus.embed(uri, model, str(source), place, 1, None, trainable.no_progress)
 
     fails(model, tmp_path / "nowhere", CorpusError, "there is no folder .*nowhere")
     (tmp_path / "empty").mkdir()

@@ -35,7 +35,7 @@ def experiment(storage, trainable="toy", **changes):
 
 
 def call(verb, checked, storage, watch):
-    return verb(checked, local_uri(storage), None, watch, catalog.untracked)
+    return verb(checked, local_uri(storage), None, watch, catalog.no_progress)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch)
 
 @pytest.mark.slow
 def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_path, watch):
-    tune.train(experiment(tmp_path / "runs"), server.uri, None, watch, catalog.untracked)
+    tune.train(experiment(tmp_path / "runs"), server.uri, None, watch, catalog.no_progress)
     client = mlflow.MlflowClient(server.uri)
     version = client.get_model_version_by_alias("chain", "champion")
     assert client.get_run(version.run_id).info.run_name == "final-0000"

@@ -14,13 +14,13 @@ from sklearn.datasets import load_digits
 from multigrain.config.data import DataSettings
 from multigrain.data import builtin
 from multigrain.data.folders import read_copies, read_dataset
-from multigrain.hooks import untracked
+from multigrain.hooks import no_progress
 
 
 @pytest.fixture(scope="module")
 def digits_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("digits")
-    return builtin.write_builtin(DataSettings(builtin="digits"), root, untracked)
+    return builtin.write_builtin(DataSettings(builtin="digits"), root, no_progress)
 
 
 def files(folder):
@@ -90,12 +90,12 @@ def test_recorded_split_is_what_lies_on_disk(source, request):
 
 def test_the_same_settings_write_the_same_bytes_anywhere(shapes_folder, tmp_path):
     settings = DataSettings(builtin="shapes", images=40, image_size=32)
-    assert contents(builtin.write_builtin(settings, tmp_path / "again", untracked)) == contents(shapes_folder)
+    assert contents(builtin.write_builtin(settings, tmp_path / "again", no_progress)) == contents(shapes_folder)
 
 
 def test_pictures_keep_their_side_of_the_split_when_there_are_more_of_them(shapes_folder, tmp_path):
     settings = DataSettings(builtin="shapes", images=60, image_size=32)
-    more = recorded_split(builtin.write_builtin(settings, tmp_path, untracked))
+    more = recorded_split(builtin.write_builtin(settings, tmp_path, no_progress))
     assert recorded_split(shapes_folder).items() <= more.items()
 
 
@@ -161,10 +161,10 @@ def test_an_interrupted_write_leaves_nothing_under_the_final_name(tmp_path, monk
 
     monkeypatch.setattr(builtin, step, failing)
     with pytest.raises(OSError, match="disk"):
-        builtin.write_builtin(settings, tmp_path, untracked)
+        builtin.write_builtin(settings, tmp_path, no_progress)
     assert not (tmp_path / "shapes-40x32").exists()
     (tmp_path / "shapes-40x32.draft/train/left over").mkdir(parents=True, exist_ok=True)
-    folder = builtin.write_builtin(settings, tmp_path, untracked)
+    folder = builtin.write_builtin(settings, tmp_path, no_progress)
     assert read_dataset(folder).classes == tuple(sorted(builtin.SHAPES))
     assert set(recorded_split(folder)) == {name for name in files(folder) if name.startswith(("train/", "val/"))}
     assert list(tmp_path.iterdir()) == [folder]
@@ -178,12 +178,12 @@ def test_a_source_is_written_once(source, request, monkeypatch):
         "digits_folder": DataSettings(builtin="digits"),
         "shapes_folder": DataSettings(builtin="shapes", images=40, image_size=32),
     }
-    assert builtin.write_builtin(settings[source], folder.parent, untracked) == folder
+    assert builtin.write_builtin(settings[source], folder.parent, no_progress) == folder
 
 
 def test_other_settings_are_written_beside(tmp_path):
     folders = [
-        builtin.write_builtin(DataSettings(builtin="shapes", images=images, image_size=side), tmp_path, untracked)
+        builtin.write_builtin(DataSettings(builtin="shapes", images=images, image_size=side), tmp_path, no_progress)
         for images, side in ((20, 16), (24, 16), (20, 24))
     ]
     assert [len(recorded_split(folder)) for folder in folders] == [20, 24, 20]
@@ -193,11 +193,11 @@ def test_other_settings_are_written_beside(tmp_path):
 def test_writing_is_tracked(tmp_path):
     tracked = []
 
-    def track(items, title, length):
+    def progress(items, title, length):
         tracked.extend([title, length])
         return items
 
-    builtin.write_builtin(DataSettings(builtin="shapes", images=20, image_size=16), tmp_path, track)
+    builtin.write_builtin(DataSettings(builtin="shapes", images=20, image_size=16), tmp_path, progress)
     assert tracked[1] == 20
 
 

@@ -13,7 +13,7 @@ from multigrain.config.data import DataSettings
 from multigrain.data.dataset import Copies, Dataset
 from multigrain.data.folders import read_copies, read_dataset
 from multigrain.errors import SHOWN, DataError, shortened
-from multigrain.hooks import untracked
+from multigrain.hooks import no_progress
 
 
 def write_images(root, *names):
@@ -246,7 +246,7 @@ def test_long_lists_are_cut_and_the_rest_is_counted():
 
 
 def test_untracked_leaves_a_loop_as_it_is():
-    assert list(untracked([1, 2], "title", 2)) == [1, 2]
+    assert list(no_progress([1, 2], "title", 2)) == [1, 2]
 
 
 def test_names_that_are_not_utf8_are_split_too(tmp_path):

@@ -166,13 +166,13 @@ def test_images_are_tracked_one_by_one_and_each_file_once(tmp_path):
     write_images(tmp_path, *GOOD, "copies/original/200000.png", "copies/strong/200001.png")
     tracked = []
 
-    def track(items, title, length):
+    def progress(items, title, length):
         tracked.append((title, length))
         for item in items:
             tracked.append(item)
             yield item
 
-    assert image_problems(read_dataset(tmp_path), track) == []
+    assert image_problems(read_dataset(tmp_path), progress) == []
     assert tracked[0] == ("checking images", 5)
     assert len(tracked) == 6
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from multigrain.config.data import DataSettings
 from multigrain.data.folders import stable_order
-from multigrain.hooks import Track
+from multigrain.hooks import Progress
 
 VAL_SHARE = 0.25
 COPYDAYS_ORIGINALS = 157
@@ -148,7 +148,7 @@ def write_copies(pictures: list[Picture], root: Path) -> None:
         _save(picture.image, root / "distractors" / f"{picture.name}.png")
 
 
-def write(pictures: Iterable[Picture], length: int, folder: Path, track: Track) -> None:
+def write(pictures: Iterable[Picture], length: int, folder: Path, progress: Progress) -> None:
     """Write a data set with a fixed split, recorded in `split.csv`: whole, or not at all.
 
     Whether a picture is held out depends on the hash of its name alone.
@@ -160,7 +160,7 @@ def write(pictures: Iterable[Picture], length: int, folder: Path, track: Track) 
     with (draft / "split.csv").open("w", newline="") as file:
         record = csv.writer(file)
         record.writerow(["file", "class", "split"])
-        for picture in track(pictures, f"writing {folder.name}", length):
+        for picture in progress(pictures, f"writing {folder.name}", length):
             split = "val" if int(stable_order(picture.name)[:8], 16) < VAL_SHARE * 16**8 else "train"
             path = Path(split) / picture.class_name / f"{picture.name}.png"
             _save(picture.image, draft / path)
@@ -171,7 +171,7 @@ def write(pictures: Iterable[Picture], length: int, folder: Path, track: Track) 
     draft.rename(folder)
 
 
-def write_builtin(settings: DataSettings, root: Path, track: Track) -> Path:
+def write_builtin(settings: DataSettings, root: Path, progress: Progress) -> Path:
     """Write the built-in source that `settings` names below `root`, unless it is there; returns its folder."""
     if settings.builtin == "digits":
         folder, pictures, length = root / "digits", digits(), 1797
@@ -179,5 +179,5 @@ def write_builtin(settings: DataSettings, root: Path, track: Track) -> Path:
         folder = root / f"shapes-{settings.images}x{settings.image_size}"
         pictures, length = shapes(settings.images, settings.image_size), settings.images
     if not folder.exists():
-        write(pictures, length, folder, track)
+        write(pictures, length, folder, progress)
     return folder

@@ -24,7 +24,7 @@ from multigrain.data.cache import Cache
 from multigrain.data.dataset import Copies, Dataset
 from multigrain.data.folders import split
 from multigrain.errors import DataError
-from multigrain.hooks import Track, untracked
+from multigrain.hooks import Progress, no_progress
 
 COLUMNS = ("image", "class", "role", "instance_id")
 REQUIRED = ("image", "class")
@@ -48,10 +48,10 @@ class Row(NamedTuple):
 class Reader:
     """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
 
-    def __init__(self, file: Path, cache: Cache | None = None, track: Track = untracked) -> None:
+    def __init__(self, file: Path, cache: Cache | None = None, progress: Progress = no_progress) -> None:
         """Read a manifest; what it names in s3:// is mirrored in a cache, if there is one."""
         self.file = file.absolute()
-        self.cache, self.track = cache, track
+        self.cache, self.progress = cache, progress
         self.problems: list[str] = []
 
     def add(self, line: int, problem: str) -> None:
@@ -151,7 +151,7 @@ class Reader:
                     self.add(line, str(error))
                 else:
                     wanted[url] = remote.Pin(int(size), etag) if size else None
-        remote.fetch(wanted, cache, self.track)
+        remote.fetch(wanted, cache, self.progress)
 
     def _check_repeats(self, rows: Sequence[Row]) -> None:
         first: dict[tuple[str, Path], int] = {}
@@ -211,18 +211,20 @@ class Reader:
         )
 
 
-def read_manifest(file: Path, val_share: float = 0.2, cache: Cache | None = None, track: Track = untracked) -> Dataset:
+def read_manifest(
+    file: Path, val_share: float = 0.2, cache: Cache | None = None, progress: Progress = no_progress
+) -> Dataset:
     """List the images that a manifest names, in its order; without a column `role`, they are split as a folder's are.
 
     Args:
         file: the manifest.
         val_share: of each class.
         cache: for images in s3://; without one, there are none.
-        track: shows the progress of reading them.
+        progress: shows the progress of reading them.
     Raises:
         DataError: with everything that is wrong about the manifest.
     """
-    reader = Reader(file, cache, track)
+    reader = Reader(file, cache, progress)
     (line, header), *records = reader.records()
     reader.check_header(line, header)
     wrong_header = bool(reader.problems)

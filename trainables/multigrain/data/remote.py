@@ -33,7 +33,7 @@ from multigrain.data.buckets import (
 )
 from multigrain.data.cache import Cache, check_unread, claimed, hold, make_room
 from multigrain.errors import DataError
-from multigrain.hooks import Track, untracked
+from multigrain.hooks import Progress, no_progress
 
 _TRIES = 3
 """Readings of an object whose size is not the listed one; botocore repeats requests that fail by itself."""
@@ -47,7 +47,7 @@ class Pin(NamedTuple):
     etag: str
 
 
-def local(source: str, cache: Cache, track: Track = untracked) -> Path:
+def local(source: str, cache: Cache, progress: Progress = no_progress) -> Path:
     """The local path of a source; objects are read first, as far as they are not there yet.
 
     Of a prefix, all objects below it are mirrored. If the source is one object, so are all others below the prefix it
@@ -57,7 +57,7 @@ def local(source: str, cache: Cache, track: Track = untracked) -> Path:
     Args:
         source: `s3://bucket/prefix`, or anything else, which is a local path already.
         cache: for the mirrors.
-        track: shows the progress.
+        progress: shows the progress.
     Raises:
         DataError: the objects cannot be read, or not be stored.
     """
@@ -73,17 +73,17 @@ def local(source: str, cache: Cache, track: Track = untracked) -> Path:
         check_keys(bucket, objects)
         mirror = cache.folder / bucket
         strangers = _strangers(mirror, mirror / prefix, {str(mirror / one.key) for one in objects})
-        _Mirror(source, cache, bucket, books, [prefix]).update(client, objects, strangers, track)
+        _Mirror(source, cache, bucket, books, [prefix]).update(client, objects, strangers, progress)
     return mirror / key
 
 
-def fetch(wanted: Mapping[str, Pin | None], cache: Cache, track: Track = untracked) -> None:
+def fetch(wanted: Mapping[str, Pin | None], cache: Cache, progress: Progress = no_progress) -> None:
     """Mirror single objects, as `local` does; of those that are not there, there is no file afterwards.
 
     Args:
         wanted: URL -> its pin, if only that version will do. The bucket is not asked for what is pinned and there.
         cache: for the mirrors.
-        track: shows the progress.
+        progress: shows the progress.
     Raises:
         DataError: the objects cannot be read, or not be stored.
     """
@@ -104,7 +104,7 @@ def fetch(wanted: Mapping[str, Pin | None], cache: Cache, track: Track = untrack
             barred = {path for folder in folders for path in _folders(mirror, mirror / folder) if _is_file(path)}
             strangers = sorted(barred.union(path for key in absent if _is_file(path := mirror / key)))
             prefixes = {*keys} if len(keys) == 1 else folders
-            _Mirror(source, cache, bucket, books, prefixes).update(client, objects, strangers, track)
+            _Mirror(source, cache, bucket, books, prefixes).update(client, objects, strangers, progress)
 
 
 def pins(files: Iterable[Path], cache: Cache) -> dict[Path, Pin]:
@@ -130,7 +130,7 @@ class _Mirror(NamedTuple):
     books: Path
     prefixes: Iterable[str]
 
-    def update(self, client: Any, objects: Sequence[Stored], strangers: Sequence[Path], track: Track) -> None:
+    def update(self, client: Any, objects: Sequence[Stored], strangers: Sequence[Path], progress: Progress) -> None:
         """Delete files, and read objects that are not there as they should be."""
         hold(self.books, self.prefixes)
         mirror = self.cache.folder / self.bucket
@@ -144,7 +144,7 @@ class _Mirror(NamedTuple):
         if missing:
             needed = sum(one.size for one in missing)
             make_room(self.source, self.cache, self.bucket, sum(one.size for one in objects), needed)
-            self._read(client, missing, track)
+            self._read(client, missing, progress)
 
     def _delete(self, files: Sequence[Path]) -> None:
         if files:
@@ -155,7 +155,7 @@ class _Mirror(NamedTuple):
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()
 
-    def _read(self, client: Any, missing: Sequence[Stored], track: Track) -> None:
+    def _read(self, client: Any, missing: Sequence[Stored], progress: Progress) -> None:
         """Read objects in parallel, large ones in parts; the first that fails ends it."""
         from boto3.s3.transfer import TransferConfig, create_transfer_manager  # type: ignore[import-untyped]
 
@@ -190,7 +190,7 @@ class _Mirror(NamedTuple):
 
             for _ in range(REQUESTS):
                 pool.submit(work)
-            for error in track((ended.get() for _ in missing), f"reading {self.source}", len(missing)):
+            for error in progress((ended.get() for _ in missing), f"reading {self.source}", len(missing)):
                 if error is not None:
                     raise error
 

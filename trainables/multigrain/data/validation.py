@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from multigrain.data.dataset import Dataset
-from multigrain.hooks import Track, untracked
+from multigrain.hooks import Progress, no_progress
 
 SMALLEST = 2
 """Pixels that an image must have each way."""
@@ -58,7 +58,7 @@ def _content(path: Path) -> str:
     return "is a web page, not an image" if page else "is not an image, or its first bytes are damaged"
 
 
-def image_faults(dataset: Dataset, track: Track = untracked) -> dict[Path, str]:
+def image_faults(dataset: Dataset, progress: Progress = no_progress) -> dict[Path, str]:
     """Decode every image once, in threads; for each that cannot be used the reason, to be put after its name."""
     paths = dataset.paths
     with ThreadPoolExecutor() as threads:
@@ -67,13 +67,13 @@ def image_faults(dataset: Dataset, track: Track = untracked) -> dict[Path, str]:
             for start in range(0, len(paths), AHEAD)
             for fault in threads.map(_fault, paths[start : start + AHEAD])
         )
-        tracked = zip(paths, track(found, "checking images", len(paths)), strict=True)
+        tracked = zip(paths, progress(found, "checking images", len(paths)), strict=True)
         return {path: fault for path, fault in tracked if fault}
 
 
-def image_problems(dataset: Dataset, track: Track = untracked) -> list[str]:
+def image_problems(dataset: Dataset, progress: Progress = no_progress) -> list[str]:
     """A sentence for each image that cannot be used."""
-    faults = image_faults(dataset, track)
+    faults = image_faults(dataset, progress)
     return [
         f"every image must be usable, but {path} {fault}; repair or remove it, or set data.skip_broken to true"
         for path, fault in faults.items()

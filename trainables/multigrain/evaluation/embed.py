@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from multigrain import distributed as group
 from multigrain.data.loading import Source, evaluation_batches, readable
 from multigrain.data.transforms import EvaluationTransform, scale
-from multigrain.hooks import Beat, EndedError, undisturbed
+from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models.multigrain import MultiGrain, l2_normalise
 from multigrain.models.pooling import gem_all
 from multigrain.models.whitening import ROWS, Whitening
@@ -59,7 +59,7 @@ def embed(
     device: torch.device,
     loaders: int = 0,
     folder: Path | None = None,
-    beat: Beat = undisturbed,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> dict[float, NDArray[np.float32]]:
     """Embeddings (N, C) of pictures for each exponent, in order, not normalised, computed in fp32.
 
@@ -73,14 +73,14 @@ def embed(
         folder: where embeddings lie, not in memory, and are kept as they are made, so that a later call with the same
             network, pictures and settings reads those instead. Pictures count as the same if name, length and time of
             the file are.
-        beat: called after each batch.
+        heartbeat: called after each batch.
     Raises:
-        EndedError: `beat` was True on a rank.
+        EndedError: `heartbeat` was True on a rank.
         DataError: a picture cannot be read.
     """
     rank, world = group.place()
     exponents = tuple(map(float, exponents))
-    mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder, beat)
+    mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder, heartbeat)
     shares = [mine] * world
     if distributed.is_initialized():
         distributed.all_gather_object(shares, mine)
@@ -104,9 +104,9 @@ def _share(
     device: torch.device,
     loaders: int,
     folder: Path | None,
-    beat: Beat,
+    heartbeat: Heartbeat,
 ) -> NDArray[np.float32] | None:
-    """Embeddings (P, N, C) of one rank's pictures; None if `beat` was True meanwhile."""
+    """Embeddings (P, N, C) of one rank's pictures; None if `heartbeat` was True meanwhile."""
     found = room((len(exponents), len(pictures), network.classifier.in_features), folder)
     blocks = [range(start, min(start + BLOCK, len(pictures))) for start in range(0, len(pictures), BLOCK)]
     kept: dict[int, _Kept] = {}
@@ -121,7 +121,7 @@ def _share(
         missing[start] -= len(positions)
         if kept and not missing[start]:
             kept[start].write(found[:, start : start + BLOCK])
-        if beat():
+        if heartbeat():
             return None
     return found
 

@@ -14,7 +14,7 @@ from multigrain.config.training import MultiGrainSpec, VariantSettings
 from multigrain.data.dataset import Dataset
 from multigrain.evaluation import embed
 from multigrain.evaluation.embed import Setting
-from multigrain.hooks import Beat, undisturbed
+from multigrain.hooks import Heartbeat, no_heartbeat
 from multigrain.models.multigrain import MultiGrain
 from multigrain.models.whitening import Whitening
 from multigrain.retrieval.metrics import Truth, same_label
@@ -39,10 +39,10 @@ def evaluate(
     spec: MultiGrainSpec,
     device: torch.device,
     loaders: int = 0,
-    beat: Beat = undisturbed,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> Metrics:
     """The `METRICS` that the data set has truth for, at the network's own setting."""
-    return evaluate_grid(network, dataset, spec, VariantSettings(), device, loaders, beat)[0]
+    return evaluate_grid(network, dataset, spec, VariantSettings(), device, loaders, heartbeat)[0]
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def evaluate_grid(
     wanted: VariantSettings,
     device: torch.device,
     loaders: int = 0,
-    beat: Beat = undisturbed,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> tuple[Metrics, dict[str, Metrics]]:
     """The `METRICS` that the data set has truth for: at the network's own setting, and at all others of a grid.
 
@@ -67,9 +67,9 @@ def evaluate_grid(
         network: on `device`; it is left in evaluation mode.
         wanted: the grid, to which the network's own size and exponent are added.
         loaders: processes that read the files; 0: this one does.
-        beat: called between batches.
+        heartbeat: called between batches.
     Raises:
-        EndedError: `beat` was True on a rank.
+        EndedError: `heartbeat` was True on a rank.
     Returns:
         The metrics at the network's own setting, and at each other by its name, such as `s500-p4-whitened`. Where
         training images cannot be whitened, such as those that a network maps to one point, a warning says so.
@@ -81,7 +81,7 @@ def evaluate_grid(
     found: dict[str, Metrics] = {}
     for size in dict.fromkeys((own.size, *wanted.sizes)):
         transform = spec.evaluation.transform if size == own.size else "rect"
-        embedded = embed.embed(network, images, size, transform, exponents, device, loaders, beat=beat)
+        embedded = embed.embed(network, images, size, transform, exponents, device, loaders, heartbeat=heartbeat)
         for p, embeddings in embedded.items():
             shown, training = np.split(embeddings, [len(held_out)])
             whitening = distributed.first(partial(_fitted, training)) if wanted.whiten else None

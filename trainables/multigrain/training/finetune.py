@@ -19,7 +19,7 @@ from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_pixels, scale
 from multigrain.distributed import Ending
 from multigrain.evaluation.held_out import evaluate
-from multigrain.hooks import Beat, EndedError, undisturbed
+from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import network_of
 from multigrain.models.pooling import GeM
@@ -31,7 +31,11 @@ LARGEST = 100.0
 
 
 def fit(
-    spec: FinetuneSpec, dataset: Dataset, folder: Path, device: torch.device | None = None, beat: Beat = undisturbed
+    spec: FinetuneSpec,
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device | None = None,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[EpochResult]:
     """Learn p by the cross-entropy of whole images at another size, evaluating and saving after every epoch.
 
@@ -44,7 +48,7 @@ def fit(
         dataset: of the classes that the network knows.
         folder: for checkpoints; the same for all ranks, which must all see it.
         device: the current GPU, if there is one, by default.
-        beat: where it is True on any rank, all save a checkpoint at most a step later, and end.
+        heartbeat: where it is True on any rank, all save a checkpoint at most a step later, and end.
     Yields:
         One result an epoch, the same on every rank: `evaluate.METRICS`, `p`, and `loss`, the mean over the steps.
     Raises:
@@ -59,14 +63,14 @@ def fit(
         raise ValueError(
             f"a fine-tuning goes on with the settings it began with, but {folder} holds others; use another"
         )
-    tuning, ending = _Tuning(spec, dataset, saved or _trained(spec), device), Ending(beat, device)
+    tuning, ending = _Tuning(spec, dataset, saved or _trained(spec), device), Ending(heartbeat, device)
     done = 0
     with closing(checkpoint.Writer(folder)) as writer, suppress(EndedError):  # the next start evaluates again
         if saved:
             done = saved.state["epochs"]
             tuning.restore(saved)
             if tuning.step == 0:
-                yield tuning.result(saved, beat)
+                yield tuning.result(saved, heartbeat)
         for epoch in range(done, spec.epochs):
             whole = tuning.train_epoch(epoch, ending)
             state = tuning.state(epoch + whole)
@@ -75,7 +79,7 @@ def fit(
                 writer.wait()
             if not whole:
                 return
-            yield tuning.result(state, beat)
+            yield tuning.result(state, heartbeat)
 
 
 def _trained(spec: FinetuneSpec) -> checkpoint.Checkpoint:
@@ -147,7 +151,7 @@ class _Tuning:
 
     def train_epoch(self, epoch: int, ending: Ending | None = None) -> bool:
         """What is left of one pass over the images, counted from 0; False where `ending` said before its end to end."""
-        spec, ending = self.spec, ending or Ending(undisturbed, self.device)
+        spec, ending = self.spec, ending or Ending(no_heartbeat, self.device)
         order = np.random.default_rng((spec.seed, epoch)).permutation(self.images).tolist()
         begins = range(self.step * spec.batch_size, len(order), spec.batch_size)
         steps = [order[begin : begin + spec.batch_size] for begin in begins]
@@ -218,8 +222,8 @@ class _Tuning:
         self.step, self.loss = saved.state["step"], saved.state["loss"]
         self.optimizer.load_state_dict(saved.optimizer)
 
-    def result(self, saved: checkpoint.Checkpoint, beat: Beat = undisturbed) -> EpochResult:
+    def result(self, saved: checkpoint.Checkpoint, heartbeat: Heartbeat = no_heartbeat) -> EpochResult:
         """What the network that is left is worth."""
         network, settings = network_of(saved)
-        metrics = evaluate(network.to(self.device), self.dataset, settings, self.device, self.loaders, beat)
+        metrics = evaluate(network.to(self.device), self.dataset, settings, self.device, self.loaders, heartbeat)
         return EpochResult(saved.state["epochs"], {**metrics, "p": settings.model.p, "loss": saved.state["loss"]})

@@ -14,7 +14,7 @@ import torch
 from multigrain.config.training import MultiGrainSpec, VariantSettings
 from multigrain.data.dataset import Dataset
 from multigrain.evaluation.held_out import evaluate_grid
-from multigrain.hooks import Beat, EndedError, undisturbed
+from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
 from multigrain.training.trainer import Training
 
@@ -36,7 +36,7 @@ def fit(
     dataset: Dataset,
     folder: Path,
     device: torch.device | None = None,
-    beat: Beat = undisturbed,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[EpochResult]:
     """Train, evaluating after every epoch; checkpoints are written then and every so many steps.
 
@@ -50,7 +50,7 @@ def fit(
         dataset: the images.
         folder: for checkpoints; the same for all ranks, which must all see it.
         device: the current GPU, if there is one, by default.
-        beat: where it is True on any rank, all save a checkpoint at most a step later, and end.
+        heartbeat: where it is True on any rank, all save a checkpoint at most a step later, and end.
     Yields:
         One result an epoch, the same on every rank but for the speed; the last has the variants.
     Raises:
@@ -59,7 +59,7 @@ def fit(
     """
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    training = Training(spec, dataset, device, beat)
+    training = Training(spec, dataset, device, heartbeat)
     _restore(training, folder)
     with closing(checkpoint.Writer(folder)) as writer:
         save = writer.save if training.rank == 0 else _leave
@@ -72,7 +72,7 @@ def fit(
             wanted = spec.evaluation.variants if epoch + 1 == spec.epochs else VariantSettings()
             try:
                 own, variants = evaluate_grid(
-                    training.result_network, dataset, spec, wanted, device, training.loaders, beat
+                    training.result_network, dataset, spec, wanted, device, training.loaders, heartbeat
                 )
             except EndedError:  # the next start evaluates again
                 return

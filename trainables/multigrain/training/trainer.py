@@ -15,7 +15,7 @@ from multigrain.data.loading import TrainViews, Views, training_batches
 from multigrain.data.sampler import RepeatedAugmentationBatches
 from multigrain.data.transforms import colour, paints, scale
 from multigrain.distributed import Ending
-from multigrain.hooks import Beat, undisturbed
+from multigrain.hooks import Heartbeat, no_heartbeat
 from multigrain.losses.joint import Objective, Step, average
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import MultiGrain, freeze_batchnorm
@@ -54,8 +54,10 @@ class _Encoder(nn.Module):
 class Training:
     """Network, losses, batches, optimizers and the position of one run."""
 
-    def __init__(self, spec: MultiGrainSpec, dataset: Dataset, device: torch.device, beat: Beat = undisturbed) -> None:
-        self.spec, self.dataset, self.device, self.ending = spec, dataset, device, Ending(beat, device)
+    def __init__(
+        self, spec: MultiGrainSpec, dataset: Dataset, device: torch.device, heartbeat: Heartbeat = no_heartbeat
+    ) -> None:
+        self.spec, self.dataset, self.device, self.ending = spec, dataset, device, Ending(heartbeat, device)
         self.grouped = distributed.is_initialized()
         self.rank = distributed.get_rank() if self.grouped else 0
         world_size = distributed.get_world_size() if self.grouped else 1
@@ -116,7 +118,7 @@ class Training:
         self._first_bad = torch.full((), torch.inf, device=self.device)
 
     def train_epoch(self, save: Callable[[checkpoint.Checkpoint], None]) -> dict[str, float] | None:
-        """What is left of the epoch, saved every so many steps and at the end; its course, None if a beat ended it."""
+        """What is left of the epoch, saved at intervals and at the end; its course, None if a heartbeat ended it."""
         self.batches.load_state_dict({"seed": self.spec.seed, "epoch": self.epoch, "step": self.step})
         self.views.set_epoch(self.epoch)
         self.objective.train()
