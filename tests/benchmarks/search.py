@@ -26,7 +26,7 @@ from grainmill.config.experiment import Experiment, experiment_model
 from grainmill.config.space import Setting, resolve
 from grainmill.execution.searcher import StudySearcher
 from grainmill.search import samplers
-from grainmill.search.asha import Halving
+from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 from multigrain import trainable
 from tests.benchmarks import curves
@@ -50,15 +50,15 @@ def experiment(objectives: tuple[str, ...], epochs: int, **search: Any) -> Exper
 
 
 class Ours:
-    """The mill's study, searcher and halving, told what the clerk of real trials tells them."""
+    """The mill's study, searcher and asha, told what the clerk of real trials tells them."""
 
     def __init__(self, world: curves.World, objectives: tuple[str, ...], trials: int, **search: Any) -> None:
         checked = experiment(objectives, world.epochs, seed=world.seed, trials=trials, **search)
         memory = optuna.storages.InMemoryStorage()  # a database gives the same answers, later
         with mock.patch.object(optuna.storages, "get_storage", return_value=memory):
             self.study = Study("sqlite://", "trial", checked, checked.first, trials)
-        self.halving = Halving(checked)
-        self.searcher = StudySearcher(self.study, self.halving, lambda: False)
+        self.asha = ASHA(checked)
+        self.searcher = StudySearcher(self.study, self.asha, lambda: False)
 
     def suggest(self) -> tuple[int, Setting] | None:
         """As of `curves.Player`."""
@@ -72,7 +72,7 @@ class Ours:
         self.study.report(number, metrics)
         if metrics["epoch"] >= self.study.experiment.base.epochs:
             return True
-        verdict = self.halving.judge(self.study.record(number))
+        verdict = self.asha.judge(self.study.record(number))
         if verdict == "pause":
             self.study.note(number, "paused", True)
         return verdict == "continue"

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from grainmill.config.space import resolve
 from grainmill.execution.searcher import StudySearcher
 from grainmill.search import samplers
-from grainmill.search.asha import Halving
+from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 from tests.benchmarks import curves, search
 from tests.benchmarks.table import Goal, machine, report
@@ -71,8 +71,8 @@ def timed(figures: dict[str, list[float]], name: str, call: Callable[..., Any], 
 def ours(folder: Path, sampler: str, size: int, figures: dict[str, list[float]]) -> None:
     """Suggestions with others running, then an epoch's report, its judgement and a trial's end."""
     study = opened(folder, sampler, size)
-    halving = Halving(study.experiment, study.records)
-    searcher, world = StudySearcher(study, halving, lambda: False), curves.World(0, EPOCHS)
+    asha = ASHA(study.experiment, study.records)
+    searcher, world = StudySearcher(study, asha, lambda: False), curves.World(0, EPOCHS)
     for name in range(RUNNING):
         searcher.suggest(str(name))
     label = f"{sampler}, {size} trials"
@@ -81,7 +81,7 @@ def ours(folder: Path, sampler: str, size: int, figures: dict[str, list[float]])
         for _, metrics in islice(world.training(study.record(number).setting, number), 9):
             timed(figures, f"report, {label}", study.report, number, metrics)
         record = study.record(number)
-        timed(figures, f"judge at a rung, {label}", halving.judge, record)
+        timed(figures, f"judge at a rung, {label}", asha.judge, record)
         timed(figures, f"close, {label}", study.close, number, False)
 
 

@@ -21,7 +21,7 @@ from grainmill.errors import GrainmillError, hidden
 from grainmill.workflows import run_folder
 
 if TYPE_CHECKING:
-    from grainmill.search.records import Record
+    from grainmill.search.records import TrialRecord
     from grainmill.workflows.tune import Outcome
 
 app = typer.Typer(
@@ -189,7 +189,7 @@ class Screen:
     def __init__(self, checked: Experiment) -> None:
         self.metric = next(iter(checked.objective))
         self.epochs = checked.base.epochs
-        self.setting: Callable[[Record], str] = lambda record: _settings(record.setting)
+        self.setting: Callable[[TrialRecord], str] = lambda record: _settings(record.setting)
         self.rows: dict[str, tuple[str, ...]] = {}
         self.live = Live(console=out, refresh_per_second=4, get_renderable=self._table) if out.is_terminal else None
 
@@ -206,7 +206,7 @@ class Screen:
         """A step of the whole begins."""
         out.print(message, style="bold", soft_wrap=True)
 
-    def trial(self, name: str, record: "Record") -> None:
+    def trial(self, name: str, record: "TrialRecord") -> None:
         """A trial began, finished an epoch, or ended."""
         metrics = record.metrics
         value = f"{metrics[self.metric]:.4f}" if metrics else ""

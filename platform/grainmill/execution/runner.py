@@ -12,7 +12,7 @@ from grainmill.execution import watchdog, worker_group
 from grainmill.execution.searcher import Scheduler, StudySearcher
 from grainmill.execution.training_job import Plan
 from grainmill.execution.trial_callback import Clerk, Watch
-from grainmill.search.asha import Halving
+from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker
 from grainmill.tracking.sync import Outbox
@@ -38,11 +38,11 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         StorageError: the study's database does not answer any more.
         TrackingError: at the end, MLflow has not answered for a while.
     """
-    halving = Halving(study.experiment, study.records)
+    asha = ASHA(study.experiment, study.records)
     with Outbox(study, plan.name, tracker, parent, watch.note) as outbox:
         watched_by = watchdog.start()
-        clerk = Clerk(plan, study, halving, outbox, watch, watchdog.Listener(watched_by))
-        searcher = StudySearcher(study, halving, clerk.spent)
+        clerk = Clerk(plan, study, asha, outbox, watch, watchdog.Listener(watched_by))
+        searcher = StudySearcher(study, asha, clerk.spent)
         if not searcher.finished:
             try:
                 wave = capacity.at_once(plan.need, plan.resources.concurrent, watch.note)

@@ -7,8 +7,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from grainmill.search.asha import Halving
-from grainmill.search.records import Record
+from grainmill.search.asha import ASHA
+from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
 
 
@@ -18,13 +18,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     It only gives. What comes back is taken down by the clerk of the trials, which sees why a trial failed, too.
     """
 
-    def __init__(self, study: Study, halving: Halving, spent: Callable[[], bool]) -> None:
+    def __init__(self, study: Study, asha: ASHA, spent: Callable[[], bool]) -> None:
         """
         Args:
             spent: whether the budget is.
         """
         super().__init__()
-        self.study, self.halving, self.spent = study, halving, spent
+        self.study, self.asha, self.spent = study, asha, spent
         self._left_running = [record for record in study.records if record.state == "running"]
         self._out: set[str] = set()
 
@@ -32,10 +32,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def finished(self) -> bool:
         """Whether nothing is to be run any more."""
         return self.spent() or not (
-            self._left_running or self.study.remaining > 0 or self.halving.promoted(self._paused())
+            self._left_running or self.study.remaining > 0 or self.asha.promoted(self._paused())
         )
 
-    def _paused(self) -> list[Record]:
+    def _paused(self) -> list[TrialRecord]:
         if self.study.experiment.search.losers != "pause":
             return []
         return [record for record in self.study.records if record.state == "paused"]
@@ -47,7 +47,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if self._left_running:
             record = self._left_running.pop(0)
             self.study.interrupt(record.number, "the command ended")
-        elif promoted := self.halving.promoted(self._paused()):
+        elif promoted := self.asha.promoted(self._paused()):
             self.study.note(promoted.number, "paused", False)
             record = promoted
         elif asked := self.study.ask():

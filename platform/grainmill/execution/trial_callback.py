@@ -16,8 +16,8 @@ from grainmill.errors import GrainmillError, SearchError
 from grainmill.execution import evaluate_group
 from grainmill.execution.training_job import Plan
 from grainmill.execution.watchdog import Listener
-from grainmill.search.asha import Halving, forecast
-from grainmill.search.records import Record
+from grainmill.search.asha import ASHA, forecast
+from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
 from grainmill.tracking.sync import Outbox
 
@@ -33,7 +33,7 @@ class Watch(Protocol):
     def note(self, message: str) -> None:
         """A step of the whole begins."""
 
-    def trial(self, name: str, record: Record) -> None:
+    def trial(self, name: str, record: TrialRecord) -> None:
         """A trial began, finished an epoch, or ended."""
 
 
@@ -63,10 +63,8 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     included.
     """
 
-    def __init__(
-        self, plan: Plan, study: Study, halving: Halving, outbox: Outbox, watch: Watch, listener: Listener
-    ) -> None:
-        self.plan, self.study, self.halving, self.outbox, self.watch = plan, study, halving, outbox, watch
+    def __init__(self, plan: Plan, study: Study, asha: ASHA, outbox: Outbox, watch: Watch, listener: Listener) -> None:
+        self.plan, self.study, self.asha, self.outbox, self.watch = plan, study, asha, outbox, watch
         self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
@@ -125,7 +123,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             return True
         if self.spent():
             return False
-        verdict = self.halving.judge(record)
+        verdict = self.asha.judge(record)
         if verdict == "pause":
             self.study.note(number, "paused", True)
         return verdict == "continue"
@@ -193,7 +191,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self.watch.note(self.forecast)
         self._stop_if_hopeless(record)
 
-    def _stop_if_hopeless(self, record: Record) -> None:
+    def _stop_if_hopeless(self, record: TrialRecord) -> None:
         if record.state != "failed":
             self.ended_well += 1
             return

@@ -16,8 +16,8 @@ from grainmill.config.experiment import Experiment
 from grainmill.config.space import Parameter, shown
 from grainmill.config.validation import COSTS
 from grainmill.search import selection
-from grainmill.search.asha import Halving
-from grainmill.search.records import Record
+from grainmill.search.asha import ASHA
+from grainmill.search.records import TrialRecord
 
 COLOURS = {
     "winner": "#1e8449",
@@ -34,7 +34,7 @@ ENDS = {"complete": "o", "stopped": "x", "failed": "X"}
 DPI = 110
 
 
-class Picture(NamedTuple):
+class Chart(NamedTuple):
     """A picture of the report, or the reason why there is none."""
 
     name: str
@@ -49,17 +49,17 @@ class Subject(NamedTuple):
     """What the pictures are of."""
 
     experiment: Experiment
-    records: Sequence[Record]
-    winner: Record
+    records: Sequence[TrialRecord]
+    winner: TrialRecord
 
-    def kind(self, record: Record) -> str:
+    def kind(self, record: TrialRecord) -> str:
         """What a trial is: a key of `COLOURS`."""
         if record == self.winner:
             return "winner"
         return "published setting" if record.setting == self.experiment.reference else record.state
 
     @property
-    def complete(self) -> list[Record]:
+    def complete(self) -> list[TrialRecord]:
         """The trials that ran to their end."""
         return [record for record in self.records if record.state == "complete"]
 
@@ -111,7 +111,7 @@ def kinds(subject: Subject, line: str) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def front(subject: Subject) -> Picture:
+def front(subject: Subject) -> Chart:
     """Complete trials and their variants in pairs of the first three objectives."""
     experiment = subject.experiment
     entries = [selection.Entry(record, None, record.metrics) for record in subject.complete]
@@ -160,13 +160,13 @@ def front(subject: Subject) -> Picture:
     )
     if len(experiment.objective) > 3:
         text += " Of the objectives, the first three are shown; the front is that of all."
-    return Picture("front", "Pareto front", text, png(figure))
+    return Chart("front", "Pareto front", text, png(figure))
 
 
-def curves(subject: Subject) -> Picture:
+def curves(subject: Subject) -> Chart:
     """Each objective by epoch."""
     experiment = subject.experiment
-    rungs = Halving(experiment).levels
+    rungs = ASHA(experiment).levels
     count = len(experiment.objective)
     figure, axes = _canvas(count, 2, 4.2 if count == 1 else 3.8)
     for ax, metric in zip(axes, experiment.objective, strict=True):
@@ -184,10 +184,10 @@ def curves(subject: Subject) -> Picture:
     legend(figure, kinds(subject, "-") | ({"rung": ("", ":", "#52606d")} if rungs else {}))
     levels = f"epoch{'s' * (len(rungs) > 1)} {', '.join(map(str, rungs))}"
     told = f" Trials are judged after {levels}." if rungs else ""
-    return Picture("curves", "Learning curves", f"Each line ends where its trial did.{told}", png(figure))
+    return Chart("curves", "Learning curves", f"Each line ends where its trial did.{told}", png(figure))
 
 
-def space(subject: Subject) -> Picture:
+def space(subject: Subject) -> Chart:
     """The first objective against each searched parameter, at the last epoch of each trial."""
     experiment = subject.experiment
     metric = next(iter(experiment.objective))
@@ -204,7 +204,7 @@ def space(subject: Subject) -> Picture:
         _scale(ax, parameter, [shown(word) for word in words])
     legend(figure, kinds(subject, ""))
     text = f"{metric} after the last epoch of each trial, against each parameter where it was searched."
-    return Picture("space", "The space", text, png(figure))
+    return Chart("space", "The space", text, png(figure))
 
 
 def _layer(kind: str) -> int:

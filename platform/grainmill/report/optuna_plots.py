@@ -16,8 +16,8 @@ from optuna.visualization import matplotlib as optunas
 
 from grainmill.config.experiment import Experiment
 from grainmill.report import charts
-from grainmill.report.charts import COLOURS, Picture, Subject
-from grainmill.search.records import Record
+from grainmill.report.charts import COLOURS, Chart, Subject
+from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
 
 FEWEST = 3
@@ -26,7 +26,7 @@ PAIR = ("loss.weight", "model.p")
 """Parameters whose map is drawn where both are searched."""
 
 
-def pictures(experiment: Experiment, study: Study, best: Record) -> list[Picture]:
+def pictures(experiment: Experiment, study: Study, best: TrialRecord) -> list[Chart]:
     """All pictures of a search, in the order of the report.
 
     Args:
@@ -107,52 +107,52 @@ def _missing(complete: Sequence[FrozenTrial]) -> str | None:
     return None
 
 
-def _importances(subject: Subject, complete: Sequence[FrozenTrial]) -> Picture:
+def _importances(subject: Subject, complete: Sequence[FrozenTrial]) -> Chart:
     name, title, objectives = "importances", "Importance of the parameters", len(subject.experiment.objective)
     if reason := _missing(complete):
-        return Picture(name, title, reason, None)
+        return Chart(name, title, reason, None)
     # Of several objectives Optuna calls the parameters important that make each small.
     study = _study(subject, complete, objectives, negated=True)
     with _drawing(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ax = optunas.plot_param_importances(study)
         if any("will be equal" in str(warning.message) for warning in caught):
-            return Picture(name, title, "left out: the complete trials are equally good, or nearly all are", None)
+            return Chart(name, title, "left out: the complete trials are equally good, or nearly all are", None)
         figure = _tidied(ax, 1.5 + 0.28 * objectives * len(ax.get_yticks()))
         ax.grid(axis="x", alpha=0.3)
         ax.set(xlabel="importance (a share of 1)", ylabel="")
         data = charts.png(figure)
     few = "" if len(complete) >= 50 else f" {len(complete)} complete trials give no more than a hint."
     text = "What sets the best tenth of the complete trials apart from the others (PED-ANOVA)." + few
-    return Picture(name, title, text, data)
+    return Chart(name, title, text, data)
 
 
-def _coordinates(subject: Subject, complete: Sequence[FrozenTrial]) -> Picture:
+def _coordinates(subject: Subject, complete: Sequence[FrozenTrial]) -> Chart:
     name, title, objectives = "coordinates", "Parallel coordinates", len(subject.experiment.objective)
     if reason := _missing(complete):
-        return Picture(name, title, reason, None)
+        return Chart(name, title, reason, None)
     study = _study(subject, complete, objectives)
     with _drawing():
         ax = optunas.plot_parallel_coordinate(study, target_name=next(iter(subject.experiment.objective)))
         for lines in ax.collections:  # Optuna's fade to white
             lines.set(cmap="viridis" if lines.get_cmap().name.endswith("_r") else "viridis_r", linewidth=1.6, alpha=0.8)
         data = charts.png(_tidied(ax, 5))
-    return Picture(name, title, "Each line is a complete trial; None stands where a parameter was not drawn.", data)
+    return Chart(name, title, "Each line is a complete trial; None stands where a parameter was not drawn.", data)
 
 
-def _contour(subject: Subject, complete: Sequence[FrozenTrial]) -> Picture:
+def _contour(subject: Subject, complete: Sequence[FrozenTrial]) -> Chart:
     """The first objective over two parameters."""
     name, title, metric = "contour", "Map of two parameters", next(iter(subject.experiment.objective))
     if reason := _missing(complete):
-        return Picture(name, title, reason, None)
+        return Chart(name, title, reason, None)
     study = _study(subject, complete, 1)
     pair = _pair(study, complete)
     if len(pair) < 2:
-        return Picture(name, title, "left out: it takes 2 numeric parameters of which trials tried 2 values", None)
+        return Chart(name, title, "left out: it takes 2 numeric parameters of which trials tried 2 values", None)
     (x, y), space = pair, subject.experiment.space
     if (both := sum({x, y} <= trial.params.keys() for trial in complete)) < FEWEST:
         reason = f"left out: it takes {FEWEST} complete trials that searched {x} and {y}, got {both}"
-        return Picture(name, title, reason, None)
+        return Chart(name, title, reason, None)
     with _drawing():
         ax = optunas.plot_contour(study, [x, y], target_name=metric)
         for kind in ("published setting", "winner"):
@@ -162,7 +162,7 @@ def _contour(subject: Subject, complete: Sequence[FrozenTrial]) -> Picture:
                     ax.plot(*at, "*", ms=17, mec="white", color=COLOURS[kind], label=kind, zorder=10)
         ax.legend(loc="upper left", bbox_to_anchor=(0, 1.12), ncols=2, frameon=False)
         data = charts.png(_tidied(ax, 5.5))
-    return Picture(name, f"{title}: {x} and {y}", f"{metric}, interpolated between the complete trials (dots).", data)
+    return Chart(name, f"{title}: {x} and {y}", f"{metric}, interpolated between the complete trials (dots).", data)
 
 
 def _pair(study: optuna.Study, complete: Sequence[FrozenTrial]) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ def _pair(study: optuna.Study, complete: Sequence[FrozenTrial]) -> tuple[str, ..
     return tuple([name for name in important if name in numeric][:2])
 
 
-def _timeline(subject: Subject, trials: Sequence[FrozenTrial]) -> Picture:
+def _timeline(subject: Subject, trials: Sequence[FrozenTrial]) -> Chart:
     with _drawing():
         ax = optunas.plot_timeline(_study(subject, trials, len(subject.experiment.objective)))
         for bar, record in zip(ax.patches, subject.records, strict=True):
@@ -200,4 +200,4 @@ def _timeline(subject: Subject, trials: Sequence[FrozenTrial]) -> Picture:
         charts.legend(figure, charts.kinds(subject, ""))
         data = charts.png(figure)
     text = "When each trial ran, from its beginning to its end; pauses between are part of it."
-    return Picture("timeline", "Timeline", text, data)
+    return Chart("timeline", "Timeline", text, data)

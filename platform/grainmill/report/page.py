@@ -12,9 +12,9 @@ from grainmill.config.space import shown
 from grainmill.config.validation import HOURS
 from grainmill.registry.models import Version
 from grainmill.report import optuna_plots
-from grainmill.report.charts import Picture
+from grainmill.report.charts import Chart
 from grainmill.search import selection
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 from grainmill.search.selection import Candidate
 from grainmill.search.study import Study
 
@@ -40,7 +40,7 @@ def write(
     folder: Path,
     experiment: Experiment,
     search: Study | None,
-    finals: Sequence[Record],
+    finals: Sequence[TrialRecord],
     candidates: Sequence[Candidate],
     chosen: Candidate,
     version: Version,
@@ -73,12 +73,12 @@ def write(
 
 def html(
     experiment: Experiment,
-    records: Sequence[Record],
-    finals: Sequence[Record],
+    records: Sequence[TrialRecord],
+    finals: Sequence[TrialRecord],
     candidates: Sequence[Candidate],
     chosen: Candidate,
     version: Version,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Chart],
 ) -> str:
     """The page; `records` are the trials of the search, the others as in `write`."""
     sections = [_html_table(*comparison(experiment, records, chosen))]
@@ -102,7 +102,7 @@ def html(
     return _PAGE.format(title=escape(f"Grainmill: {experiment.name}"), summary=summary, body="\n".join(sections))
 
 
-def counted(records: Sequence[Record]) -> str:
+def counted(records: Sequence[TrialRecord]) -> str:
     """How many trials ended how, in words."""
     counts = {state: sum(record.state == state for record in records) for state in ("complete", "stopped", "failed")}
     plural = "trial" if len(records) == 1 else "trials"
@@ -111,9 +111,9 @@ def counted(records: Sequence[Record]) -> str:
     return f"{len(records)} {plural}: {ended}" + f"; {interrupted} of them interrupted" * (interrupted > 0)
 
 
-def comparison(experiment: Experiment, records: Sequence[Record], chosen: Candidate) -> Table:
+def comparison(experiment: Experiment, records: Sequence[TrialRecord], chosen: Candidate) -> Table:
     """The published setting, the winner and its further trainings, side by side: header and rows."""
-    columns: dict[str, Record] = {}
+    columns: dict[str, TrialRecord] = {}
     if chosen.trial:
         published = next((record for record in records if record.setting == experiment.reference), None)
         columns = ({"published setting": published} if published else {}) | {"winner": chosen.trial}
@@ -170,7 +170,7 @@ def _bound(name: str, bound: Bound) -> str:
     return f"{low}{name}" + ("" if bound.max is None else f" ≤ {bound.max:g}")
 
 
-def front(experiment: Experiment, records: Sequence[Record]) -> Table:
+def front(experiment: Experiment, records: Sequence[TrialRecord]) -> Table:
     """The Pareto front: header and rows, the best by the first objective first."""
     first = next(iter(experiment.objective))
     best = selection.front(experiment, records)
@@ -182,9 +182,9 @@ def front(experiment: Experiment, records: Sequence[Record]) -> Table:
     return ["trial", "variant", *experiment.objective], rows
 
 
-def costs(records: Sequence[Record], finals: Sequence[Record]) -> Table:
+def costs(records: Sequence[TrialRecord], finals: Sequence[TrialRecord]) -> Table:
     """What was spent on what: header and rows."""
-    groups: dict[str, Sequence[Record]] = {
+    groups: dict[str, Sequence[TrialRecord]] = {
         "complete trials": [record for record in records if record.state == "complete"],
         "trials stopped early": [record for record in records if record.state == "stopped"],
         "trials that failed": [record for record in records if record.state not in ("complete", "stopped")],
@@ -198,7 +198,7 @@ def costs(records: Sequence[Record], finals: Sequence[Record]) -> Table:
     return ["", "trainings", "epochs", *HOURS.values()], rows
 
 
-def saved(experiment: Experiment, records: Sequence[Record]) -> str:
+def saved(experiment: Experiment, records: Sequence[TrialRecord]) -> str:
     """What stopping early saved, in words; empty where nothing was stopped."""
     stopped = [record for record in records if record.state == "stopped" and record.metrics]
     if not stopped:
@@ -223,7 +223,7 @@ def saved(experiment: Experiment, records: Sequence[Record]) -> str:
     )
 
 
-def _spent(records: Sequence[Record], cost: str) -> float:
+def _spent(records: Sequence[TrialRecord], cost: str) -> float:
     return sum(record.cost.get(cost, 0) for record in records)
 
 
@@ -263,7 +263,7 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[object]], kinds: 
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _trials(experiment: Experiment, records: Sequence[Record], best: Record) -> str:
+def _trials(experiment: Experiment, records: Sequence[TrialRecord], best: TrialRecord) -> str:
     rows, kinds = [], []
     for record in records:
         kinds.append("winner" if record == best else "reference" if record.setting == experiment.reference else "")
@@ -285,7 +285,7 @@ def _trials(experiment: Experiment, records: Sequence[Record], best: Record) -> 
     )
 
 
-def _state(experiment: Experiment, record: Record) -> str:
+def _state(experiment: Experiment, record: TrialRecord) -> str:
     """How a trial ended, with the cause of a failure, and where it was cut short before."""
     interrupted = "".join(f"; interrupted {where}" for where in record.interruptions)
     if record.cause:

@@ -11,21 +11,21 @@ from typing import Literal
 from grainmill.config.experiment import Experiment
 from grainmill.config.validation import HOURS
 from grainmill.search import pareto
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 
 Verdict = Literal["continue", "stop", "pause"]
 Place = tuple[int, object]
 """A rung's epoch, and the stratum."""
 
 
-class Halving:
+class ASHA:
     """The rungs: epochs at which a trial is judged among those of its stratum that got there before.
 
     The rungs are at `grace_epochs` times powers of `reduction`. Of N trials at a rung the best N / `reduction`, at
     least one, go on. The first trial, the published setting, always does, so that all can be held against it.
     """
 
-    def __init__(self, experiment: Experiment, records: Iterable[Record] = ()) -> None:
+    def __init__(self, experiment: Experiment, records: Iterable[TrialRecord] = ()) -> None:
         """
         Args:
             experiment: its objective, epochs and search; `scheduler: none` has no rungs.
@@ -44,19 +44,19 @@ class Halving:
             for row in record.history:
                 self._enter(record, int(row["epoch"]))
 
-    def judge(self, record: Record) -> Verdict:
+    def judge(self, record: TrialRecord) -> Verdict:
         """Whether a trial goes on after the epoch that it has just finished; each epoch must be shown once."""
         epoch = int(record.metrics["epoch"])
         if not self._enter(record, epoch) or record.setting == self.reference or self._good(record, epoch):
             return "continue"
         return self.experiment.search.losers
 
-    def promoted(self, paused: Iterable[Record]) -> Record | None:
+    def promoted(self, paused: Iterable[TrialRecord]) -> TrialRecord | None:
         """A paused trial that is now among the best of its rung, of the highest rung first; None without one."""
         good = [record for record in paused if self._good(record, int(record.metrics["epoch"]))]
         return max(good, key=lambda record: record.metrics["epoch"], default=None)
 
-    def _enter(self, record: Record, epoch: int) -> bool:
+    def _enter(self, record: TrialRecord, epoch: int) -> bool:
         """Note a trial at a rung; False where there is none."""
         if epoch not in self.levels:
             return False
@@ -67,7 +67,7 @@ class Halving:
             self._positions.pop(place, None)
         return True
 
-    def _good(self, record: Record, epoch: int) -> bool:
+    def _good(self, record: TrialRecord, epoch: int) -> bool:
         place, reduction = (epoch, self._stratum(record)), self.experiment.search.reduction
         here = self._at[place]
         if place not in self._positions:
@@ -77,7 +77,7 @@ class Halving:
         position = self._positions[place].get(record.number)
         return position is not None and position * reduction < max(len(here), reduction)
 
-    def _stratum(self, record: Record) -> object:
+    def _stratum(self, record: TrialRecord) -> object:
         name = self.experiment.search.stratify
         return record.setting[name] if name else None
 
@@ -85,7 +85,7 @@ class Halving:
 def expected_epochs(experiment: Experiment) -> float:
     """Epochs that all trials of a search take together, if at each rung just its share goes on."""
     search, epochs = experiment.search, experiment.base.epochs
-    levels = Halving(experiment).levels
+    levels = ASHA(experiment).levels
     # The first trial runs to its end.
     rest = sum(
         (end - start) / search.reduction**rung
@@ -94,7 +94,7 @@ def expected_epochs(experiment: Experiment) -> float:
     return epochs + (search.trials - 1) * rest
 
 
-def forecast(experiment: Experiment, record: Record) -> str:
+def forecast(experiment: Experiment, record: TrialRecord) -> str:
     """What all trials of a search cost together if each epoch costs what those of one trial did, in words."""
     share = expected_epochs(experiment) / record.metrics["epoch"] / 3600
     hours = [f"{record.cost[name] * share:.3g} {unit}" for name, unit in HOURS.items() if record.cost.get(name)]

@@ -10,7 +10,7 @@ State = Literal["running", "paused", "complete", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Record:
+class TrialRecord:
     """One trial as the study knows it."""
 
     number: int

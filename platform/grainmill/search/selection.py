@@ -10,7 +10,7 @@ from scipy import stats
 
 from grainmill.config.experiment import Experiment
 from grainmill.search import pareto
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -19,7 +19,7 @@ LEVEL = 0.95
 class Entry(NamedTuple):
     """A point that a search reached."""
 
-    record: Record
+    record: TrialRecord
     variant: str | None
     """Other settings at which the trained network was evaluated; None: its own."""
     metrics: Mapping[str, float]
@@ -48,15 +48,15 @@ class Estimate:
 class Candidate:
     """One of the best trials, and what came of its setting from fresh seeds."""
 
-    trial: Record | None
+    trial: TrialRecord | None
     """Of the search; None where there was none."""
-    trainings: Sequence[Record]
+    trainings: Sequence[TrialRecord]
     """Those that ran to their end."""
     estimates: Mapping[str, Estimate]
     """Of every metric that all trainings of all candidates have."""
 
 
-def best(experiment: Experiment, records: Sequence[Record]) -> list[Record]:
+def best(experiment: Experiment, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The complete trials, each setting once; inside the constraints first, then by front, then by weight."""
     complete = [record for record in records if record.state == "complete"]
     front = pareto.fronts([experiment.point(record.metrics) for record in complete]) if complete else ()
@@ -64,14 +64,14 @@ def best(experiment: Experiment, records: Sequence[Record]) -> list[Record]:
         record.number: (any(experiment.missed(record.metrics)), number, -_worth(experiment, record.metrics))
         for record, number in zip(complete, front, strict=True)
     }
-    found: list[Record] = []
+    found: list[TrialRecord] = []
     for record in sorted(complete, key=lambda record: keys[record.number]):
         if not any(_same(record, other) for other in found):
             found.append(record)
     return found
 
 
-def front(experiment: Experiment, records: Sequence[Record]) -> list[Entry]:
+def front(experiment: Experiment, records: Sequence[TrialRecord]) -> list[Entry]:
     """The Pareto front of all complete trials and their variants; a variant cost what its trial did."""
     complete = [record for record in records if record.state == "complete"]
     entries = [Entry(record, None, record.metrics) for record in complete]
@@ -85,7 +85,7 @@ def front(experiment: Experiment, records: Sequence[Record]) -> list[Entry]:
     return [entry for entry, front in zip(entries, number, strict=True) if front == 0]
 
 
-def candidates(trials: Sequence[Record | None], finals: Sequence[Record]) -> list[Candidate]:
+def candidates(trials: Sequence[TrialRecord | None], finals: Sequence[TrialRecord]) -> list[Candidate]:
     """The candidates with their estimates; those of which no training came through are left out.
 
     The intervals are Student's, of a standard deviation that all candidates share: a few seeds of each say little
@@ -128,12 +128,12 @@ def choose(experiment: Experiment, found: Sequence[Candidate]) -> Candidate:
     return max(found, key=worth)
 
 
-def shipped(experiment: Experiment, candidate: Candidate) -> Record:
+def shipped(experiment: Experiment, candidate: Candidate) -> TrialRecord:
     """The training whose model is kept: that with the best weighted objectives."""
     return max(candidate.trainings, key=lambda record: _worth(experiment, record.metrics))
 
 
-def _same(one: Record, other: Record) -> bool:
+def _same(one: TrialRecord, other: TrialRecord) -> bool:
     """Whether two trials have the same setting but for the seed."""
     names = (one.setting.keys() | other.setting.keys()) - {"seed"}
     return all(one.setting.get(name) == other.setting.get(name) for name in names)

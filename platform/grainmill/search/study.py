@@ -25,7 +25,7 @@ from grainmill.config.space import Parameter, Scalar, Setting, grid, resolve
 from grainmill.config.validation import COSTS
 from grainmill.errors import StorageError
 from grainmill.search import samplers
-from grainmill.search.records import Record, State
+from grainmill.search.records import State, TrialRecord
 
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
@@ -109,7 +109,7 @@ class Study:
 
     @property
     @_patient
-    def records(self) -> list[Record]:
+    def records(self) -> list[TrialRecord]:
         """All trials that have a setting, by number."""
         return [_record(trial) for trial in self._study.get_trials(deepcopy=False) if "setting" in trial.user_attrs]
 
@@ -125,7 +125,7 @@ class Study:
         return sum("setting" in trial.user_attrs and trial.state not in states for trial in trials)
 
     @_patient
-    def ask(self) -> Record | None:
+    def ask(self) -> TrialRecord | None:
         """A new trial; None when all have been given out."""
         if self.remaining <= 0:
             return None
@@ -147,7 +147,7 @@ class Study:
         return self.record(trial.number)
 
     @_patient
-    def record(self, number: int) -> Record:
+    def record(self, number: int) -> TrialRecord:
         """One trial."""
         return _record(self._frozen(number))
 
@@ -271,7 +271,7 @@ class Study:
         return optuna.Trial(self._study, self._id(number))
 
 
-def _record(trial: FrozenTrial) -> Record:
+def _record(trial: FrozenTrial) -> TrialRecord:
     kept = trial.user_attrs
     state = "paused" if trial.state == TrialState.RUNNING and kept.get("paused") else _STATES[trial.state]
     rows = kept.get("history", ())
@@ -280,4 +280,4 @@ def _record(trial: FrozenTrial) -> Record:
     cost = max(kept.get("cost", {}), reported, key=lambda cost: sum(cost.values()))
     why, variants = kept.get("cause"), kept.get("variants", {})
     times, interruptions = tuple(row["at"] for row in rows), tuple(kept.get("interruptions", ()))
-    return Record(trial.number, state, kept["setting"], history, times, why, variants, cost, interruptions)
+    return TrialRecord(trial.number, state, kept["setting"], history, times, why, variants, cost, interruptions)

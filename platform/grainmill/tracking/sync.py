@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from grainmill.errors import TrackingError
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import PARENT, Status, Tracker
 
@@ -57,7 +57,7 @@ class Outbox:
         """
         self._study, self._name, self._tracker, self._parent, self._note = study, name, tracker, parent, note
         self._changed = threading.Condition()
-        self._waiting: dict[int | None, tuple[Record, bool] | None] = {}
+        self._waiting: dict[int | None, tuple[TrialRecord, bool] | None] = {}
         """By number, the newest of each trial; None stands for a look at all runs."""
         self._busy = self._over = False
         self._error: Exception | None = None
@@ -70,7 +70,7 @@ class Outbox:
         self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
         self._thread.start()
 
-    def put(self, record: Record, works: bool) -> None:
+    def put(self, record: TrialRecord, works: bool) -> None:
         """See to it that MLflow gets to know all of a trial; returns at once.
 
         Args:
@@ -113,7 +113,7 @@ class Outbox:
         with self._changed:
             return self._changed.wait_for(lambda: not (self._waiting or self._busy), seconds)
 
-    def _next(self) -> tuple[int | None, tuple[Record, bool] | None] | None:
+    def _next(self) -> tuple[int | None, tuple[TrialRecord, bool] | None] | None:
         """What to tell; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._over)
@@ -140,7 +140,7 @@ class Outbox:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _failed(self, number: int | None, told: tuple[Record, bool] | None, error: Exception) -> None:
+    def _failed(self, number: int | None, told: tuple[TrialRecord, bool] | None, error: Exception) -> None:
         if not self._error:
             self._note(f"training goes on, and MLflow is told later: {error}")
         with self._changed:
@@ -166,7 +166,7 @@ class Outbox:
             self._tracker.remove(run_id)
         self._runs = runs
 
-    def _tell(self, record: Record, works: bool) -> None:
+    def _tell(self, record: TrialRecord, works: bool) -> None:
         name, status = self._name(record.number), _status(record, works)
         if self._runs is None:
             self._look()
@@ -199,13 +199,13 @@ class Outbox:
             run.status = status
 
 
-def _status(record: Record, works: bool) -> Status:
+def _status(record: TrialRecord, works: bool) -> Status:
     if record.state == "running":
         return "RUNNING" if works else "KILLED"
     return {"paused": "SCHEDULED", "failed": "FAILED"}.get(record.state, "FINISHED")  # type: ignore[return-value]
 
 
-def _tags(record: Record) -> dict[str, str]:
+def _tags(record: TrialRecord) -> dict[str, str]:
     at = "" if record.state == "running" else f" at epoch {record.metrics.get('epoch', 0):g}"
     interruptions = {"interruptions": "; ".join(record.interruptions)} if record.interruptions else {}
     cause = {"cause": record.cause} if record.cause else {}

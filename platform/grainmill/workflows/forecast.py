@@ -1,6 +1,6 @@
 """What a run will take of a cluster: its search and the training of the best again, played through in virtual time.
 
-Trials go through the rungs of the real halving, with values drawn at random, for how good they will be is not known.
+Trials go through the rungs of the real asha, with values drawn at random, for how good they will be is not known.
 """
 
 import heapq
@@ -15,8 +15,8 @@ from grainmill.cluster.shape import Cluster, NodeType, room
 from grainmill.config.experiment import Experiment
 from grainmill.config.resources import Need
 from grainmill.config.space import Scalar
-from grainmill.search.asha import Halving
-from grainmill.search.records import Record
+from grainmill.search.asha import ASHA
+from grainmill.search.records import TrialRecord
 
 LEARNING = 0.15
 """Of a sampler that learns: trial n is better by so much times log(1 + n), where trials without it spread evenly from 0
@@ -169,11 +169,11 @@ class _Search:
     """The trials of a search. How good one is, is drawn once; it begins where it was paused."""
 
     def __init__(self, experiment: Experiment, amounts: Mapping[str, float], chance: random.Random) -> None:
-        self.experiment, self.chance, self.halving = experiment, chance, Halving(experiment)
+        self.experiment, self.chance, self.asha = experiment, chance, ASHA(experiment)
         budget = experiment.budget
         hours = {"GPU": budget.gpu_hours, "CPU": budget.cpu_hours}
         self.limits = [3600 * limit / amounts[name] for name, limit in hours.items() if limit and amounts.get(name)]
-        self.records: list[Record] = []
+        self.records: list[TrialRecord] = []
         self.paused: set[int] = set()
         self.busy, self.epochs, self.complete = 0.0, 0, 0
 
@@ -184,14 +184,14 @@ class _Search:
     def next(self) -> int | None:
         if self.spent:
             return None
-        if again := self.halving.promoted(self.records[number] for number in self.paused):
+        if again := self.asha.promoted(self.records[number] for number in self.paused):
             self.paused.discard(again.number)
             return again.number
         number = len(self.records)
         if number == self.experiment.search.trials:
             return None
         setting = self.experiment.reference if number == 0 else {"number": number, **self._stratum()}
-        self.records.append(Record(number, "running", setting, (), (), None, {}, {}))
+        self.records.append(TrialRecord(number, "running", setting, (), (), None, {}, {}))
         return number
 
     def _stratum(self) -> dict[str, Scalar]:
@@ -215,7 +215,7 @@ class _Search:
             return False
         if self.spent:
             return False
-        verdict = self.halving.judge(record)
+        verdict = self.asha.judge(record)
         if verdict == "pause":
             self.paused.add(number)
         return verdict == "continue"

@@ -24,7 +24,7 @@ from grainmill.registry.model_card import Interval, Lineage, machine
 from grainmill.report import page as report
 from grainmill.search import selection
 from grainmill.search.asha import expected_epochs
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 from grainmill.search.selection import Candidate
 from grainmill.search.study import Study
 from grainmill.storage import workspace
@@ -40,13 +40,13 @@ FOLDER = "grainmill.folder"
 class Outcome:
     """What came of a run."""
 
-    records: Sequence[Record]
+    records: Sequence[TrialRecord]
     """The trials of the search; empty after `train`."""
     candidates: Sequence[Candidate]
     """The best of them, trained again; after `train`, the one setting."""
     winner: Candidate
     """The one that was chosen."""
-    final: Record
+    final: TrialRecord
     """The training whose model is registered."""
     version: models.Version
     champion: bool
@@ -186,7 +186,7 @@ class _Run:
         """Id of the MLflow run of a trial."""
         return next(run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items() if name == trial)
 
-    def finish(self, best: Sequence[Record | None], search: Study | None) -> Outcome:
+    def finish(self, best: Sequence[TrialRecord | None], search: Study | None) -> Outcome:
         """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
         experiment, workers = self.experiment, self.experiment.resources.retrain_workers
         settings: list[Setting] = [{}]
@@ -232,7 +232,7 @@ class _Run:
         self.home.keep()
         return outcome
 
-    def _lineage(self, plan: Plan, chosen: Candidate, final: Record) -> Lineage:
+    def _lineage(self, plan: Plan, chosen: Candidate, final: TrialRecord) -> Lineage:
         bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
         runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}

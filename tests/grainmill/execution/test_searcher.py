@@ -7,7 +7,7 @@ from ray.tune.search import Searcher
 
 from grainmill.config.experiment import experiment_model
 from grainmill.execution.searcher import Scheduler, StudySearcher
-from grainmill.search.asha import Halving
+from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 
 HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
@@ -20,7 +20,7 @@ def opened(tmp_path, trials=5, **changes):
 
 
 def searcher(study, spent=lambda: False):
-    return StudySearcher(study, Halving(study.experiment, study.records), spent)
+    return StudySearcher(study, ASHA(study.experiment, study.records), spent)
 
 
 def report(study, number, epoch, score):
@@ -80,7 +80,7 @@ def test_paused_trial_goes_on_under_its_number_once_it_is_among_the_best(tmp_pat
     assert numbers(made, "abcd") == [0, 1, 2, 3]
     for number, score in enumerate([0.9, 0.5, 0.4, 0.1]):
         report(study, number, 1, score)
-        verdict = made.halving.judge(study.record(number))
+        verdict = made.asha.judge(study.record(number))
         # Of two at the rung the better one goes on, of three and of four the better two.
         assert verdict == ("continue" if number == 0 else "pause"), number
         if verdict == "pause":

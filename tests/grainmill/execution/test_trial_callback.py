@@ -9,7 +9,7 @@ from grainmill.config.experiment import experiment_model
 from grainmill.config.resources import Resources
 from grainmill.execution import trial_callback
 from grainmill.execution.training_job import Plan
-from grainmill.search.asha import Halving
+from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 
 
@@ -25,7 +25,7 @@ def group(tmp_path, watch, monkeypatch):
     monkeypatch.setattr(trial_callback, "time", SimpleNamespace(monotonic=lambda: now[0]))
     released = []
     monkeypatch.setattr(trial_callback.group, "release", lambda: released.append(now[0]))
-    made = trial_callback.Clerk(plan, study, Halving(study.experiment, ()), outbox, watch, listener)
+    made = trial_callback.Clerk(plan, study, ASHA(study.experiment, ()), outbox, watch, listener)
     made.on_trial_start(0, [], trial)
 
     def say(seconds, **message):

@@ -8,9 +8,9 @@ import toy
 
 from grainmill.config.experiment import experiment_model
 from grainmill.registry.models import Version
-from grainmill.report.charts import Picture
+from grainmill.report.charts import Chart
 from grainmill.report.page import costs, counted, front, html, rule, saved
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 from grainmill.search.selection import Candidate, Estimate
 
 VERSION = Version("apples", "7")
@@ -19,7 +19,7 @@ VERSION = Version("apples", "7")
 def record(number, state="complete", height=0.5, epochs=4, cause=None, cpu=3600.0, variants=(), **setting):
     history = tuple({"epoch": epoch, "score": height * epoch, "cost": 0.25} for epoch in range(1, epochs + 1))
     cost = {"cpu_seconds": cpu, "gpu_seconds": cpu / 2}
-    return Record(number, state, {**setting, "height": height}, history, (), cause, dict(variants), cost)
+    return TrialRecord(number, state, {**setting, "height": height}, history, (), cause, dict(variants), cost)
 
 
 def experiment(space=None, **changes):
@@ -42,7 +42,7 @@ TRIALS = [
 FINALS = [record(0, height=1.0), record(1, height=1.0, epochs=4), record(2, "failed", epochs=2, cpu=900.0)]
 BEST = Candidate(TRIALS[3], FINALS[:2], {"score": Estimate(3.6, 0.25), "cost": Estimate(0.25, 0.0)})
 OTHER = Candidate(TRIALS[0], FINALS[:1], {"score": Estimate(1.9, 0.5), "cost": Estimate(0.25, math.inf)})
-DRAWN = [Picture("curves", "Learning <curves>", "One & all", b"png"), Picture("contour", "Map", "left out: few", None)]
+DRAWN = [Chart("curves", "Learning <curves>", "One & all", b"png"), Chart("contour", "Map", "left out: few", None)]
 
 
 def page(checked=None, pictures=DRAWN, chosen=BEST, trials=TRIALS):
@@ -192,5 +192,5 @@ def test_front_lists_trials_and_variants_the_best_by_the_first_objective_first()
     ]
     expected = [["1", "", "3", "0.25"], ["0", "small", "2", "0.125"]]
     assert front(several, trials) == (["trial", "variant", "score", "cost"], expected)
-    made = page(several, pictures=[Picture("front", "Pareto front", "", b"png")], trials=trials)
+    made = page(several, pictures=[Chart("front", "Pareto front", "", b"png")], trials=trials)
     assert expected[1] in rows(made)

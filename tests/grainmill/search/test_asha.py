@@ -7,8 +7,8 @@ import pytest
 import toy
 
 from grainmill.config.experiment import experiment_model
-from grainmill.search.asha import Halving, expected_epochs, forecast
-from grainmill.search.records import Record
+from grainmill.search.asha import ASHA, expected_epochs, forecast
+from grainmill.search.records import TrialRecord
 
 
 def experiment(epochs=9, **changes):
@@ -24,17 +24,17 @@ def record(number, rows, height=None, kind="plain"):
         score, cost = value if isinstance(value, tuple) else (value, 0.0)
         history.append({"epoch": float(epoch), "score": score, "cost": cost})
     setting = {"height": 1.0 + number if height is None else height, "kind": kind}
-    return Record(number, "running", setting, tuple(history), (), None, {}, {})
+    return TrialRecord(number, "running", setting, tuple(history), (), None, {}, {})
 
 
-def verdicts(halving, values, epoch=1, **kinds):
-    return [halving.judge(record(number, {epoch: value})) for number, value in enumerate(values, 1)]
+def verdicts(asha, values, epoch=1, **kinds):
+    return [asha.judge(record(number, {epoch: value})) for number, value in enumerate(values, 1)]
 
 
 def test_of_those_at_a_rung_the_best_share_goes_on_and_at_least_one():
-    halving = Halving(experiment(search={"grace_epochs": 1, "reduction": 3}))
+    asha = ASHA(experiment(search={"grace_epochs": 1, "reduction": 3}))
     # Positions 0; 1; 2; 1 of 4, which is within 4/3; 0.
-    assert verdicts(halving, [5, 4, 3, 4.5, 6]) == ["continue", "stop", "stop", "continue", "continue"]
+    assert verdicts(asha, [5, 4, 3, 4.5, 6]) == ["continue", "stop", "stop", "continue", "continue"]
 
 
 @pytest.mark.parametrize(
@@ -50,64 +50,64 @@ def test_of_those_at_a_rung_the_best_share_goes_on_and_at_least_one():
 def test_rungs_are_at_the_grace_times_powers_of_the_reduction_and_before_the_end(search, rungs):
     judged = []
     for epoch in range(1, 9):
-        halving = Halving(experiment(search=search))
-        halving.judge(record(1, {epoch: 5.0}))
-        if halving.judge(record(2, {epoch: 1.0})) == "stop":
+        asha = ASHA(experiment(search=search))
+        asha.judge(record(1, {epoch: 5.0}))
+        if asha.judge(record(2, {epoch: 1.0})) == "stop":
             judged.append(epoch)
     assert judged == rungs
 
 
 def test_published_setting_goes_on_however_weak_and_is_compared_with():
-    halving = Halving(experiment(search={"grace_epochs": 1}))
-    assert halving.judge(record(1, {1: 0.9})) == "continue"
-    assert halving.judge(record(0, {1: 0.0}, height=0.5)) == "continue"
-    assert halving.judge(record(2, {1: 0.0})) == "stop"
+    asha = ASHA(experiment(search={"grace_epochs": 1}))
+    assert asha.judge(record(1, {1: 0.9})) == "continue"
+    assert asha.judge(record(0, {1: 0.0}, height=0.5)) == "continue"
+    assert asha.judge(record(2, {1: 0.0})) == "stop"
 
 
 def test_several_objectives_are_ranked_by_domination_and_a_new_end_of_the_front_goes_on():
-    halving = Halving(experiment(objective={"score": "max", "cost": "min"}, search={"grace_epochs": 1, "reduction": 2}))
-    assert halving.judge(record(1, {1: (5.0, 5.0)})) == "continue"
-    assert halving.judge(record(2, {1: (4.0, 6.0)})) == "stop"  # dominated
-    assert halving.judge(record(3, {1: (1.0, 1.0)})) == "continue"  # the cheap end: second of three, within 3/2
-    assert halving.judge(record(4, {1: (0.5, 1.5)})) == "stop"
-    assert halving.judge(record(5, {1: (9.0, 0.5)})) == "continue"  # dominates all
+    asha = ASHA(experiment(objective={"score": "max", "cost": "min"}, search={"grace_epochs": 1, "reduction": 2}))
+    assert asha.judge(record(1, {1: (5.0, 5.0)})) == "continue"
+    assert asha.judge(record(2, {1: (4.0, 6.0)})) == "stop"  # dominated
+    assert asha.judge(record(3, {1: (1.0, 1.0)})) == "continue"  # the cheap end: second of three, within 3/2
+    assert asha.judge(record(4, {1: (0.5, 1.5)})) == "stop"
+    assert asha.judge(record(5, {1: (9.0, 0.5)})) == "continue"  # dominates all
 
 
 def test_strata_are_judged_apart():
-    halving = Halving(experiment(search={"grace_epochs": 1, "stratify": "kind"}))
-    assert halving.judge(record(1, {1: 9.0})) == "continue"
-    assert halving.judge(record(2, {1: 1.0}, kind="nan")) == "continue"
-    assert halving.judge(record(3, {1: 0.5}, kind="nan")) == "stop"
+    asha = ASHA(experiment(search={"grace_epochs": 1, "stratify": "kind"}))
+    assert asha.judge(record(1, {1: 9.0})) == "continue"
+    assert asha.judge(record(2, {1: 1.0}, kind="nan")) == "continue"
+    assert asha.judge(record(3, {1: 0.5}, kind="nan")) == "stop"
 
 
 def test_search_that_is_carried_on_judges_by_what_was_seen_before():
     search = {"grace_epochs": 1, "reduction": 3}
     seen = [record(number, {1: value, 2: value, 3: value}) for number, value in enumerate([5.0, 4.0, 3.0], 1)]
-    halving = Halving(experiment(search=search), seen)
-    assert halving.judge(record(4, {1: 4.9})) == "continue"  # second of four
-    assert halving.judge(record(5, {1: 1.0})) == "stop"
-    assert halving.judge(record(6, {1: 9.0, 2: 9.0, 3: 2.0})) == "stop"  # at the rung of epoch 3
+    asha = ASHA(experiment(search=search), seen)
+    assert asha.judge(record(4, {1: 4.9})) == "continue"  # second of four
+    assert asha.judge(record(5, {1: 1.0})) == "stop"
+    assert asha.judge(record(6, {1: 9.0, 2: 9.0, 3: 2.0})) == "stop"  # at the rung of epoch 3
 
 
 def test_being_shown_an_epoch_again_changes_nothing():
-    halving = Halving(experiment(search={"grace_epochs": 1, "reduction": 2}))
-    assert [halving.judge(record(1, {1: 5.0})) for _ in range(4)] == ["continue"] * 4
-    assert halving.judge(record(2, {1: 4.0})) == "stop"
+    asha = ASHA(experiment(search={"grace_epochs": 1, "reduction": 2}))
+    assert [asha.judge(record(1, {1: 5.0})) for _ in range(4)] == ["continue"] * 4
+    assert asha.judge(record(2, {1: 4.0})) == "stop"
 
 
 def test_paused_trial_is_promoted_when_enough_worse_ones_came_and_the_highest_rung_first():
-    halving = Halving(experiment(search={"grace_epochs": 1, "reduction": 2, "losers": "pause"}))
-    assert verdicts(halving, [5.0, 4.0]) == ["continue", "pause"]
+    asha = ASHA(experiment(search={"grace_epochs": 1, "reduction": 2, "losers": "pause"}))
+    assert verdicts(asha, [5.0, 4.0]) == ["continue", "pause"]
     paused = [record(2, {1: 4.0})]
-    assert halving.promoted(paused) is None
-    assert halving.judge(record(3, {1: 1.0})) == "pause"
-    assert halving.promoted([*paused, record(3, {1: 1.0})]).number == 2  # second of three, within 3/2
-    halving.judge(record(4, {1: 6.0, 2: 6.0}))
-    halving.judge(record(5, {1: 6.0, 2: 5.0}))
-    halving.judge(record(6, {1: 6.0, 2: 4.0}))
+    assert asha.promoted(paused) is None
+    assert asha.judge(record(3, {1: 1.0})) == "pause"
+    assert asha.promoted([*paused, record(3, {1: 1.0})]).number == 2  # second of three, within 3/2
+    asha.judge(record(4, {1: 6.0, 2: 6.0}))
+    asha.judge(record(5, {1: 6.0, 2: 5.0}))
+    asha.judge(record(6, {1: 6.0, 2: 4.0}))
     higher = record(5, {1: 6.0, 2: 5.0})
-    assert halving.promoted([*paused, higher]).number == 5
-    assert halving.promoted([]) is None
+    assert asha.promoted([*paused, higher]).number == 5
+    assert asha.promoted([]) is None
 
 
 def test_expected_epochs_are_those_of_ideal_halving():

@@ -5,7 +5,7 @@ import pytest
 import toy
 
 from grainmill.config.experiment import experiment_model
-from grainmill.search.records import Record
+from grainmill.search.records import TrialRecord
 from grainmill.search.selection import best, candidates, choose, front, shipped
 
 TWO = {"score": "max", "cost": "min"}
@@ -20,7 +20,7 @@ def experiment(**changes):
 
 def record(number, score, cost=0.0, state="complete", variants=None, **setting):
     history = ({"epoch": 4.0, "score": score, "cost": cost},)
-    return Record(number, state, setting or {"height": float(number)}, history, (), None, variants or {}, {})
+    return TrialRecord(number, state, setting or {"height": float(number)}, history, (), None, variants or {}, {})
 
 
 def numbers(records):

@@ -109,7 +109,7 @@ def test_a_budget_ends_the_search_at_the_epoch_that_spends_it():
 
 @pytest.mark.parametrize("losers", ["stop", "pause"])
 def test_a_single_place_halves_as_the_trials_one_after_another_do(losers):
-    """Against the rule of asynchronous halving, written out for one objective and one trial at a time."""
+    """Against the rule of asynchronous asha, written out for one objective and one trial at a time."""
     trials, epochs, reduction = 12, 4, 2
     search = {"trials": trials, "grace_epochs": 1, "reduction": reduction, "losers": losers}
     search["sampler"] = "random"
