@@ -23,7 +23,7 @@ from grainmill import trainable
 from grainmill.cluster.session import connect
 from grainmill.corpus import embed
 from grainmill.registry import models
-from grainmill.registry.model_card import Lineage
+from grainmill.registry.model_card import ModelCard
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 from multigrain.config.training import MultiGrainSpec
 from multigrain.models import checkpoint
@@ -66,8 +66,8 @@ def register(folder, trunk, image):
     tracker = Tracker(local_uri(folder), "benchmark", folder)
     example = pd.DataFrame({"image": [image.read_bytes()]})
     run = tracker.start("made", {}, {})
-    story = Lineage("multigrain.trainable", "", {}, [], {}, {}, {}, {})
-    made = models.register(tracker, run, "benchmark", folder / "model", example, {}, story)
+    card = ModelCard("multigrain.trainable", "", {}, [], {}, {}, {}, {})
+    made = models.register(tracker, run, "benchmark", folder / "model", example, {}, card)
     return tracker.uri, made.uri, network.eval()
 
 

@@ -90,13 +90,13 @@ def example(data: Data) -> Any:
 def register(tracker: Any, folder: Path, bias: float, name: str = "shades") -> str:
     """A version that embeds with this bias, and is the champion now; its URI."""
     from grainmill.registry import models
-    from grainmill.registry.model_card import Lineage
+    from grainmill.registry.model_card import ModelCard
 
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"bias": bias}))
     run = tracker.start("made", {}, {})
-    story = Lineage("shades", "", {}, sources(Data()), {}, {}, {}, {})
-    made = models.register(tracker, run, name, folder, example(Data()), {}, story)
+    card = ModelCard("shades", "", {}, sources(Data()), {}, {}, {}, {})
+    made = models.register(tracker, run, name, folder, example(Data()), {}, card)
     tracker.client.set_registered_model_alias(name, models.CHAMPION, made.number)
     return made.uri
 

@@ -34,7 +34,7 @@ _ROUNDING = 2.0**-22
 Floats: TypeAlias = NDArray[np.floating]
 
 
-class Null(NamedTuple):
+class NullModel(NamedTuple):
     """The tails of different images around n images of a corpus."""
 
     start: Floats
@@ -70,7 +70,7 @@ def sample(images: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, images - 1, min(images, SAMPLE)).round().astype(np.int64))
 
 
-def null(scores: Floats, images: int) -> Null:
+def fit_null_model(scores: Floats, images: int) -> NullModel:
     """The tails, from the scores (n, `NEIGHBOURS`) of the nearest neighbours of n images, best first."""
     ranks = np.arange(COPIES + 1, NEIGHBOURS)
     # Gaps of an exponential tail, times their rank, are independent draws of its scale (Rényi).
@@ -78,10 +78,10 @@ def null(scores: Floats, images: int) -> Null:
     gaps = (depths[:, COPIES:-1] - depths[:, COPIES + 1 :]) * ranks
     scale = np.maximum(gaps.mean(axis=1, dtype=float), _SMALLEST)
     fit = np.median((depths[:, 0] - depths[:, COPIES]) / scale) / _MEDIAN
-    return Null(depths[:, COPIES], np.maximum(scale * min(1.0, fit), _SMALLEST), images)
+    return NullModel(depths[:, COPIES], np.maximum(scale * min(1.0, fit), _SMALLEST), images)
 
 
-def precision(scores: Floats, tails: Null) -> Floats:
+def precision(scores: Floats, tails: NullModel) -> Floats:
     """Estimated precision of the list down to each of its pairs, in [0, 1], not rising.
 
     Args:

@@ -17,7 +17,7 @@ import ray.data
 from grainmill import trainable
 from grainmill.cluster.session import connect
 from grainmill.corpus import index
-from grainmill.corpus.embedder import Embedder, Identity
+from grainmill.corpus.embedder import Embedder, ModelIdentity
 from grainmill.errors import CorpusError, ResourceError
 
 BLOCK = 256
@@ -30,7 +30,7 @@ PART_ROWS, PART_SECONDS = 8192, 5.0
 """When a file is written; what a crash costs is less."""
 
 
-class Embedded(NamedTuple):
+class EmbedResult(NamedTuple):
     """What came of it."""
 
     images: int
@@ -55,7 +55,7 @@ def embed(
     workers: int,
     address: str | None,
     progress: trainable.Progress,
-) -> Embedded:
+) -> EmbedResult:
     """Embed the images of a corpus that are not in the index yet; those that are none are tried again.
 
     An image is known by its name: whether its content has changed is not looked at.
@@ -75,7 +75,7 @@ def embed(
     """
     identity = Embedder(tracking_uri, model).identity
     images, names = listed(identity, source)
-    with index.claim(out, index.Record(identity, source)) as made:
+    with index.open_to_write(out, index.IndexRecord(identity, source)) as made:
         known = set(made.ids())
         missing = [name for name in names if name not in known]
         faults = dict.fromkeys((name for name in missing if not _is_text(name)), "has a name that is not text")
@@ -94,10 +94,10 @@ def embed(
             raise CorpusError(f"one image at least must be usable, but of {len(names)} none is: {name} {reason}")
         listing = _list_faults(out / index.SKIPPED, faults)
         total = len(known) + writer.written
-        return Embedded(total, len(known), listing, len(faults), writer.seconds, writer.steady)
+        return EmbedResult(total, len(known), listing, len(faults), writer.seconds, writer.steady)
 
 
-def listed(identity: Identity, source: str) -> tuple[trainable.Images, Sequence[str]]:
+def listed(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequence[str]]:
     """The images of a source, and their names, one at least."""
     try:
         images = trainable.find(identity.trainable).images(source)
@@ -121,7 +121,7 @@ def _is_text(name: str) -> bool:
 class _Worker:
     """Reads images, calls the model; one table of answers for each table of names."""
 
-    def __init__(self, images: trainable.Images, tracking_uri: str, identity: Identity) -> None:
+    def __init__(self, images: trainable.Images, tracking_uri: str, identity: ModelIdentity) -> None:
         self.images, self.dimension = images, identity.dimension
         self.embedder = Embedder(tracking_uri, identity.model)
 
@@ -154,7 +154,7 @@ class _Worker:
 
 
 def _answers(
-    images: trainable.Images, names: Sequence[str], tracking_uri: str, identity: Identity, workers: int
+    images: trainable.Images, names: Sequence[str], tracking_uri: str, identity: ModelIdentity, workers: int
 ) -> Iterator[pa.Table]:
     """Tables of a block of images each, as they come, from workers on the Ray that is there."""
     context = ray.data.DataContext.get_current()
@@ -196,7 +196,7 @@ def _share(workers: int) -> dict[str, float]:
 class _Writer:
     """Answers on their way into files."""
 
-    def __init__(self, folder: Path, record: index.Record) -> None:
+    def __init__(self, folder: Path, record: index.IndexRecord) -> None:
         self.folder, self.schema = folder, index.schema(record)
         self.written, self.steady, self.seconds = 0, 0, 0.0
         self.faults: dict[str, str] = {}

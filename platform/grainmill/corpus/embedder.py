@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     """Why the image is none."""
 
 
-class Identity(NamedTuple):
+class ModelIdentity(NamedTuple):
     """Which model made embeddings: only those of equal digest can be compared."""
 
     model: str
@@ -60,8 +60,8 @@ class Embedder:
         except KeyError as error:
             raise CorpusError(f"a model must embed images, but {model} knows no {error}; name another") from error
         assert first.embedding is not None, "the example is an image"
-        digest = integrity.identity(stored.portable)
-        self.identity = Identity(stored.version.uri, digest, len(first.embedding), stored.trainable)
+        digest = integrity.manifest_digest(stored.portable)
+        self.identity = ModelIdentity(stored.version.uri, digest, len(first.embedding), stored.trainable)
 
     def __call__(self, images: Sequence[bytes]) -> list[Answer]:
         """One answer for each image, in order."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from grainmill.corpus.embedder import Identity
+from grainmill.corpus.embedder import ModelIdentity
 from grainmill.errors import BusyError, CorpusError
 
 RECORD, SKIPPED = "index.json", "skipped.csv"
@@ -27,10 +27,10 @@ GROUP = 2048
 """Rows of a row group, which is read as one."""
 
 
-class Record(NamedTuple):
+class IndexRecord(NamedTuple):
     """What an index is of."""
 
-    model: Identity
+    model: ModelIdentity
     source: str
     """Of the images."""
 
@@ -42,7 +42,7 @@ class Record(NamedTuple):
     def read(cls, text: str | bytes) -> Self:
         """From `text`. Raises ValueError, or TypeError, if it is none."""
         fields = json.loads(text)
-        return cls(Identity(**{name: fields[name] for name in Identity._fields}), str(fields["source"]))
+        return cls(ModelIdentity(**{name: fields[name] for name in ModelIdentity._fields}), str(fields["source"]))
 
 
 class Block(NamedTuple):
@@ -62,7 +62,7 @@ class Index:
         """Raises CorpusError if there is none, or a file of it is damaged or of another model."""
         self.folder = folder
         try:
-            self.record = Record.read((folder / RECORD).read_text())
+            self.record = IndexRecord.read((folder / RECORD).read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             rule = f"an index must be a folder that `grainmill embed` made, but {folder.absolute()} is none"
             raise CorpusError(f"{rule} ({error}); name another") from error
@@ -70,7 +70,7 @@ class Index:
         for path in parts(folder):
             with _readable(path):
                 found = pq.read_metadata(path)
-                made = Record.read(found.metadata[KEY])
+                made = IndexRecord.read(found.metadata[KEY])
             if made != self.record:
                 rule = f"all files of an index must be of one model, but {path} is of {made.model.model}"
                 raise CorpusError(f"{rule} and {RECORD} of {self.record.model.model}; delete the file and embed again")
@@ -102,7 +102,7 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def schema(record: Record) -> pa.Schema:
+def schema(record: IndexRecord) -> pa.Schema:
     """Of its files."""
     vector = pa.list_(pa.float32(), record.model.dimension)
     fields = [("id", pa.string()), ("embedding", vector), ("class", pa.string()), ("score", pa.float32())]
@@ -110,7 +110,7 @@ def schema(record: Record) -> pa.Schema:
 
 
 @contextmanager
-def claim(folder: Path, record: Record) -> Iterator[Index]:
+def open_to_write(folder: Path, record: IndexRecord) -> Iterator[Index]:
     """The index of a record in a folder, which is made if need be; nobody else writes to it meanwhile.
 
     Raises:
@@ -142,7 +142,7 @@ def claim(folder: Path, record: Record) -> Iterator[Index]:
         yield index
 
 
-def check_model(index: Index, model: Identity) -> None:
+def check_model(index: Index, model: ModelIdentity) -> None:
     """Raises CorpusError if embeddings of a model cannot be compared with those of an index."""
     made = index.record.model
     if (made.digest, made.dimension) != (model.digest, model.dimension):

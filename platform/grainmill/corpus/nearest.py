@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
         return self._replace(first=self.first[order], second=self.second[order], score=self.score[order], more=more)
 
 
-def top(queries: Rows, blocks: Iterable[Block], k: int) -> tuple[NDArray[np.int64], Rows]:
+def top_k(queries: Rows, blocks: Iterable[Block], k: int) -> tuple[NDArray[np.int64], Rows]:
     """Positions and scores (Q, k) of the k best rows for each query, best first; all rows if there are fewer."""
     places: NDArray[np.int64] = np.empty((len(queries), 0), np.int64)
     scores: Rows = np.empty((len(queries), 0), np.float32)

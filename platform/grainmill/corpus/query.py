@@ -24,7 +24,7 @@ SHOWN = 100
 """Pairs on the page: the surest and, from the middle on, the least sure."""
 
 
-class Found(NamedTuple):
+class QueryResult(NamedTuple):
     """What a query found."""
 
     query: str
@@ -35,7 +35,7 @@ class Found(NamedTuple):
     scores: list[float]
 
 
-class Copies(NamedTuple):
+class DuplicatesResult(NamedTuple):
     """Pairs that may be copies."""
 
     pairs: list[tuple[str, str]]
@@ -48,7 +48,9 @@ class Copies(NamedTuple):
     files: list[Path]
 
 
-def find(tracking_uri: str, model: str, folder: Path, queries: Sequence[str], count: int, page: Path) -> list[Found]:
+def find(
+    tracking_uri: str, model: str, folder: Path, queries: Sequence[str], count: int, page: Path
+) -> list[QueryResult]:
     """The nearest images of an index for each query, exactly, and a page that shows them.
 
     Args:
@@ -74,26 +76,29 @@ def find(tracking_uri: str, model: str, folder: Path, queries: Sequence[str], co
     if not good:
         lines = [f"{query} {error}" for query, error in zip(queries, errors, strict=True)]
         raise CorpusError("a query must be an image, but none is:\n  " + "\n  ".join(lines))
-    places, scores = nearest.top(np.stack(good), ((one.start, one.embeddings) for one in made.blocks()), count)
+    places, scores = nearest.top_k(np.stack(good), ((one.start, one.embeddings) for one in made.blocks()), count)
     names = _names(made, places)
     lists = iter(zip(places.tolist(), scores.tolist(), strict=True))
     found = []
     for query, error in zip(queries, errors, strict=True):
         where, near = ([], []) if error else next(lists)
-        found.append(Found(query, error, [names[place] for place in where], near))
+        found.append(QueryResult(query, error, [names[place] for place in where], near))
     read = _reader(made)
     rows = [
-        [thumbnails.Cell(content, one.query, "query", query=True)]
-        + [thumbnails.Cell(read(name), name, f"{score:.4f}") for name, score in zip(one.ids, one.scores, strict=True)]
+        [thumbnails.Thumbnail(content, one.query, "query", query=True)]
+        + [
+            thumbnails.Thumbnail(read(name), name, f"{score:.4f}")
+            for name, score in zip(one.ids, one.scores, strict=True)
+        ]
         for one, content in zip(found, contents, strict=True)
         if isinstance(content, bytes) and not one.error
     ]
     told_of = f"{len(made):,} images of {made.record.source}, by {made.record.model.model}: nearest first, with scores"
-    thumbnails.write(page, "Nearest images", told_of, rows)
+    thumbnails.write_page(page, "Nearest images", told_of, rows)
     return found
 
 
-def duplicates(folder: Path, precision: float, threshold: float | None, out: Path) -> Copies:
+def duplicates(folder: Path, precision: float, threshold: float | None, out: Path) -> DuplicatesResult:
     """Pairs of images of an index that may be copies: `duplicates.csv` and a page, `duplicates.html`.
 
     The estimated precision is that of `copies`.
@@ -129,7 +134,7 @@ def duplicates(folder: Path, precision: float, threshold: float | None, out: Pat
     places = zip(found.first[:listed].tolist(), found.second[:listed].tolist(), strict=True)
     pairs = [(names[a], names[b]) for a, b in places]
     estimate = [None] * listed if sure is None else sure[:listed].tolist()
-    result = Copies(pairs, found.score[:listed].tolist(), estimate, found.more and listed == MOST, [])
+    result = DuplicatesResult(pairs, found.score[:listed].tolist(), estimate, found.more and listed == MOST, [])
     result.files.extend(_write(result, made, out))
     return result
 
@@ -141,7 +146,7 @@ def _filled(folder: Path) -> Index:
     return made
 
 
-def _tails(made: Index) -> copies.Null | None:
+def _tails(made: Index) -> copies.NullModel | None:
     """Of the different images around a sample; None if there are too few."""
     if len(made) <= copies.NEIGHBOURS:
         return None
@@ -149,10 +154,10 @@ def _tails(made: Index) -> copies.Null | None:
     parts = ((one.start, one.embeddings) for one in made.blocks())
     some = np.concatenate([rows[at[(at >= start) & (at < start + len(rows))] - start] for start, rows in parts])
     parts = ((one.start, one.embeddings) for one in made.blocks())
-    places, scores = nearest.top(some, parts, copies.NEIGHBOURS + 1)
+    places, scores = nearest.top_k(some, parts, copies.NEIGHBOURS + 1)
     itself = places == at[:, None]
     itself[~itself.any(axis=1), -1] = True  # many equal ones pushed it out
-    return copies.null(scores[~itself].reshape(len(at), copies.NEIGHBOURS), len(made))
+    return copies.fit_null_model(scores[~itself].reshape(len(at), copies.NEIGHBOURS), len(made))
 
 
 def _names(made: Index, places: NDArray[np.int64]) -> dict[int, str]:
@@ -185,7 +190,7 @@ def _reader(made: Index) -> Callable[[str], bytes | None]:
     return read
 
 
-def _write(found: Copies, made: Index, out: Path) -> list[Path]:
+def _write(found: DuplicatesResult, made: Index, out: Path) -> list[Path]:
     """The table and the page."""
     out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -204,10 +209,13 @@ def _write(found: Copies, made: Index, out: Path) -> list[Path]:
         (first, second), estimate = found.pairs[number], found.precision[number]
         note = f"{found.scores[number]:.4f}" + ("" if estimate is None else f", precision {estimate:.1%} down to here")
         rows.append(
-            [thumbnails.Cell(read(first), first, f"pair {number + 1:,}"), thumbnails.Cell(read(second), second, note)]
+            [
+                thumbnails.Thumbnail(read(first), first, f"pair {number + 1:,}"),
+                thumbnails.Thumbnail(read(second), second, note),
+            ]
         )
     told = f"{len(found.pairs):,} pairs of {made.record.source}, the surest first"
     if len(rows) < len(found.pairs):
         told += f"; shown are the first and the last {SHOWN // 2}"
-    thumbnails.write(page, "Copies", told, rows)
+    thumbnails.write_page(page, "Copies", told, rows)
     return [table, page]

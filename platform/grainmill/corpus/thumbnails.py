@@ -21,7 +21,7 @@ img{display:block;max-width:160px;min-width:64px;image-rendering:auto}
 .none{display:flex;width:160px;height:110px;background:#eee;color:#777;align-items:center;justify-content:center}"""
 
 
-class Cell(NamedTuple):
+class Thumbnail(NamedTuple):
     """One picture, and what is said of it."""
 
     content: bytes | None
@@ -31,20 +31,20 @@ class Cell(NamedTuple):
     query: bool = False
 
 
-def write(path: Path, title: str, told: str, rows: Sequence[Sequence[Cell]]) -> None:
-    """Write the page; what is told goes above the rows."""
+def write_page(path: Path, title: str, summary: str, rows: Sequence[Sequence[Thumbnail]]) -> None:
+    """Write the page; what is summary goes above the rows."""
     shown = "".join(f"<div class=row>{''.join(map(_figure, row))}</div>" for row in rows)
-    title, told = html.escape(title), html.escape(told)
+    title, summary = html.escape(title), html.escape(summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{told}</p>{shown}</html>",
+        f"<h1>{title}</h1><p>{summary}</p>{shown}</html>",
         encoding="utf-8",
         errors="replace",  # names of files are bytes, not always text
     )
 
 
-def _figure(cell: Cell) -> str:
+def _figure(cell: Thumbnail) -> str:
     caption = "<br>".join(html.escape(text) for text in (cell.note, cell.name) if text)
     shown = _thumbnail(cell.content, cell.name) or "<div class=none>no picture</div>"
     return f"<figure{' class=query' if cell.query else ''}>{shown}<figcaption>{caption}</figcaption></figure>"

@@ -15,7 +15,7 @@ from grainmill.execution.trial_callback import Clerk, Watch
 from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker
-from grainmill.tracking.sync import Outbox
+from grainmill.tracking.sync import MLflowSync
 
 RESTARTS = 3
 """Times that a trial goes on after its process or node has died, before it fails."""
@@ -39,9 +39,9 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         TrackingError: at the end, MLflow has not answered for a while.
     """
     asha = ASHA(study.experiment, study.records)
-    with Outbox(study, plan.name, tracker, parent, watch.note) as outbox:
+    with MLflowSync(study, plan.name, tracker, parent, watch.note) as mlflow_sync:
         watched_by = watchdog.start()
-        clerk = Clerk(plan, study, asha, outbox, watch, watchdog.Listener(watched_by))
+        clerk = Clerk(plan, study, asha, mlflow_sync, watch, watchdog.Listener(watched_by))
         searcher = StudySearcher(study, asha, clerk.spent)
         if not searcher.finished:
             try:

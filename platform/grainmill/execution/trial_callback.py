@@ -19,7 +19,7 @@ from grainmill.execution.watchdog import Listener
 from grainmill.search.asha import ASHA, forecast
 from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
-from grainmill.tracking.sync import Outbox
+from grainmill.tracking.sync import MLflowSync
 
 WAIT_SECONDS = 60
 """Without a trial that runs, before the user hears what is missing."""
@@ -59,12 +59,14 @@ def _fatal(method: Callable[..., Result]) -> Callable[..., Result]:
 class Clerk(ray_tune.Callback):  # type: ignore[misc]
     """Hears from Tune of the trials of one study.
 
-    The study is written first and is right; the outbox brings MLflow up to it, what a killed process did not tell
+    The study is written first and is right; the MLflow sync brings MLflow up to it, what a killed process did not tell
     included.
     """
 
-    def __init__(self, plan: Plan, study: Study, asha: ASHA, outbox: Outbox, watch: Watch, listener: Listener) -> None:
-        self.plan, self.study, self.asha, self.outbox, self.watch = plan, study, asha, outbox, watch
+    def __init__(
+        self, plan: Plan, study: Study, asha: ASHA, mlflow_sync: MLflowSync, watch: Watch, listener: Listener
+    ) -> None:
+        self.plan, self.study, self.asha, self.mlflow_sync, self.watch = plan, study, asha, mlflow_sync, watch
         self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
@@ -85,7 +87,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.forecast = ""
         """Of the cost; empty before the first trial is complete."""
         for record in records:
-            outbox.put(record, works=False)
+            mlflow_sync.enqueue(record, running=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ray_tune.Callback, ())  # Tune pickles its callbacks for a restore that we do not use
@@ -251,7 +253,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             evaluate_group.release()  # a node with room that is taken does not go
         for number in list(self.began):
             self.began.pop(number)
-            self.outbox.put(self.study.record(number), works=False)
+            self.mlflow_sync.enqueue(self.study.record(number), running=False)
 
     def close_paused(self) -> None:
         """No trial gets another chance: those that waited for one are stopped at their epoch."""
@@ -263,7 +265,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     def _tell(self, number: int) -> None:
         self.study.keep()
         record = self.study.record(number)
-        self.outbox.put(record, works=number in self.began)
+        self.mlflow_sync.enqueue(record, running=number in self.began)
         self.watch.trial(self.plan.name(number), record)
 
 

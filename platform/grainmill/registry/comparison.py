@@ -39,7 +39,7 @@ def _means(paired: NDArray[np.float64], generator: np.random.Generator, draws: i
     return paired[generator.integers(len(paired), size=(draws, len(paired)))].mean(axis=1)
 
 
-class Evidence(NamedTuple):
+class StoredScores(NamedTuple):
     """A sample, as it is kept with a version."""
 
     data: str
@@ -51,7 +51,7 @@ class Evidence(NamedTuple):
         return float(np.mean(self.values))
 
 
-def keep(client: MlflowClient, version: Version, run_id: str, samples: Sequence[Sample]) -> None:
+def save(client: MlflowClient, version: Version, run_id: str, samples: Sequence[Sample]) -> None:
     """Keep what an evaluation has measured of a version, among the artifacts of its run."""
     for one in samples:
         text = json.dumps({"name": one.name, "data": one.data, "values": list(one.values)})
@@ -66,12 +66,12 @@ def _file(metric: str) -> str:
     return f"{metric.replace('/', '--')}.json"
 
 
-def of(client: MlflowClient, version: Any) -> dict[str, Evidence]:
+def load(client: MlflowClient, version: Any) -> dict[str, StoredScores]:
     """What is kept of a version, by metric."""
     known = Version(version.name, str(version.version))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for item in client.list_artifacts(version.run_id, _folder(known)):
             told = json.loads(Path(client.download_artifacts(version.run_id, item.path, folder)).read_text())
-            found[told["name"]] = Evidence(told["data"], told["values"])
+            found[told["name"]] = StoredScores(told["data"], told["values"])
     return found

@@ -39,7 +39,7 @@ def faults(folder: Path, sha256: str | None = None) -> list[str]:
     return [f"{name} {fault}" for name, fault in sorted(told.items())]
 
 
-def identity(folder: Path) -> str:
+def manifest_digest(folder: Path) -> str:
     """SHA-256 of a portable model's manifest, which stands for all of it."""
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 

@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lineage:
+class ModelCard:
     """Where a model comes from."""
 
     trainable: str
@@ -74,7 +74,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def card(name: str, facts: Mapping[str, Any], lineage: Lineage) -> str:
+def card(name: str, facts: Mapping[str, Any], lineage: ModelCard) -> str:
     """The model card, in Markdown.
 
     Args:

@@ -18,7 +18,7 @@ from mlflow.types import Schema
 from grainmill import trainable as catalog
 from grainmill.errors import TrackingError, hidden
 from grainmill.registry import integrity, model_card
-from grainmill.registry.model_card import Interval, Lineage
+from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.tracking.mlflow_runs import Tracker
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -27,7 +27,7 @@ CHECKPOINT = "checkpoint"
 """The part of a portable model that its trainable evaluates."""
 ABOUT, CARD, LINEAGE = "about", "card.md", "lineage.json"
 """Among the artifacts of a version: the folder of texts about it, its model card, and where it comes from."""
-SEAL = "sha256"
+MANIFEST_DIGEST = "sha256"
 """Tag of a version: of its portable model's manifest, which has the digests of all files."""
 SETTING, SOURCE, DIGEST = "evaluated.setting", "evaluated.source", "evaluated.digest"
 """Tags of a version that an evaluation made."""
@@ -46,7 +46,7 @@ class Version(NamedTuple):
 
 
 def register(
-    tracker: Tracker, run_id: str, name: str, folder: Path, example: Any, tags: Mapping[str, str], story: Lineage
+    tracker: Tracker, run_id: str, name: str, folder: Path, example: Any, tags: Mapping[str, str], card: ModelCard
 ) -> Version:
     """Store the model in `folder` as a new version of `name` that came from a run.
 
@@ -61,20 +61,20 @@ def register(
         folder: where `fit` left its checkpoints.
         example: a table that the model takes.
         tags: of the version, beside those of its lineage.
-        story: where the model comes from; its trainable is the dotted path of a module.
+        card: where the model comes from; its trainable is the dotted path of a module.
     """
     client = tracker.client
     trained = [one for one in client.search_model_versions(f"run_id = '{run_id}'") if SOURCE not in one.tags]
     if trained:
         made = Version(name, str(trained[0].version))
     else:
-        client.log_inputs(run_id, [_input(source) for source in story.data])
+        client.log_inputs(run_id, [_input(source) for source in card.data])
 
         def about(facts: Mapping[str, Any]) -> dict[str, str]:
-            settings = hidden(story.experiment)
-            return {CARD: model_card.card(name, facts, story), LINEAGE: story.json(), "experiment.yaml": settings}
+            settings = hidden(card.experiment)
+            return {CARD: model_card.card(name, facts, card), LINEAGE: card.json(), "experiment.yaml": settings}
 
-        made = _log(client, run_id, name, story.trainable, folder, example, {**story.tags(), **tags}, about)
+        made = _log(client, run_id, name, card.trainable, folder, example, {**card.tags(), **tags}, about)
     if CHAMPION not in client.get_registered_model(name).aliases:
         client.set_registered_model_alias(name, CHAMPION, made.number)
     elif not is_champion(client, made):
@@ -115,7 +115,7 @@ def _log(
             input_example=example,
             pip_requirements=[f"mlflow=={version('mlflow')}", *_lines(portable / "requirements.txt")],
         )
-        tags = {**tags, SEAL: integrity.identity(portable)}
+        tags = {**tags, MANIFEST_DIGEST: integrity.manifest_digest(portable)}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     model = mlflow.get_logged_model(info.model_id)
@@ -126,7 +126,7 @@ def _log(
     return Version(name, str(made.version))
 
 
-class Stored(NamedTuple):
+class RegisteredModel(NamedTuple):
     """A registered model on this machine."""
 
     version: Version
@@ -144,7 +144,7 @@ class Stored(NamedTuple):
     """Texts about it, its card and its lineage among them, by file name."""
 
 
-def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
+def fetch(tracking_uri: str, model: str, into: Path | None = None) -> RegisteredModel:
     """Download a registered model.
 
     Args:
@@ -173,10 +173,12 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Stored:
     portable, about = (folder / settings["artifacts"][name]["path"] for name in ("model", ABOUT))
     others = [path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(portable)]
     pickles = [f"{path.relative_to(folder)} holds a pickle" for path in others if integrity.holds_pickle(path)]
-    _stop_at(integrity.faults(portable, known.tags.get(SEAL, "")) + pickles, model)
+    _stop_at(integrity.faults(portable, known.tags.get(MANIFEST_DIGEST, "")) + pickles, model)
     example = info.load_input_example(str(folder))
     texts = {path.name: path.read_text() for path in about.iterdir()}
-    return Stored(version, portable / CHECKPOINT, portable, trainable, known.run_id, example, known.tags, texts)
+    return RegisteredModel(
+        version, portable / CHECKPOINT, portable, trainable, known.run_id, example, known.tags, texts
+    )
 
 
 def _stop_at(faults: Sequence[str], what: str) -> None:
@@ -197,7 +199,7 @@ def look_up(client: MlflowClient, model: str) -> Any:
 
 
 def register_evaluated(
-    tracking_uri: str, source: Stored, folder: Path, served: str, figures: Sequence[catalog.Figure]
+    tracking_uri: str, source: RegisteredModel, folder: Path, served: str, figures: Sequence[catalog.Figure]
 ) -> Version:
     """Store a model that an evaluation made of a registered one as a further version; the champion stays as it is.
 

@@ -24,7 +24,7 @@ from grainmill.config.yaml_document import Document
 from grainmill.errors import PromotionError, TrackingError, hidden
 from grainmill.registry import comparison, models, promotion_lock
 from grainmill.registry.models import CHALLENGER, CHAMPION, Version
-from grainmill.tracking.mlflow_runs import PARENT, clear, reach
+from grainmill.tracking.mlflow_runs import PARENT, check_server, translate_errors
 
 PREVIOUS = "previous"
 OVER, DECISION = "promotion.over", "promotion.{:06d}"
@@ -60,7 +60,7 @@ def promote(tracking_uri: str, model: str, overrides: Sequence[str], note: Calla
         challenger = models.look_up(client, model.removeprefix("models:/"))
         version = Version(challenger.name, str(challenger.version))
         gates = _gates(client, challenger, overrides)
-        shown = comparison.of(client, challenger)
+        shown = comparison.load(client, challenger)
         if missing := [one for one in (gates.metric, *gates.minimum) if one not in shown]:
             raise _unshown(version, missing, shown)
         assert gates.metric, "it was shown"
@@ -72,7 +72,7 @@ def promote(tracking_uri: str, model: str, overrides: Sequence[str], note: Calla
         if gates.megabytes or gates.milliseconds:
             note("loading the model")
             failures += _size_and_time(tracking_uri, version, gates)
-        with promotion_lock.held(client, version.name, note) as right:
+        with promotion_lock.hold(client, version.name, note) as right:
             champion = _champion(client, version.name)
             if champion and str(champion.version) == version.number:
                 return Decision(version, "it is the champion already")
@@ -98,7 +98,7 @@ def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decis
     name = name.removeprefix("models:/").partition("@")[0].partition("/")[0]
     with (
         _registry(tracking_uri, f"models:/{name}@{CHAMPION}") as client,
-        promotion_lock.held(client, name, note) as right,
+        promotion_lock.hold(client, name, note) as right,
     ):
         champion = _champion(client, name)
         over = champion and champion.tags.get(OVER)
@@ -121,8 +121,8 @@ def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decis
 @contextmanager
 def _registry(tracking_uri: str, model: str) -> Iterator[MlflowClient]:
     """MLflow's client; what is not there is told as such."""
-    reach(tracking_uri)
-    with clear(tracking_uri):
+    check_server(tracking_uri)
+    with translate_errors(tracking_uri):
         client = MlflowClient(tracking_uri)
         try:
             yield client
@@ -156,7 +156,7 @@ def _gates(client: MlflowClient, version: Any, overrides: Sequence[str]) -> Prom
 
 
 def _unshown(
-    version: Version, missing: Sequence[str | None], shown: Mapping[str, comparison.Evidence]
+    version: Version, missing: Sequence[str | None], shown: Mapping[str, comparison.StoredScores]
 ) -> PromotionError:
     known = ", ".join(sorted(shown)) or "nothing"
     if None in missing:
@@ -191,10 +191,10 @@ def _size_and_time(tracking_uri: str, version: Version, gates: Promotion) -> lis
 
 
 def _compared(
-    metric: str, version: Version, shown: comparison.Evidence, client: MlflowClient, champion: Any
+    metric: str, version: Version, shown: comparison.StoredScores, client: MlflowClient, champion: Any
 ) -> tuple[str, bool]:
     """The comparison in words, and whether the version is better than the champion."""
-    rival, known = Version(champion.name, str(champion.version)), comparison.of(client, champion).get(metric)
+    rival, known = Version(champion.name, str(champion.version)), comparison.load(client, champion).get(metric)
     if known is None or known.data != shown.data:
         lacks = "was not evaluated for it" if known is None else "was evaluated on other data"
         raise PromotionError(
@@ -234,11 +234,11 @@ def _follow(client: MlflowClient, name: str, over: str | None) -> None:
         client.set_registered_model_alias(name, PREVIOUS, over)
 
 
-def _write(client: MlflowClient, version: Any, right: promotion_lock.Lease, text: str) -> None:
+def _write(client: MlflowClient, version: Any, right: promotion_lock.PromotionLock, text: str) -> None:
     client.set_model_version_tag(version.name, str(version.version), DECISION.format(right.number), text)
 
 
-def _crown(client: MlflowClient, right: promotion_lock.Lease, version: Any, champion: Any, why: str) -> None:
+def _crown(client: MlflowClient, right: promotion_lock.PromotionLock, version: Any, champion: Any, why: str) -> None:
     """Move the alias; each step leaves what can be told apart from its outcome."""
     name, number = version.name, str(version.version)
     _write(client, version, right, f"promoting: {why}")

@@ -20,16 +20,16 @@ from grainmill.errors import PromotionError
 EXPIRES_SECONDS = 60
 """After which nobody is believed to hold a lease any more; what is done under one takes a few calls."""
 POLL_SECONDS = 0.2
-LEASES = "grainmill promotion of "
+EXPERIMENT_PREFIX = "grainmill promotion of "
 
 
-class _Held(NamedTuple):
+class _LockState(NamedTuple):
     number: int
     id: str
     active: bool
 
 
-class Lease:
+class PromotionLock:
     """The right to change the aliases of a registered model."""
 
     def __init__(self, client: MlflowClient, model: str, number: int) -> None:
@@ -50,7 +50,7 @@ class Lease:
 
 
 @contextmanager
-def held(client: MlflowClient, model: str, note: Callable[[str], None]) -> Iterator[Lease]:
+def hold(client: MlflowClient, model: str, note: Callable[[str], None]) -> Iterator[PromotionLock]:
     """The lease on a model, for the time of the block.
 
     Args:
@@ -60,7 +60,7 @@ def held(client: MlflowClient, model: str, note: Callable[[str], None]) -> Itera
     """
     number, experiment = _take(client, model, note)
     try:
-        yield Lease(client, model, number)
+        yield PromotionLock(client, model, number)
     finally:
         client.delete_experiment(experiment)
 
@@ -89,18 +89,20 @@ def _take(client: MlflowClient, model: str, note: Callable[[str], None]) -> tupl
 
 
 def _prefix(model: str) -> str:
-    return f"{LEASES}{model} "
+    return f"{EXPERIMENT_PREFIX}{model} "
 
 
-def _newest(client: MlflowClient, model: str) -> _Held:
+def _newest(client: MlflowClient, model: str) -> _LockState:
     """The lease with the highest number; 0 before the first."""
-    found = [_Held(0, "", False)]
+    found = [_LockState(0, "", False)]
     token: str | None = None
     while token != "":
-        page = client.search_experiments(ViewType.ALL, filter_string=f"name LIKE '{LEASES}%'", page_token=token)
+        page = client.search_experiments(
+            ViewType.ALL, filter_string=f"name LIKE '{EXPERIMENT_PREFIX}%'", page_token=token
+        )
         for one in page:
             rest = one.name.removeprefix(_prefix(model))
             if rest.isdecimal():
-                found.append(_Held(int(rest), one.experiment_id, one.lifecycle_stage == LifecycleStage.ACTIVE))
+                found.append(_LockState(int(rest), one.experiment_id, one.lifecycle_stage == LifecycleStage.ACTIVE))
         token = page.token or ""
     return max(found)

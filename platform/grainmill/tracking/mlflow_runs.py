@@ -59,8 +59,8 @@ class Tracker:
         """
         self.uri = uri
         local = not uri.startswith("http")
-        reach(uri)
-        with clear(uri):
+        check_server(uri)
+        with translate_errors(uri):
             if uri.startswith(SQLITE):
                 _make_database(Path(uri.removeprefix(SQLITE)))
             self.client = MlflowClient(uri)
@@ -75,7 +75,7 @@ class Tracker:
     ) -> str:
         """Begin a run, a child of `parent` if one is given; returns its id."""
         family = {PARENT: parent} if parent else {}
-        with clear(self.uri):
+        with translate_errors(self.uri):
             run = self.client.create_run(self.experiment_id, run_name=name, tags={**environment(), **tags, **family})
         run_id: str = run.info.run_id
         self.parameters(run_id, parameters)
@@ -83,12 +83,12 @@ class Tracker:
 
     def parameters(self, run_id: str, parameters: Mapping[str, Any]) -> None:
         """Set the parameters of a run; the same ones again change nothing."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
 
-    def tagged(self, tag: str, value: str) -> dict[str, tuple[str, str]]:
+    def runs_by_tag(self, tag: str, value: str) -> dict[str, tuple[str, str]]:
         """Name and status of the runs with a tag, by id; the youngest first."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             token: str | None = None
             found: dict[str, tuple[str, str]] = {}
             while token != "":
@@ -100,7 +100,7 @@ class Tracker:
 
     def last_epoch(self, run_id: str) -> float:
         """Of which a run has metrics; 0 before the first."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             return float(self.client.get_run(run_id).data.metrics.get("epoch", 0))
 
     def log(self, run_id: str, epoch: int, metrics: Mapping[str, float], at: int | None = None) -> None:
@@ -111,32 +111,32 @@ class Tracker:
                 they are there once.
         """
         at = int(time.time() * 1000) if at is None else at
-        with clear(self.uri):
+        with translate_errors(self.uri):
             self.client.log_batch(run_id, [Metric(name, value, at, epoch) for name, value in metrics.items()])
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Add or change tags."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def attach(self, run_id: str, name: str, text: str) -> None:
         """Keep a text as an artifact."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             self.client.log_text(run_id, text, name)
 
     def attach_file(self, run_id: str, file: Path, folder: str) -> None:
         """Keep a file as an artifact, in a folder among those of the run."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             self.client.log_artifact(run_id, str(file), folder)
 
     def remove(self, run_id: str) -> None:
         """Put a run into MLflow's bin."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             self.client.delete_run(run_id)
 
     def set_status(self, run_id: str, status: Status) -> None:
         """End a run, put it off, or open it again."""
-        with clear(self.uri):
+        with translate_errors(self.uri):
             if status in ("RUNNING", "SCHEDULED"):
                 self.client.update_run(run_id, status)
             else:
@@ -144,7 +144,7 @@ class Tracker:
 
 
 @contextmanager
-def clear(uri: str) -> Iterator[None]:
+def translate_errors(uri: str) -> Iterator[None]:
     """Tells what goes wrong with MLflow in one sentence, and no password in it."""
     try:
         yield
@@ -155,8 +155,8 @@ def clear(uri: str) -> Iterator[None]:
         ) from error
 
 
-def reach(uri: str) -> None:
+def check_server(uri: str) -> None:
     """Ask a server for a sign of life, once. Raises TrackingError within `REACH_SECONDS`."""
     if uri.startswith("http"):
-        with clear(uri):
+        with translate_errors(uri):
             http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)

@@ -36,7 +36,7 @@ class _Run:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-class Outbox:
+class MLflowSync:
     """Brings the runs of one study's trials up to date. As a context, it ends when all is told, or time is up."""
 
     def __init__(
@@ -67,21 +67,21 @@ class Outbox:
         self._own: dict[str, str] = {}
         """Ids of the runs that were told something, by name."""
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="mlflow-sync", daemon=True)
         self._thread.start()
 
-    def put(self, record: TrialRecord, works: bool) -> None:
+    def enqueue(self, record: TrialRecord, running: bool) -> None:
         """See to it that MLflow gets to know all of a trial; returns at once.
 
         Args:
             record: how the trial stands.
-            works: whether a process works on it.
+            running: whether a process running on it.
         """
         with self._changed:
-            self._waiting[record.number] = record, works
+            self._waiting[record.number] = record, running
             self._changed.notify_all()
 
-    def __enter__(self) -> "Outbox":
+    def __enter__(self) -> "MLflowSync":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -154,7 +154,7 @@ class Outbox:
         self._runs = None
         runs: dict[str, _Run] = {}
         doubles = []
-        found = self._tracker.tagged(PARENT, self._parent)
+        found = self._tracker.runs_by_tag(PARENT, self._parent)
         for run_id, (name, status) in reversed(found.items()):  # the oldest first
             if name in runs:
                 ours = run_id == self._own.get(name)
@@ -166,8 +166,8 @@ class Outbox:
             self._tracker.remove(run_id)
         self._runs = runs
 
-    def _tell(self, record: TrialRecord, works: bool) -> None:
-        name, status = self._name(record.number), _status(record, works)
+    def _tell(self, record: TrialRecord, running: bool) -> None:
+        name, status = self._name(record.number), _status(record, running)
         if self._runs is None:
             self._look()
             assert self._runs is not None
@@ -177,7 +177,7 @@ class Outbox:
         if run.epoch is None and run.status == status and status in ("FINISHED", "FAILED"):
             return  # the status is the last thing that is told
         self._own[name] = run.id
-        if works:
+        if running:
             self._set_status(run, status)
         if run.epoch is None:
             run.epoch = self._tracker.last_epoch(run.id)
@@ -199,9 +199,9 @@ class Outbox:
             run.status = status
 
 
-def _status(record: TrialRecord, works: bool) -> Status:
+def _status(record: TrialRecord, running: bool) -> Status:
     if record.state == "running":
-        return "RUNNING" if works else "KILLED"
+        return "RUNNING" if running else "KILLED"
     return {"paused": "SCHEDULED", "failed": "FAILED"}.get(record.state, "FINISHED")  # type: ignore[return-value]
 
 

@@ -23,7 +23,7 @@ from grainmill.storage import workspace
 from grainmill.workflows import run_folder
 
 
-class Evaluated(NamedTuple):
+class RecordedEvaluation(NamedTuple):
     """What came of an evaluation, and what became of it."""
 
     assessment: catalog.Assessment
@@ -39,7 +39,7 @@ def evaluate(
     tracking_uri: str,
     workers: int = 1,
     address: str | None = None,
-) -> Evaluated:
+) -> RecordedEvaluation:
     """Evaluate a model; a registered one's run gets the figures and the files, its name the model that comes of it.
 
     Args:
@@ -74,7 +74,7 @@ def evaluate(
                 assessment = evaluate_group.assess_on(workers, found, folder, settings, out, shared)
         else:
             assessment = evaluate_group.assess(found, folder, settings, out)
-        return Evaluated(assessment, _record(tracking_uri, stored, assessment) if stored else None)
+        return RecordedEvaluation(assessment, _record(tracking_uri, stored, assessment) if stored else None)
 
 
 @contextmanager
@@ -113,20 +113,20 @@ def _checkpoints(place: str) -> str:
     )
 
 
-def _record(tracking_uri: str, source: models.Stored, assessment: catalog.Assessment) -> models.Version | None:
+def _record(tracking_uri: str, source: models.RegisteredModel, assessment: catalog.Assessment) -> models.Version | None:
     client, now = MlflowClient(tracking_uri), int(time.time() * 1000)  # of equal times MLflow shows the larger value
     try:
         client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.figures])
         for file in assessment.files:
             client.log_artifact(source.run_id, str(file), "evaluation")
         own, served = ([one for one in assessment.samples if one.served == which] for which in (False, True))
-        comparison.keep(client, source.version, source.run_id, own)
+        comparison.save(client, source.version, source.run_id, own)
         if assessment.model is None:
             return None
         assert assessment.served is not None, "a model serves a setting"
         model, setting, figures = assessment.model, assessment.served, assessment.figures
         made = models.register_evaluated(tracking_uri, source, model, setting, figures)
-        comparison.keep(client, made, source.run_id, served)
+        comparison.save(client, made, source.run_id, served)
         return made
     except MlflowException as error:
         raise TrackingError(

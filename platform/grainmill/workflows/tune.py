@@ -20,7 +20,7 @@ from grainmill.execution import runner
 from grainmill.execution.training_job import Plan
 from grainmill.execution.trial_callback import Watch
 from grainmill.registry import models
-from grainmill.registry.model_card import Interval, Lineage, machine
+from grainmill.registry.model_card import Interval, ModelCard, machine
 from grainmill.report import page as report
 from grainmill.search import selection
 from grainmill.search.asha import expected_epochs
@@ -29,7 +29,7 @@ from grainmill.search.selection import Candidate
 from grainmill.search.study import Study
 from grainmill.storage import workspace
 from grainmill.storage.provenance import environment
-from grainmill.tracking.mlflow_runs import PARENT, Tracker, clear, reach
+from grainmill.tracking.mlflow_runs import PARENT, Tracker, check_server, translate_errors
 from grainmill.workflows import run_folder
 
 FOLDER = "grainmill.folder"
@@ -152,7 +152,7 @@ class _Run:
                 yield cls(experiment, trainable, data, home, tracker, watch, parent)
             except BaseException as error:
                 with suppress(TrackingError):  # the error that came first is the one to tell
-                    reach(tracking_uri)
+                    check_server(tracking_uri)
                     tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
 
@@ -184,7 +184,9 @@ class _Run:
 
     def _run_of(self, trial: str) -> str:
         """Id of the MLflow run of a trial."""
-        return next(run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items() if name == trial)
+        return next(
+            run_id for run_id, (name, _) in self.tracker.runs_by_tag(PARENT, self.parent).items() if name == trial
+        )
 
     def finish(self, best: Sequence[TrialRecord | None], search: Study | None) -> Outcome:
         """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
@@ -206,7 +208,7 @@ class _Run:
         plan = self._plan("final", workers)
         run_id = self._run_of(plan.name(final.number))
         trained = plan.checkpoints(final.number)
-        with workspace.opened(trained) as kept, clear(self.tracker.uri):
+        with workspace.opened(trained) as kept, translate_errors(self.tracker.uri):
             version = models.register(
                 self.tracker,
                 run_id,
@@ -214,7 +216,7 @@ class _Run:
                 kept.path,
                 self.trainable.example(self.data),
                 {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
-                self._lineage(plan, chosen, final),
+                self._model_card(plan, chosen, final),
             )
             champion = models.is_champion(self.tracker.client, version)
         self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
@@ -232,10 +234,10 @@ class _Run:
         self.home.keep()
         return outcome
 
-    def _lineage(self, plan: Plan, chosen: Candidate, final: TrialRecord) -> Lineage:
+    def _model_card(self, plan: Plan, chosen: Candidate, final: TrialRecord) -> ModelCard:
         bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
-        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.tagged(PARENT, self.parent).items()}
+        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.runs_by_tag(PARENT, self.parent).items()}
         places = {
             "search": workspace.uri(self.home.place),
             "search.run": self.parent,
@@ -244,7 +246,7 @@ class _Run:
             "training": plan.name(final.number),
             "seed": str(final.setting.get("seed", self.experiment.base.seed)),
         }
-        return Lineage(
+        return ModelCard(
             plan.trainable,
             _resolved(self.experiment),
             places,
@@ -300,7 +302,7 @@ def _parent(tracker: Tracker, experiment: Experiment, home: run_folder.Run) -> s
         return run_id
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
     # A process that was killed before it could write the note has left its run.
-    left = next(iter(tracker.tagged(FOLDER, folder)), None)
+    left = next(iter(tracker.runs_by_tag(FOLDER, folder)), None)
     run_id = left or tracker.start(f"{experiment.name} {home.folder.name}", {}, {FOLDER: folder})
     tracker.parameters(run_id, parameters)
     note.write_text(run_id)

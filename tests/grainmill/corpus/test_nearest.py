@@ -24,7 +24,7 @@ def in_blocks(rows, size):
 @pytest.mark.parametrize("k", [1, 5, 50, 80])
 def test_the_nearest_rows_are_those_of_a_loop_over_all(size, k):
     rows, queries = unit(50, 8), unit(3, 8, seed=1)
-    places, scores = nearest.top(queries, in_blocks(rows, size)(), k)
+    places, scores = nearest.top_k(queries, in_blocks(rows, size)(), k)
     assert places.shape == scores.shape == (3, min(k, 50))
     for query, found, told in zip(queries, places, scores, strict=True):
         expected = sorted(((float(query @ row), place) for place, row in enumerate(rows)), reverse=True)[:k]

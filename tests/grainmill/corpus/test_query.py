@@ -31,7 +31,9 @@ def world(tmp_path_factory):
         noisy = (pixels + np.random.default_rng(number).integers(-20, 21, pixels.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / "images" / names[74 + number])
     images = shades.images(str(folder / "images"))
-    with index.claim(folder / "index", index.Record(embed.Embedder(tracker.uri, models[0]).identity, images.root)):
+    with index.open_to_write(
+        folder / "index", index.IndexRecord(embed.Embedder(tracker.uri, models[0]).identity, images.root)
+    ):
         made = index.Index(folder / "index")
         worker = embed._Worker(images, tracker.uri, made.record.model)
         for some in (names[:50], names[50:]):

@@ -20,12 +20,12 @@ def group(tmp_path, watch, monkeypatch):
     study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
     trial = SimpleNamespace(config={"number": study.ask().number})
     plan = Plan("trial", "toy", {}, str(tmp_path), Resources(cpus_per_worker=2), (2, 4))
-    outbox, listener = SimpleNamespace(put=lambda _, works: works), SimpleNamespace(heard=lambda: None)
+    mlflow_sync, listener = SimpleNamespace(enqueue=lambda _, running: running), SimpleNamespace(heard=lambda: None)
     now = [1000.0]
     monkeypatch.setattr(trial_callback, "time", SimpleNamespace(monotonic=lambda: now[0]))
     released = []
     monkeypatch.setattr(trial_callback.group, "release", lambda: released.append(now[0]))
-    made = trial_callback.Clerk(plan, study, ASHA(study.experiment, ()), outbox, watch, listener)
+    made = trial_callback.Clerk(plan, study, ASHA(study.experiment, ()), mlflow_sync, watch, listener)
     made.on_trial_start(0, [], trial)
 
     def say(seconds, **message):

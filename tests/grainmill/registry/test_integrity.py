@@ -29,7 +29,7 @@ def write_sealed(folder, files):
 
 def test_a_model_as_it_was_made_has_no_faults(folder):
     known = sha256((folder / "MANIFEST.json").read_bytes()).hexdigest()
-    assert integrity.identity(folder) == known
+    assert integrity.manifest_digest(folder) == known
     assert integrity.faults(folder) == integrity.faults(folder, known) == []
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "model.cpython-311.pyc").write_bytes(b"")
@@ -62,7 +62,7 @@ def test_a_link_is_not_the_file_that_was_made(folder, tmp_path_factory):
 
 
 def test_a_manifest_that_fits_other_files_is_not_the_one_that_is_known(folder):
-    known = integrity.identity(folder)
+    known = integrity.manifest_digest(folder)
     write_sealed(folder, {"model.py": b"evil\n", "deep/weights": b""})
     assert integrity.faults(folder) == []
     assert integrity.faults(folder, known) == ["MANIFEST.json was changed"]

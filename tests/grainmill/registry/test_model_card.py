@@ -5,10 +5,10 @@ import json
 import toy
 
 from grainmill.registry import model_card
-from grainmill.registry.model_card import Interval, Lineage
+from grainmill.registry.model_card import Interval, ModelCard
 
 SECRET = "hunter2"
-STORY = Lineage(
+CARD = ModelCard(
     "toy",
     f"name: apples\ntracking: {{uri: 'https://me:{SECRET}@host/x'}}\n",
     {"search": "file:///runs/apples/run-1", "trial": "trial-0003", "seed": "7"},
@@ -22,7 +22,7 @@ FACTS = {"p": 3.0, "classes": [f"c{number}" for number in range(12)], "parity": 
 
 
 def test_tags_find_a_version_by_anything_it_came_from():
-    assert STORY.tags() == {
+    assert CARD.tags() == {
         "search": "file:///runs/apples/run-1",
         "trial": "trial-0003",
         "seed": "7",
@@ -36,15 +36,15 @@ def test_tags_find_a_version_by_anything_it_came_from():
 
 
 def test_the_file_has_all_of_it():
-    told = json.loads(STORY.json())
+    told = json.loads(CARD.json())
     assert told["data"][1] == {"name": "scale", "role": "evaluation", "digest": "c3d4", "rows": 1, "where": "nowhere"}
     assert told["metrics"] == {"score": [0.5, 0.25, 0.75], "epoch": [4.0, None, None]}
     assert told["experiment"].startswith("name: apples\n")
-    assert SECRET not in STORY.json()
+    assert SECRET not in CARD.json()
 
 
 def test_the_card_tells_model_figures_data_training_software_and_settings():
-    card = model_card.card("apples", FACTS, STORY)
+    card = model_card.card("apples", FACTS, CARD)
     assert [line for line in card.splitlines() if line.startswith("#")] == [
         "# apples",
         "## Figures, and 95 % intervals of the mean over trainings",
@@ -72,12 +72,12 @@ def test_the_card_tells_model_figures_data_training_software_and_settings():
 
 
 def test_a_card_cannot_be_broken_by_what_it_tells():
-    card = model_card.card("apples", {"trunk": "a|b\nc"}, STORY)
+    card = model_card.card("apples", {"trunk": "a|b\nc"}, CARD)
     assert "| trunk | a\\|b c |" in card.splitlines()
 
 
 def test_an_evaluated_models_card_keeps_where_the_other_came_from():
-    source = model_card.card("apples", FACTS, STORY)
+    source = model_card.card("apples", FACTS, CARD)
     figures = {"scale/map": Interval(0.9, 0.8, 1.0)}
     card = model_card.card_of_evaluated(source, "models:/apples/1", "500/p4", {"p": 4.0}, figures)
     head, kept = card.split("## Figures")

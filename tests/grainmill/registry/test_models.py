@@ -11,10 +11,10 @@ from shared import free_port
 
 from grainmill.errors import TrackingError
 from grainmill.registry import models
-from grainmill.registry.model_card import Interval, Lineage
+from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
-STORY = Lineage(
+CARD = ModelCard(
     "toy",
     "name: apples\n",
     {"search": "file:///runs/apples/run-1", "seed": "3"},
@@ -28,7 +28,7 @@ STORY = Lineage(
 
 def register(tracker, folder, run_id):
     example = toy.example(toy.Data())
-    return models.register(tracker, run_id, "apples", folder, example, {"score": "0.5"}, STORY)
+    return models.register(tracker, run_id, "apples", folder, example, {"score": "0.5"}, CARD)
 
 
 def test_each_run_gets_one_version_and_the_first_is_the_champion_the_last_its_challenger(tmp_path):
@@ -67,7 +67,7 @@ def test_an_example_with_images_comes_back_as_it_was(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     example = pd.DataFrame({"x": [1.0, 2.5], "image": [b"\x89PNG\r\n\x00\xff", b""]})
-    models.register(tracker, tracker.start("first", {}, {}), "apples", tmp_path / "model", example, {}, STORY)
+    models.register(tracker, tracker.start("first", {}, {}), "apples", tmp_path / "model", example, {}, CARD)
     stored = models.fetch(tracker.uri, "models:/apples/1", tmp_path / "copy" / "model")
     pd.testing.assert_frame_equal(stored.example, example)
     assert (stored.folder / "state.json").read_bytes() == (tmp_path / "model" / "state.json").read_bytes()
@@ -115,13 +115,13 @@ def stored(tmp_path):
 def test_a_version_tells_where_it_comes_from(stored):
     tracker, run_id, portable = stored
     version = tracker.client.get_model_version("apples", "1")
-    assert STORY.tags().items() <= version.tags.items()
+    assert CARD.tags().items() <= version.tags.items()
     assert version.tags["sha256"] == sha256((portable / "MANIFEST.json").read_bytes()).hexdigest()
     assert version.description.startswith("# apples\n")
     assert "| height | 0.7 |" in version.description.splitlines()
     about = models.fetch(tracker.uri, "models:/apples/1").about
     assert set(about) == {"card.md", "experiment.yaml", "lineage.json"}
-    assert about["lineage.json"] == STORY.json()
+    assert about["lineage.json"] == CARD.json()
     assert version.description.partition("\n\nThe whole card")[0] in about["card.md"]
     inputs = tracker.client.get_run(run_id).inputs.dataset_inputs
     found = {(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in inputs}

@@ -14,7 +14,7 @@ import pytest
 import toy
 from mlflow import MlflowClient
 from shared import SUPPORT
-from test_evaluate import STORY
+from test_evaluate import CARD
 
 from grainmill.errors import ExperimentError, PromotionError, TrackingError
 from grainmill.registry import comparison, models, promotion, promotion_lock
@@ -47,7 +47,7 @@ class Shelf:
         made = self.client.create_model_version(self.name, f"{info.artifact_uri}/model", run_id)
         version = Version(self.name, str(made.version))
         if values:
-            comparison.keep(self.client, version, run_id, [toy.Sample(metric, data, list(values), served=False)])
+            comparison.save(self.client, version, run_id, [toy.Sample(metric, data, list(values), served=False)])
         return version
 
     def crown(self, number):
@@ -202,8 +202,8 @@ def test_size_and_latency_are_measured_on_the_model_itself(uri, tmp_path):
     tracker = Tracker(uri, "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {}, {})
-    models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, STORY)
-    comparison.keep(tracker.client, Version("apples", "1"), run_id, [toy.Sample(METRIC, "data", spread(0.5), False)])
+    models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, CARD)
+    comparison.save(tracker.client, Version("apples", "1"), run_id, [toy.Sample(METRIC, "data", spread(0.5), False)])
     gates = [*GATE, "megabytes=1e-6", "milliseconds=1e-6"]
     tracker.client.delete_registered_model_alias("apples", "champion")
     with pytest.raises(PromotionError, match=r"files must take at most 1e-06 MB, .*a row must take at most 1e-06 ms"):
@@ -257,8 +257,10 @@ def mortal(monkeypatch, at):
 @pytest.mark.slow
 def test_a_process_may_die_anywhere_in_a_promotion_or_a_rollback(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(promotion_lock, "EXPIRES_SECONDS", 0.01)  # what a dead process holds is taken over at once
-    right = promotion_lock.Lease.check
-    monkeypatch.setattr(promotion_lock.Lease, "check", lambda one: setattr(one, "_until", float("inf")) or right(one))
+    right = promotion_lock.PromotionLock.check
+    monkeypatch.setattr(
+        promotion_lock.PromotionLock, "check", lambda one: setattr(one, "_until", float("inf")) or right(one)
+    )
     for number in range(3):
         shelf.add(*spread(0.3 + 0.2 * number, seed=number))
     shelf.crown(1)
@@ -289,10 +291,10 @@ def test_a_process_may_die_anywhere_in_a_promotion_or_a_rollback(shelf, tmp_path
 
 def test_a_lease_is_one_holders_until_it_is_given_back_or_expires(shelf, monkeypatch):
     order = []
-    with promotion_lock.held(shelf.client, "apples", print) as first:
+    with promotion_lock.hold(shelf.client, "apples", print) as first:
 
         def wait():
-            with promotion_lock.held(MlflowClient(shelf.uri), "apples", order.append) as second:
+            with promotion_lock.hold(MlflowClient(shelf.uri), "apples", order.append) as second:
                 order.append(second.number)
 
         thread = threading.Thread(target=wait)
@@ -301,14 +303,14 @@ def test_a_lease_is_one_holders_until_it_is_given_back_or_expires(shelf, monkeyp
             thread.join(0.01)
         assert "another promotion of apples is under way" in order[0]
         first.check()
-        with promotion_lock.held(shelf.client, "apple", print) as other:  # that of another model
+        with promotion_lock.hold(shelf.client, "apple", print) as other:  # that of another model
             assert other.number == 1
     thread.join()
     assert order[1:] == [first.number + 1]
     monkeypatch.setattr(promotion_lock, "EXPIRES_SECONDS", 0.05)
-    lost = promotion_lock.held(shelf.client, "apples", print)
+    lost = promotion_lock.hold(shelf.client, "apples", print)
     dead = lost.__enter__()
-    with promotion_lock.held(shelf.client, "apples", print) as heir:
+    with promotion_lock.hold(shelf.client, "apples", print) as heir:
         assert heir.number == dead.number + 1
         with pytest.raises(PromotionError, match="nothing was changed, try again"):
             dead.check()

@@ -82,8 +82,8 @@ def test_runs_are_found_by_a_tag_with_their_name_and_status(tmp_path):
     child = tracker.start("child", {}, {}, parent)
     tracker.log(child, 3, {"epoch": 3.0})
     tracker.set_status(child, "SCHEDULED")
-    assert tracker.tagged("mlflow.parentRunId", parent) == {child: ("child", "SCHEDULED")}
-    assert tracker.tagged("place", "file:///a%27b") == {parent: ("parent", "RUNNING")}
+    assert tracker.runs_by_tag("mlflow.parentRunId", parent) == {child: ("child", "SCHEDULED")}
+    assert tracker.runs_by_tag("place", "file:///a%27b") == {parent: ("parent", "RUNNING")}
     assert [tracker.last_epoch(child), tracker.last_epoch(parent)] == [3, 0]
 
 

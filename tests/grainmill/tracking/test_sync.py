@@ -14,7 +14,7 @@ from grainmill.errors import TrackingError
 from grainmill.search.study import Study
 from grainmill.tracking import sync
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
-from grainmill.tracking.sync import Outbox
+from grainmill.tracking.sync import MLflowSync
 from grainmill.workflows import tune
 
 
@@ -28,14 +28,14 @@ def name(number):
     return f"trial-{number:04d}"
 
 
-def live(study, box, deed=lambda: None):
+def live(study, sync, deed=lambda: None):
     """Three trials: one is complete, one fails in its second epoch, one is cut short in its first."""
     for number in range(3):
         study.ask()
-        box.put(study.record(number), works=True)
+        sync.enqueue(study.record(number), running=True)
         for epoch in range(1, 3 - number):
             study.report(number, {"epoch": epoch, "score": 10.0 * number + epoch})
-            box.put(study.record(number), works=True)
+            sync.enqueue(study.record(number), running=True)
             deed()
     study.interrupt(0, "its process died")
     study.interrupt(0, "the command ended")
@@ -43,7 +43,7 @@ def live(study, box, deed=lambda: None):
     study.note(1, "cause", "it broke")
     study.close(1, failed=True)
     for number in range(3):
-        box.put(study.record(number), works=False)
+        sync.enqueue(study.record(number), running=False)
 
 
 EXPECTED = {
@@ -114,8 +114,8 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
         folder = tmp_path / str(bad)
         folder.mkdir()
         study = make_study(folder)
-        with Outbox(study, name, tracker, parent, notes.append) as box:
-            live(study, box, deed=lambda box=box: box._drained(60))  # so that each is told by itself
+        with MLflowSync(study, name, tracker, parent, notes.append) as sync:
+            live(study, sync, deed=lambda sync=sync: sync._drained(60))  # so that each is told by itself
         calls, tracker.bad = tracker.made, None
         assert told(tracker.client, tracker.experiment_id, parent, study) == EXPECTED, bad
         expected = ["training goes on, and MLflow is told later: no answer", "MLflow answers again"]
@@ -128,17 +128,17 @@ def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
     parent = tracker.start("parent", {}, {})
     study = make_study(tmp_path)
-    with Outbox(study, name, tracker, parent, print) as box:
-        live(study, box)
-    run_ids = {run_name: run_id for run_id, (run_name, _) in tracker.tagged("mlflow.parentRunId", parent).items()}
+    with MLflowSync(study, name, tracker, parent, print) as sync:
+        live(study, sync)
+    run_ids = {run_name: run_id for run_id, (run_name, _) in tracker.runs_by_tag("mlflow.parentRunId", parent).items()}
     tracker.client.delete_run(run_ids[name(0)])
     tracker.start(name(1), {}, {}, parent)  # a second one, of an answer that got lost
     tracker.set_status(run_ids[name(2)], "RUNNING")
-    with Outbox(study, name, tracker, parent, print) as box:
+    with MLflowSync(study, name, tracker, parent, print) as sync:
         for record in study.records:
-            box.put(record, works=False)
+            sync.enqueue(record, running=False)
     assert told(tracker.client, tracker.experiment_id, parent, study) == EXPECTED
-    before = tracker.tagged("mlflow.parentRunId", parent)
+    before = tracker.runs_by_tag("mlflow.parentRunId", parent)
     assert before.keys() >= {run_ids[name(1)], run_ids[name(2)]}
 
 
@@ -152,8 +152,8 @@ def test_an_end_without_an_answer_is_told_with_the_remedy_and_no_password(tmp_pa
     notes = []
 
     def search():
-        with Outbox(study, name, tracker, parent, notes.append) as box:
-            live(study, box)
+        with MLflowSync(study, name, tracker, parent, notes.append) as sync:
+            live(study, sync)
 
     with pytest.raises(TrackingError, match="nothing is lost: the same command tells it") as caught:
         search()
@@ -168,8 +168,8 @@ def test_an_error_that_cuts_a_study_short_is_the_one_that_is_told(tmp_path, hast
     monkeypatch.setattr(Tracker, "tagged", None)
 
     def search():
-        with Outbox(study, name, tracker, parent, print) as box:
-            live(study, box)
+        with MLflowSync(study, name, tracker, parent, print) as sync:
+            live(study, sync)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -14,11 +14,11 @@ from shared import SUPPORT
 
 from grainmill.errors import EvaluationError, ExperimentError, ResourceError, TrackingError
 from grainmill.registry import comparison, models, promotion
-from grainmill.registry.model_card import Interval, Lineage
+from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 from grainmill.workflows import evaluate
 
-STORY = Lineage("toy", "name: apples\n", {}, toy.sources(toy.Data()), {}, {}, {}, {"score": Interval(0.25)})
+CARD = ModelCard("toy", "name: apples\n", {}, toy.sources(toy.Data()), {}, {}, {}, {"score": Interval(0.25)})
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def registered(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     run_id = tracker.start("first", {}, {})
     folder = trained(tmp_path / "model")
-    models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {"score": "0.25"}, STORY)
+    models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {"score": "0.25"}, CARD)
     return tracker, run_id
 
 
@@ -93,7 +93,7 @@ def test_a_model_that_comes_of_a_registered_one_is_a_further_version_of_it_and_n
     assert run("models:/apples/4", [scale, "times=5", "serve=224/p3"], tmp_path).version.number == "5"
     assert tracker.client.get_model_version("apples", "5").tags["evaluated.source"] == "models:/apples/4"
     # The run that trained the champion still has one version of its own.
-    again = models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, STORY)
+    again = models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, CARD)
     assert again.number == "1"
 
 
@@ -102,7 +102,7 @@ def test_what_was_measured_of_each_version_is_kept_and_decides_on_the_champion(s
     settings = [scale, "times=3", "serve=500/p4", "queries=40"]
     run("models:/apples@champion", settings, tmp_path)
     for number, mean in (("1", 0.5), ("2", 1.5)):
-        found = comparison.of(tracker.client, tracker.client.get_model_version("apples", number))
+        found = comparison.load(tracker.client, tracker.client.get_model_version("apples", number))
         assert found.keys() == {"scale/height"}
         assert found["scale/height"].mean == pytest.approx(mean, abs=0.01)
         assert found["scale/height"].data == "40 queries"
