@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 from grainmill.config.experiment import experiment_model
 from grainmill.config.resources import Resources
 from grainmill.execution import runner
-from grainmill.execution.training_job import Plan
+from grainmill.execution.training_job import StudySetup
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 from tests import toy
@@ -35,7 +35,7 @@ POLL = "0.5"
 
 
 class Ends(tune.Callback):
-    """When each trial ended, for Tune as a callback, and for ours as a `Watch`."""
+    """When each trial ended, for Tune as a callback, and for ours as an `Observer`."""
 
     def __init__(self):
         self.times = []
@@ -43,7 +43,7 @@ class Ends(tune.Callback):
     def on_trial_complete(self, iteration, trials, trial, **info):
         self.times.append(time.perf_counter())
 
-    def note(self, message):
+    def message(self, message):
         pass
 
     def trial(self, name, record):
@@ -73,7 +73,7 @@ def ours(workers, count):
         checked = experiment_model(toy).model_validate(content)
         tracker = Tracker(local_uri(folder), "toy", folder)
         study = Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, count)
-        plan = Plan("trial", "tests.toy", {}, folder, Resources(concurrent=1), workers)
+        plan = StudySetup("trial", "tests.toy", {}, folder, Resources(concurrent=1), workers)
         runner.run(plan, study, tracker, tracker.start("parent", {}, {}), ends)
     assert len(ends.times) == count, "every trial is complete"
     return ends.milliseconds

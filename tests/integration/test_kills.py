@@ -21,7 +21,7 @@ from test_runner import Bench
 
 from grainmill.errors import SearchError
 from grainmill.execution import runner
-from grainmill.execution.training_job import Plan
+from grainmill.execution.training_job import StudySetup
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 KILLS = 2
@@ -31,14 +31,14 @@ KILLS = 2
 class Arena(Bench):
     """A run's folder whose trainings report to an umpire."""
 
-    def __init__(self, folder, umpire, watch):
-        super().__init__(folder, Tracker(local_uri(folder), "toy", folder), watch)
+    def __init__(self, folder, umpire, observer):
+        super().__init__(folder, Tracker(local_uri(folder), "toy", folder), observer)
         self.umpire, self.data = umpire, {}
 
     def plan(self, workers=1, **resources):
         plan = super().plan(workers, **resources)
         data = {**plan.data, **self.data, "umpire": self.umpire.port}
-        return Plan(plan.study, plan.trainable, data, plan.folder, plan.resources, workers)
+        return StudySetup(plan.study, plan.trainable, data, plan.folder, plan.resources, workers)
 
     def grid(self, heights, **changes):
         """A search whose outcome is known: the published 0.5, and then the heights in their order."""
@@ -69,8 +69,8 @@ class Arena(Bench):
 
 
 @pytest.fixture
-def arena(tmp_path, ray_cluster, umpire, watch):
-    return Arena(tmp_path, umpire, watch)
+def arena(tmp_path, ray_cluster, umpire, observer):
+    return Arena(tmp_path, umpire, observer)
 
 
 def once(place, deed):
@@ -95,7 +95,7 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 0), kill)
     records = arena.run(arena.grid([0.25, 0.75]), concurrent=1)
     arena.check(records, [0.25, 0.75], ["trial-0001 3"])
-    assert "trial-0001: its process died in epoch 3; goes on from its last checkpoint" in arena.watch.notes
+    assert "trial-0001: its process died in epoch 3; goes on from its last checkpoint" in arena.observer.notes
     assert [record.interruptions for record in records][:2] == [(), ("in epoch 3: its process died",)]
 
 
@@ -104,7 +104,7 @@ def test_group_that_loses_a_worker_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 1), kill)
     records = arena.run(arena.grid([0.25]), workers=2)
     arena.check(records, [0.25], ["trial-0001 3"])
-    assert "trial-0001: its workers began again in epoch 3; goes on from its last checkpoint" in arena.watch.notes
+    assert "trial-0001: its workers began again in epoch 3; goes on from its last checkpoint" in arena.observer.notes
     assert [record.interruptions for record in records] == [(), ("in epoch 3: its workers began again",)]
 
 
@@ -206,7 +206,7 @@ NO_DASHBOARD = """
     from grainmill import trials
     from grainmill.search.study import Study
     from grainmill.tracking.mlflow_runs import Tracker, local_uri
-    from grainmill.execution.training_job import Plan
+    from grainmill.execution.training_job import StudySetup
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     folder = Path(sys.argv[1])
@@ -214,8 +214,8 @@ NO_DASHBOARD = """
     for name in ("trial", "final"):
         plan = bench.plan(workers=2)
         study = Study(f"sqlite:///{folder / name}.db", name, bench.study(1).experiment, [{"height": 0.5}], 1)
-        plan = Plan(name, plan.trainable, plan.data, folder, plan.resources, 2)
-        trials.run(plan, study, bench.tracker, bench.parent, bench.watch)
+        plan = StudySetup(name, plan.trainable, plan.data, folder, plan.resources, 2)
+        trials.run(plan, study, bench.tracker, bench.parent, bench.observer)
         assert [record.state for record in study.records] == ["complete"]
     ray.shutdown()
     print("nothing lost")

@@ -17,7 +17,7 @@ NODES = """
     from shared import Umpire, free_port
     from grainmill import leader, ward
     from grainmill.config.experiment import Resources
-    from grainmill.execution.training_job import Job, Plan
+    from grainmill.execution.training_job import TrainingJob, StudySetup
     from ray.cluster_utils import Cluster
 
     folder, leader.RESIZE_SECONDS = Path(sys.argv[1]), 2.0
@@ -65,8 +65,8 @@ NODES = """
             told(said)
 
         umpire.rule = rule
-        group = leader.Group(Plan("trial", "toy", {}, str(folder), Resources(**resources), workers), ward.start())
-        group.train(Job("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
+        group = leader.Group(StudySetup("trial", "toy", {}, str(folder), Resources(**resources), workers), ward.start())
+        group.train(TrainingJob("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
         group.close()
         return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
 
@@ -126,14 +126,14 @@ HOSTS = """
     hosts.start((1, 1))
     from grainmill import leader, ward
     from grainmill.config.experiment import Resources
-    from grainmill.execution.training_job import Job, Plan
+    from grainmill.execution.training_job import TrainingJob, StudySetup
     from multigrain.config.training import MultiGrainSpec
 
     folder = Path(sys.argv[1])
     settings = {"image_size": 32, "epochs": 1, "model": {"trunk": "resnet18"}, "batch": {"size": 24}}
     spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}}).model_dump()
-    job = Job("multigrain.trainable", spec, {"folder": sys.argv[2]}, str(folder / "checkpoints"))
-    plan = Plan("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
+    job = TrainingJob("multigrain.trainable", spec, {"folder": sys.argv[2]}, str(folder / "checkpoints"))
+    plan = StudySetup("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
     group = leader.Group(plan, ward.start())
     said = [(0, hosts.crossed())]
 

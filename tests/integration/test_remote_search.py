@@ -102,7 +102,7 @@ def far(tmp_path, moto):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, umpire, ray_cluster, watch):
+def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, umpire, ray_cluster, observer):
     content = {
         "name": "far",
         "trainable": "toy",
@@ -116,7 +116,7 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
     }
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
     calm = load(tmp_path / "toy.yaml", [f"storage={tmp_path / 'calm'}", f"data.diary={tmp_path / 'calm diary'}"])
-    tune.tune(calm, local_uri(tmp_path / "calm"), None, watch, trainable.no_progress)
+    tune.tune(calm, local_uri(tmp_path / "calm"), None, observer, trainable.no_progress)
 
     umpire.rule = once(("trial-0001", 2, 0), lambda _: end_machine(f"{far.mark}-first"))
     died = far.grainmill("first", "tune", str(tmp_path / "toy.yaml"))

@@ -12,13 +12,13 @@ from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
 from test_workspace import place, proxy, seen_by_another  # noqa: F401
 
 from grainmill.errors import StorageError
-from grainmill.execution.training_job import Job, LeftError, epochs
+from grainmill.execution.training_job import LeftNodeError, TrainingJob, epochs
 from grainmill.storage import workspace
 from multigrain.models import checkpoint
 
 
 def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(place, tmp_path):  # noqa: F811
-    job = Job("toy", {"epochs": 4}, {"diary": str(tmp_path / "diary")}, place)
+    job = TrainingJob("toy", {"epochs": 4}, {"diary": str(tmp_path / "diary")}, place)
     with closing(epochs(job)) as results:
         for epoch in (1, 2):
             assert next(results)["epoch"] == epoch
@@ -30,8 +30,8 @@ def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(
 
 
 def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path):  # noqa: F811
-    job = Job("toy", {"epochs": 2, "steps": 3}, {"diary": str(tmp_path / "diary")}, place)
-    with pytest.raises(LeftError):
+    job = TrainingJob("toy", {"epochs": 2, "steps": 3}, {"diary": str(tmp_path / "diary")}, place)
+    with pytest.raises(LeftNodeError):
         list(epochs(job, lambda: True))
     assert json.loads(seen_by_another(place)["state.json"])["step"] == 1
     assert [row["epoch"] for row in epochs(job)] == [1, 2]
@@ -39,7 +39,7 @@ def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path): 
 
 
 def test_a_training_ends_with_the_reason_why_its_checkpoint_is_not_safe(place, proxy):  # noqa: F811
-    job = Job("toy", {"epochs": 4}, {}, place)
+    job = TrainingJob("toy", {"epochs": 4}, {}, place)
     with closing(epochs(job)) as results:
         next(results)
         proxy.rule = lambda method, *_: (400, "ExpiredToken") if method == "PUT" else None
@@ -64,8 +64,8 @@ def test_a_training_that_is_cut_inside_an_epoch_goes_on_elsewhere_with_the_same_
     monkeypatch,
 ):
     data = {"folder": str(shapes_folder)}
-    calm = Job("multigrain.trainable", spec().model_dump(), data, str(tmp_path / "calm"))
-    far = Job("multigrain.trainable", spec().model_dump(), data, place)
+    calm = TrainingJob("multigrain.trainable", spec().model_dump(), data, str(tmp_path / "calm"))
+    far = TrainingJob("multigrain.trainable", spec().model_dump(), data, place)
     expected = trained(calm)
     there, save = threading.Event(), checkpoint.Writer.save
 

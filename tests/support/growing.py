@@ -114,12 +114,12 @@ class Attendance(threading.Thread):
 
 
 class Diary:
-    """A `Watch` with the times."""
+    """An `Observer` with the times."""
 
     def __init__(self, began):
         self.began, self.notes, self.trials = began, [], []
 
-    def note(self, message):
+    def message(self, message):
         self.notes.append((time.monotonic() - self.began, message))
 
     def trial(self, name, record):
@@ -142,13 +142,13 @@ def content(settings):
     }
 
 
-def mill(folder, settings, watch):
+def mill(folder, settings, observer):
     """The search, and the training of the best again, as `grainmill tune` runs them; the records of both."""
     import toy
 
     from grainmill.config.experiment import experiment_model
     from grainmill.execution import runner
-    from grainmill.execution.training_job import Plan
+    from grainmill.execution.training_job import StudySetup
     from grainmill.search.study import Study
     from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
@@ -162,8 +162,8 @@ def mill(folder, settings, watch):
         if not count:
             continue
         study = Study(f"sqlite:///{folder / 'study.db'}", name, checked, first, count)
-        plan = Plan(name, "toy", {}, folder, checked.resources, settings["workers"])
-        runner.run(plan, study, tracker, parent, watch)
+        plan = StudySetup(name, "toy", {}, folder, checked.resources, settings["workers"])
+        runner.run(plan, study, tracker, parent, observer)
         records += study.records
     return records
 
@@ -177,9 +177,9 @@ def main(folder, settings):
     environment = {"PYTHONPATH": here, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
     began = time.monotonic()
-    nodes, watch = Attendance(began), Diary(began)
+    nodes, observer = Attendance(began), Diary(began)
     nodes.start()
-    records = mill(folder, settings, watch)
+    records = mill(folder, settings, observer)
     ended = time.monotonic() - began
     deadline = ended + settings["idle"] + 60
     while len(nodes.went) < len(nodes.came) and time.monotonic() - began < deadline:
@@ -191,7 +191,7 @@ def main(folder, settings):
         "ended": ended,
         "states": [record.state for record in records],
         "busy": sum(record.cost["cpu_seconds"] for record in records),
-        "trials": watch.trials,
+        "trials": observer.trials,
         "groups": [group["state"] for group in ray.util.placement_group_table().values()],
     }
     print(json.dumps(seen), flush=True)

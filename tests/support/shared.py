@@ -62,12 +62,12 @@ def ray_cluster():
 
 
 class Memory:
-    """A `Watch` that keeps what it is told."""
+    """An `Observer` that keeps what it is told."""
 
     def __init__(self):
         self.notes, self.trials = [], []
 
-    def note(self, message):
+    def message(self, message):
         self.notes.append(message)
 
     def trial(self, name, record):
@@ -75,7 +75,7 @@ class Memory:
 
 
 @pytest.fixture
-def watch():
+def observer():
     return Memory()
 
 

@@ -202,7 +202,7 @@ class Screen:
         if self.live:
             self.live.stop()
 
-    def note(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """A step of the whole begins."""
         out.print(message, style="bold", soft_wrap=True)
 

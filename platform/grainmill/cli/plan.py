@@ -58,11 +58,11 @@ def plan(
                 return None
 
         checked = tried(lambda: experiment.load(file, overrides or (), here=False))
-        found = tried(lambda: shape.read(on))
+        found = tried(lambda: shape.read_cluster(on))
         epoch = tried(lambda: _epoch(seconds, like))
         if checked and found:
             for workers in dict.fromkeys((checked.resources.workers, checked.resources.retrain_workers)):
-                tried(partial(found.room, checked.resources.need(workers)))
+                tried(partial(found.trials_that_fit, checked.resources.need(workers)))
         if problems:
             for error in problems:
                 err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -91,7 +91,7 @@ def _epoch(seconds: float | None, like: Path | None) -> float:
 def _show(checked: Experiment, on: Cluster, courses: Sequence["Course"], pace: "Pace") -> None:
     resources, trials = checked.resources, checked.search.trials
     need, again = resources.need(resources.workers), resources.need(resources.retrain_workers)
-    fits = on.room(need)
+    fits = on.trials_that_fit(need)
     at_once = min(fits, resources.concurrent or fits, trials)
     needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.bundle.items())
     count = f"{need.most}" if need.fewest == need.most else f"{need.fewest} to {need.most}"
@@ -122,7 +122,7 @@ def _rows(checked: Experiment, courses: Sequence["Course"]) -> Iterator[tuple[st
 def _show_nodes(on: Cluster, courses: Sequence["Course"]) -> None:
     """Node-hours by type, what of them is idle, and the price."""
     table = Table("node-hours", Column("", justify="right"), Column("dollars", justify="right"))
-    known = {one.name: one.price for one in (on.head, *on.types)}
+    known = {one.name: one.price for one in (on.head, *on.worker_types)}
     for name in courses[0].nodes:
         hours = [one.nodes[name] / 3600 for one in courses]
         price = known[name]

@@ -41,16 +41,16 @@ def submit(
         submission.check_storage(checked)
         address = address.rstrip("/")
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray holds it above every --address
-        client = submission.reach(address)
-        name = submission.new_id(client, address, checked.name)
+        client = submission.connect(address)
+        name = submission.next_submission_id(client, address, checked.name)
         jobs = Path(JOBS).expanduser()
-        submission.drop_ended(jobs, checked.name)
-        packed = submission.pack(file, checked.trainable, trainable.find(checked.trainable), jobs / name)
+        submission.delete_old_packages(jobs, checked.name)
+        packed = submission.package_job(file, checked.trainable, trainable.find(checked.trainable), jobs / name)
         left_out = ", ".join(f"{one} ({count})" for one, count in packed.left_out.items())
         _say(f"sending {packed.files} files, {submission.megabytes(packed.bytes)}; left out: {left_out or 'nothing'}")
-        line = submission.line(address, name, packed, verb, file, overrides or ())
+        line = submission.submit_command(address, name, packed, verb, file, overrides or ())
         _say(shlex.join(line))
-        _run(line, name, lambda: submission.state(client, name), submission.advice(address, name))
+        _run(line, name, lambda: submission.job_status(client, name), submission.job_commands(address, name))
 
 
 def _run(line: list[str], name: str, state_of: Callable[[], Any], advice: str) -> None:

@@ -17,7 +17,7 @@ MONITOR = "monitor.py"
 """Ray's autoscaler, a process on the head."""
 
 
-def at_once(need: Need, limit: int | None, note: Callable[[str], None]) -> int:
+def trials_at_once(need: Need, limit: int | None, note: Callable[[str], None]) -> int:
     """How many trials are to be asked for at once.
 
     Args:
@@ -28,12 +28,12 @@ def at_once(need: Need, limit: int | None, note: Callable[[str], None]) -> int:
     Raises:
         ResourceError: not one fits, nor will.
     """
-    found = possible()
+    found = possible_cluster()
     if found is not None:
-        fits = found.room(need)
+        fits = found.trials_that_fit(need)
         return min(fits, limit or fits)
     try:
-        fits = shape.room(present(), need)
+        fits = shape.trials_that_fit(present_nodes(), need)
     except ResourceError as error:
         if limit is None:
             raise ResourceError(f"{error}, or set resources.concurrent if the cluster grows by itself") from None
@@ -42,12 +42,12 @@ def at_once(need: Need, limit: int | None, note: Callable[[str], None]) -> int:
     return limit or fits
 
 
-def present() -> list[NodeType]:
+def present_nodes() -> list[NodeType]:
     """The nodes that are there."""
     return [NodeType("node", node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
 
 
-def possible() -> Cluster | None:
+def possible_cluster() -> Cluster | None:
     """What this cluster can become; None if it does not grow, or if that cannot be told from here.
 
     Ray has a table of node types for its drivers (`get_cluster_config`), but leaves it empty as of 2.60. So what its
@@ -68,7 +68,7 @@ def _launched() -> Cluster | None:
             continue
         if f"--gcs-address={address}" in words and any(Path(word).name == MONITOR for word in words):
             files = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
-            return shape.read(Path(files[0]).expanduser()) if files and files[0] else None
+            return shape.read_cluster(Path(files[0]).expanduser()) if files and files[0] else None
     return None
 
 
@@ -81,4 +81,4 @@ def _kubernetes() -> Cluster | None:
         found = KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
     except OSError:  # no token of Kubernetes, no answer, no right
         return None
-    return shape.parse(name, found)
+    return shape.parse_cluster(name, found)

@@ -27,9 +27,9 @@ class NodeType:
 
     name: str
     resources: Mapping[str, float]
-    most: int
+    max_nodes: int
     """Nodes of it at a time."""
-    least: int = 0
+    min_nodes: int = 0
     price: float | None = None
     """Dollars an hour of one node, if the file tells."""
 
@@ -47,25 +47,25 @@ class Cluster:
     """A head that is always there, and nodes that come when they are asked for."""
 
     head: NodeType
-    types: tuple[NodeType, ...]
-    most: int
+    worker_types: tuple[NodeType, ...]
+    max_workers: int
     """Nodes besides the head, of all types together."""
     idle_seconds: float
     """For which a node has no work before it goes."""
 
-    def nodes(self, bundle: Mapping[str, float]) -> list[NodeType]:
+    def nodes_for(self, bundle: Mapping[str, float]) -> list[NodeType]:
         """The type of each node that can work at once on bundles like this one, the head first.
 
         Ray prefers types without GPUs where none is asked for, then those of which the bundles leave least; as we do.
         """
-        fitting = [one for one in self.types if one.holds(bundle)]
+        fitting = [one for one in self.worker_types if one.holds(bundle)]
         ranked = sorted(fitting, key=lambda one: _waste(one, bundle))
-        workers = [one for one in ranked for _ in range(one.most)][: self.most]
+        workers = [one for one in ranked for _ in range(one.max_nodes)][: self.max_workers]
         return [self.head] * (self.head.holds(bundle) > 0) + workers
 
-    def room(self, need: Need) -> int:
+    def trials_that_fit(self, need: Need) -> int:
         """`room` when it has grown."""
-        return room(self.nodes(need.bundle) or [self.head, *self.types], need)
+        return trials_that_fit(self.nodes_for(need.bundle) or [self.head, *self.worker_types], need)
 
 
 def _times(have: float, amount: float) -> int:
@@ -80,7 +80,7 @@ def _waste(node: NodeType, bundle: Mapping[str, float]) -> tuple[bool, float]:
     return idle_gpu, -min(used, default=0.0)
 
 
-def room(nodes: Sequence[NodeType], need: Need) -> int:
+def trials_that_fit(nodes: Sequence[NodeType], need: Need) -> int:
     """How many trials nodes hold at once; the workers of one may be spread over several nodes.
 
     Args:
@@ -234,7 +234,7 @@ class _RayCluster(_Part):
             for group in self.spec.workerGroupSpecs
         )
         idle = self.spec.autoscalerOptions.idleTimeoutSeconds
-        return Cluster(self.spec.headGroupSpec.made(1, 0), types, sum(one.most for one in types), idle)
+        return Cluster(self.spec.headGroupSpec.made(1, 0), types, sum(one.max_nodes for one in types), idle)
 
 
 def _quantity(text: str | float) -> float:
@@ -243,16 +243,16 @@ def _quantity(text: str | float) -> float:
     return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
 
 
-def read(file: Path) -> Cluster:
+def read_cluster(file: Path) -> Cluster:
     """What a cluster file says.
 
     Raises:
         ExperimentError: with all problems found.
     """
-    return parse(str(file), read_plain(file))
+    return parse_cluster(str(file), read_plain(file))
 
 
-def parse(name: str, tree: object) -> Cluster:
+def parse_cluster(name: str, tree: object) -> Cluster:
     """What the content of a cluster file says, or the object that Kubernetes made of it; `name` is for errors.
 
     Raises:

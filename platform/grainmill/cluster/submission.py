@@ -36,7 +36,7 @@ SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Pack:
+class JobPackage:
     """What is sent."""
 
     folder: Path
@@ -47,7 +47,7 @@ class Pack:
     """Names in `STAYS` that were met, and how often."""
 
 
-def reach(address: str) -> JobSubmissionClient:
+def connect(address: str) -> JobSubmissionClient:
     """The client of a cluster.
 
     Raises:
@@ -104,7 +104,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def new_id(client: JobSubmissionClient, address: str, name: str) -> str:
+def next_submission_id(client: JobSubmissionClient, address: str, name: str) -> str:
     """`grainmill-NAME-1`, `-2`, ...: the first that no job of the cluster has.
 
     Raises:
@@ -116,7 +116,8 @@ def new_id(client: JobSubmissionClient, address: str, name: str) -> str:
             if not job.status.is_terminal():
                 raise SubmissionError(
                     f"one job at a time works under a name, but {job.submission_id} is {job.status.lower()}; "
-                    f"wait for it, stop it, or choose another --set name=NAME\n{advice(address, job.submission_id)}"
+                    f"wait for it, stop it, or choose another --set name=NAME\n"
+                    + job_commands(address, job.submission_id)
                 )
             last = max(last, int(found[1]))
     return f"grainmill-{name}-{last + 1}"
@@ -126,14 +127,14 @@ def _form(name: str) -> re.Pattern[str]:
     return re.compile(rf"grainmill-{re.escape(name)}-(\d+)")
 
 
-def drop_ended(jobs: Path, name: str) -> None:
-    """Delete what was sent for a name before, once `new_id` has found that all its jobs are at their end."""
+def delete_old_packages(jobs: Path, name: str) -> None:
+    """Delete the packages of earlier jobs of a name. All these jobs must have ended; see `next_submission_id`."""
     for folder in jobs.glob("grainmill-*"):
         if _form(name).fullmatch(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def state(client: JobSubmissionClient, job: str) -> JobStatus:
+def job_status(client: JobSubmissionClient, job: str) -> JobStatus:
     """Where a job stands.
 
     Raises:
@@ -147,7 +148,7 @@ def state(client: JobSubmissionClient, job: str) -> JobStatus:
         ) from error
 
 
-def advice(address: str, job: str) -> str:
+def job_commands(address: str, job: str) -> str:
     """How to follow a job and how to stop it."""
     ray = Path(sys.executable).with_name("ray")
     return "\n".join(
@@ -169,7 +170,7 @@ def check_storage(experiment: Experiment) -> None:
         )
 
 
-def pack(file: Path, name: str, trainable: Trainable, folder: Path) -> Pack:
+def package_job(file: Path, name: str, trainable: Trainable, folder: Path) -> JobPackage:
     """Put an experiment file, the mill and a trainable's top-level package into a new folder.
 
     Args:
@@ -200,7 +201,7 @@ def pack(file: Path, name: str, trainable: Trainable, folder: Path) -> Pack:
     for one in _distributions(name):
         _announce(one, folder / SOURCE_ROOTS[0])
     (folder / CARRIED).write_text(json.dumps(commit()))
-    return Pack(folder, len(found), total, left_out)
+    return JobPackage(folder, len(found), total, left_out)
 
 
 def _source(module: ModuleType) -> Path:
@@ -245,7 +246,9 @@ def megabytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def line(address: str, job: str, packed: Pack, verb: str, file: Path, overrides: Sequence[str]) -> list[str]:
+def submit_command(
+    address: str, job: str, packed: JobPackage, verb: str, file: Path, overrides: Sequence[str]
+) -> list[str]:
     """The `ray job submit` that starts a job, word by word."""
     environment = {"env_vars": {"PYTHONPATH": ":".join(SOURCE_ROOTS)}}  # relative to the working directory
     return [

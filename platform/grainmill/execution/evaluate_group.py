@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from grainmill import trainable as catalog
 from grainmill.errors import EvaluationError, ResourceError
-from grainmill.execution.training_job import Plan
+from grainmill.execution.training_job import StudySetup
 
 START_SECONDS = "10"
 """For room to be found for a group, before Ray Train looks anew for how many workers there is room: when a node has
 died, it counts on that for a while. A cluster that grows by itself is asked to all the time, whatever this is."""
 
 
-def assess(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path) -> catalog.Assessment:
+def run_evaluation(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path) -> catalog.Assessment:
     """Evaluate the model in `folder` in this process.
 
     Raises:
@@ -30,16 +30,16 @@ def assess(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path)
         raise EvaluationError(str(error)) from error
 
 
-def assess_on(
+def run_evaluation_on_group(
     workers: int, trainable: catalog.Trainable, folder: Path, settings: Any, out: Path, storage: Path
 ) -> catalog.Assessment:
-    """`assess` on each worker of a group, on the Ray that is there; rank 0's assessment.
+    """`run_evaluation` on each worker of a group, on the Ray that is there; rank 0's assessment.
 
     A worker takes one CPU and, if the cluster has one for each, a GPU.
 
     Args:
         workers: 1 or more.
-        trainable, folder, settings, out: see `assess`; all nodes must see the folders.
+        trainable, folder, settings, out: see `run_evaluation`; all nodes must see the folders.
         storage: folder for Ray's own files, which all nodes must see.
     Raises:
         EvaluationError: a worker cannot evaluate it.
@@ -83,12 +83,12 @@ def assess_on(
 
 
 def _work(config: Mapping[str, Any]) -> catalog.Assessment:
-    """`assess`, on one worker."""
+    """`run_evaluation`, on one worker."""
     if Path(config["here"]).is_dir():
         os.chdir(config["here"])  # paths in the settings may be relative, and Ray Train works elsewhere
     trainable = catalog.find(config["trainable"])
     settings = trainable.Evaluation.model_validate(config["settings"])
-    return assess(trainable, Path(config["folder"]), settings, Path(config["out"]))
+    return run_evaluation(trainable, Path(config["folder"]), settings, Path(config["out"]))
 
 
 def fitted(trainer: Any) -> Any:
@@ -180,7 +180,7 @@ def hosts(bundle: Mapping[str, float]) -> int:
     return sum(all(node.get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes)
 
 
-def scarcity(plan: Plan) -> str:
+def missing_resources(plan: StudySetup) -> str:
     """What a trial that waits for room in the cluster needs, in words."""
     import ray
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError
 
-from grainmill.execution.training_job import Job
+from grainmill.execution.training_job import TrainingJob
 
 TELL_SECONDS = 5.0
 """Between two words of a process to the ward."""
@@ -65,7 +65,7 @@ class State(NamedTuple):
     """Seconds that a step of this trial took."""
 
 
-class Pulse:
+class HeartbeatSender:
     """Of the process that makes it, which must make one alone."""
 
     def __init__(self, ward: Any) -> None:
@@ -87,7 +87,7 @@ class Pulse:
         return self.leave
 
     @contextmanager
-    def of(self, job: Job, trains: bool = True) -> Iterator[None]:
+    def of(self, job: TrainingJob, trains: bool = True) -> Iterator[None]:
         """While this process works on a job: trains it, or leads those that do."""
         self._name, self._attempt, self._longest = job.name, job.attempt, 0.0
         self._at = time.monotonic() if trains else None
@@ -120,11 +120,11 @@ class Pulse:
                 time.sleep(TELL_SECONDS)
 
 
-_own: Pulse | None = None
+_own: HeartbeatSender | None = None
 
 
-def own(ward: Any) -> Pulse:
+def own(ward: Any) -> HeartbeatSender:
     """The pulse of this process."""
     global _own  # noqa: PLW0603  # a process has one
-    _own = _own or Pulse(ward)
+    _own = _own or HeartbeatSender(ward)
     return _own

@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from grainmill.execution import evaluate_group
-from grainmill.execution.training_job import Job
+from grainmill.execution.training_job import TrainingJob
 
 RESTARTS = 1
 """Failures of its workers without an epoch in between, or of its whole group, before a job is given up."""
 
 
-class Desk:
+class Mailbox:
     """An actor. Jobs are numbered from 1."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.job: Job | None = None
+        self.job: TrainingJob | None = None
         self.over = True
         self.causes: dict[str, str] = {}
         """Groups that took the job, by the identity that each start gives them, and why they failed."""
@@ -26,7 +26,7 @@ class Desk:
         self.word: asyncio.Future[bool] | None = None
         self.changed = asyncio.Condition()
 
-    async def lay(self, job: Job) -> None:
+    async def lay(self, job: TrainingJob) -> None:
         """The leader's next job."""
         async with self.changed:
             self.number, self.job, self.over = self.number + 1, job, False
@@ -34,7 +34,7 @@ class Desk:
             self.failures = self.workers = self.epoch = 0
             self.changed.notify_all()
 
-    async def take(self, done: int, name: str, workers: int, place: evaluate_group.Place) -> tuple[int, Job]:
+    async def take(self, done: int, name: str, workers: int, place: evaluate_group.Place) -> tuple[int, TrainingJob]:
         """The next job for a worker that has done those up to `done`; one that was begun too often is not given.
 
         Args:

@@ -10,8 +10,8 @@ from grainmill.cluster import capacity
 from grainmill.errors import GrainmillError
 from grainmill.execution import watchdog, worker_group
 from grainmill.execution.searcher import Scheduler, StudySearcher
-from grainmill.execution.training_job import Plan
-from grainmill.execution.trial_callback import Clerk, Watch
+from grainmill.execution.training_job import StudySetup
+from grainmill.execution.trial_callback import Observer, TrialCallback
 from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker
@@ -23,7 +23,7 @@ LEADER_BYTES = 256 * 2**20
 """Memory reserved for a trial that only leads a group: it takes no CPU from its workers."""
 
 
-def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -> None:
+def run(plan: StudySetup, study: Study, tracker: Tracker, parent: str, observer: Observer) -> None:
     """Run all trials of a study that are not in a final state, until all are or the budget is spent.
 
     Args:
@@ -31,7 +31,7 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         study: gives and keeps them.
         tracker: gets a run for each, below the run `parent`.
         parent: an MLflow run id.
-        watch: is told of the progress.
+        observer: is told of the progress.
     Raises:
         ResourceError: not even one fits into the cluster.
         SearchError: most of them fail.
@@ -39,13 +39,13 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         TrackingError: at the end, MLflow has not answered for a while.
     """
     asha = ASHA(study.experiment, study.records)
-    with MLflowSync(study, plan.name, tracker, parent, watch.note) as mlflow_sync:
+    with MLflowSync(study, plan.name, tracker, parent, observer.message) as mlflow_sync:
         watched_by = watchdog.start()
-        clerk = Clerk(plan, study, asha, mlflow_sync, watch, watchdog.Listener(watched_by))
+        clerk = TrialCallback(plan, study, asha, mlflow_sync, observer, watchdog.WatchdogMessages(watched_by))
         searcher = StudySearcher(study, asha, clerk.spent)
         if not searcher.finished:
             try:
-                wave = capacity.at_once(plan.need, plan.resources.concurrent, watch.note)
+                wave = capacity.trials_at_once(plan.need, plan.resources.concurrent, observer.message)
                 _tuner(plan, searcher, clerk, wave, watched_by).fit()
             except Exception as error:
                 told = clerk.fatal or error.__cause__
@@ -58,7 +58,9 @@ def run(plan: Plan, study: Study, tracker: Tracker, parent: str, watch: Watch) -
         clerk.close_paused()
 
 
-def _tuner(plan: Plan, searcher: StudySearcher, clerk: Clerk, wave: int, watched_by: Any) -> ray_tune.Tuner:
+def _tuner(
+    plan: StudySetup, searcher: StudySearcher, clerk: TrialCallback, wave: int, watched_by: Any
+) -> ray_tune.Tuner:
     def trial(config: Mapping[str, Any]) -> None:
         worker_group.trial(plan, config, watched_by)
 

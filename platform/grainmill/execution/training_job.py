@@ -15,7 +15,7 @@ from grainmill.storage import workspace
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudySetup:
     """What all trials of a study share, in plain data."""
 
     study: str
@@ -47,7 +47,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training run, in plain data."""
 
     trainable: str
@@ -62,17 +62,19 @@ class Job:
     """Of this start of it, unlike all others."""
 
 
-class LeftError(Exception):
+class LeftNodeError(Exception):
     """A training ended early, with all steps kept, because its heartbeat said so."""
 
 
-def epochs(job: Job, heartbeat: catalog.Heartbeat = catalog.no_heartbeat) -> Generator[dict[str, Any], None, None]:
+def epochs(
+    job: TrainingJob, heartbeat: catalog.Heartbeat = catalog.no_heartbeat
+) -> Generator[dict[str, Any], None, None]:
     """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
 
     What the training leaves in a folder in S3 is safe there before an epoch is yielded, and at its end.
 
     Raises:
-        LeftError: it ended before its last epoch.
+        LeftNodeError: it ended before its last epoch.
         StorageError: the folder in S3 cannot be read or written.
     """
     trainable = catalog.find(job.trainable)
@@ -88,7 +90,7 @@ def epochs(job: Job, heartbeat: catalog.Heartbeat = catalog.no_heartbeat) -> Gen
             done = result.epoch
         kept.push()
     if done < spec.epochs:  # type: ignore[attr-defined]  # see catalog.Trainable
-        raise LeftError
+        raise LeftNodeError
 
 
 def _meet() -> None:

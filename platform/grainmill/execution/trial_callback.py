@@ -14,8 +14,8 @@ from ray.tune.experiment import Trial
 
 from grainmill.errors import GrainmillError, SearchError
 from grainmill.execution import evaluate_group
-from grainmill.execution.training_job import Plan
-from grainmill.execution.watchdog import Listener
+from grainmill.execution.training_job import StudySetup
+from grainmill.execution.watchdog import WatchdogMessages
 from grainmill.search.asha import ASHA, forecast
 from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
@@ -27,10 +27,10 @@ FAILURES = 5
 """Trials that fail before a search is given up, if more fail than not."""
 
 
-class Watch(Protocol):
+class Observer(Protocol):
     """Is told of the progress."""
 
-    def note(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """A step of the whole begins."""
 
     def trial(self, name: str, record: TrialRecord) -> None:
@@ -44,7 +44,7 @@ def _fatal(method: Callable[..., Result]) -> Callable[..., Result]:
     """Keeps what must end the search: Tune takes an error of a callback for one of the trial, and tries that again."""
 
     @wraps(method)
-    def call(clerk: "Clerk", *args: Any, **kwargs: Any) -> Result:
+    def call(clerk: "TrialCallback", *args: Any, **kwargs: Any) -> Result:
         if clerk.fatal:
             raise clerk.fatal
         try:
@@ -56,7 +56,7 @@ def _fatal(method: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-class Clerk(ray_tune.Callback):  # type: ignore[misc]
+class TrialCallback(ray_tune.Callback):  # type: ignore[misc]
     """Hears from Tune of the trials of one study.
 
     The study is written first and is right; the MLflow sync brings MLflow up to it, what a killed process did not tell
@@ -64,9 +64,15 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, plan: Plan, study: Study, asha: ASHA, mlflow_sync: MLflowSync, watch: Watch, listener: Listener
+        self,
+        plan: StudySetup,
+        study: Study,
+        asha: ASHA,
+        mlflow_sync: MLflowSync,
+        observer: Observer,
+        listener: WatchdogMessages,
     ) -> None:
-        self.plan, self.study, self.asha, self.mlflow_sync, self.watch = plan, study, asha, mlflow_sync, watch
+        self.plan, self.study, self.asha, self.mlflow_sync, self.observer = plan, study, asha, mlflow_sync, observer
         self.listener = listener
         self.fatal: GrainmillError | None = None
         """Why the search must end; nothing is taken down any more."""
@@ -142,7 +148,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
             self.at_work.discard(number)
             epoch = self.study.interrupt(number, "its node was taken away")
             name = self.plan.name(number)
-            self.watch.note(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
+            self.observer.message(f"{name}: its node is to be taken away; saved in epoch {epoch}, goes on elsewhere")
         elif "waiting" in result:
             self._wait(result["waiting"])
         else:
@@ -170,13 +176,13 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         if self.fatal:
             raise self.fatal
         if message := self.listener.heard():
-            self.watch.note(message)
+            self.observer.message(message)
         now = time.monotonic()
         if any(trial.status == Trial.RUNNING for trial in trials):
             self.busy_at = now
         elif now - self.busy_at > WAIT_SECONDS:
             self.busy_at = now
-            self._wait(evaluate_group.scarcity(self.plan))
+            self._wait(evaluate_group.missing_resources(self.plan))
 
     def _end(self, number: int) -> None:
         self.costs[number] = self._cost(number)
@@ -190,7 +196,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         record = self.study.record(number)
         if record.state == "complete" and not self.forecast and self.study.trials > 1:
             self.forecast = forecast(self.study.experiment, record)
-            self.watch.note(self.forecast)
+            self.observer.message(self.forecast)
         self._stop_if_hopeless(record)
 
     def _stop_if_hopeless(self, record: TrialRecord) -> None:
@@ -229,15 +235,15 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.began[number] = time.monotonic(), self._cost(number), workers
         need = self.plan.need
         if workers and workers != before and need.fewest < need.most:
-            self.watch.note(f"{self.plan.name(number)}: {workers} of up to {need.most} workers")
+            self.observer.message(f"{self.plan.name(number)}: {workers} of up to {need.most} workers")
 
     def _wait(self, what: str) -> None:
         evaluate_group.release()  # nobody else gives back what the dead have taken
-        self.watch.note(what)
+        self.observer.message(what)
 
     def _interrupted(self, number: int, why: str) -> None:
         epoch = self.study.interrupt(number, why)
-        self.watch.note(f"{self.plan.name(number)}: {why} in epoch {epoch}; goes on from its last checkpoint")
+        self.observer.message(f"{self.plan.name(number)}: {why} in epoch {epoch}; goes on from its last checkpoint")
 
     def _vacate(self, number: int) -> None:
         """Free what workers without a leader occupy."""
@@ -266,7 +272,7 @@ class Clerk(ray_tune.Callback):  # type: ignore[misc]
         self.study.keep()
         record = self.study.record(number)
         self.mlflow_sync.enqueue(record, running=number in self.began)
-        self.watch.trial(self.plan.name(number), record)
+        self.observer.trial(self.plan.name(number), record)
 
 
 def _cause(trial: Trial) -> str:

@@ -31,7 +31,7 @@ DUMP_SECONDS = 10.0
 """For a process to write down its stacks."""
 
 
-class Ward:
+class Watchdog:
     """Hears of all processes of a study; an actor."""
 
     def __init__(self, silence: float) -> None:
@@ -135,11 +135,11 @@ def hanging(heard: dict[Process, tuple[float, State]], now: float, silence: floa
 def start() -> Any:
     """The ward of a study, beside the driver, which calls this; it ends with its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    made = ray.remote(Ward).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000, scheduling_strategy=here)
+    made = ray.remote(Watchdog).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000, scheduling_strategy=here)
     return made.remote(SILENCE_SECONDS)
 
 
-class Listener:
+class WatchdogMessages:
     """The user's ear at a ward."""
 
     def __init__(self, ward: Any) -> None:

@@ -20,9 +20,9 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
 from grainmill.execution import evaluate_group, heartbeat
-from grainmill.execution.mailbox import RESTARTS, Desk
+from grainmill.execution.mailbox import RESTARTS, Mailbox
 from grainmill.execution.network import Network
-from grainmill.execution.training_job import Job, LeftError, Plan, cause, epochs
+from grainmill.execution.training_job import LeftNodeError, StudySetup, TrainingJob, cause, epochs
 
 GROUP_RESTARTS = 20
 """Failures before a group is given up, over all its jobs."""
@@ -32,16 +32,16 @@ RESIZE_SECONDS = 60.0
 """Between two looks of an elastic group whether there is room for more workers."""
 
 
-class GroupGoneError(Exception):
+class WorkerGroupEndedError(Exception):
     """A group ended; says why."""
 
 
-class Group:
+class WorkerGroup:
     """The workers, as their leader sees them. They end with the leader's process."""
 
-    def __init__(self, plan: Plan, ward: Any) -> None:
+    def __init__(self, plan: StudySetup, ward: Any) -> None:
         self.plan, need = plan, plan.need
-        self.desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=evaluate_group.beside()).remote()
+        self.desk = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=evaluate_group.beside()).remote()
         strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if need.apart else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _serve,
@@ -75,14 +75,14 @@ class Group:
         """Whether it ended."""
         return bool(ray.wait([self.end], timeout=0)[0])
 
-    def train(self, job: Job, report: Callable[[dict[str, Any]], None]) -> None:
+    def train(self, job: TrainingJob, report: Callable[[dict[str, Any]], None]) -> None:
         """Train, calling `report` with every epoch's metrics; if that raises, the workers leave the job.
 
         When workers begin, at first or after a failure, their number is reported as `workers`, with their `place`; what
         they wait for as `waiting`; why the job failed, in the end, as its `cause`.
 
         Raises:
-            GroupGoneError: the group has ended.
+            WorkerGroupEndedError: the group has ended.
         """
         ray.get(self.desk.lay.remote(job))
         try:
@@ -101,13 +101,13 @@ class Group:
         message = self.desk.read.remote()
         while not (ready := ray.wait([message, self.end], timeout=WAIT_SECONDS)[0]):
             if not self._stands():
-                report({"waiting": evaluate_group.scarcity(self.plan)})
+                report({"waiting": evaluate_group.missing_resources(self.plan)})
         if ready[0] != message:
             try:
                 ray.get(self.end)
             except Exception as error:
-                raise GroupGoneError(f"the group of workers ended: {cause(error)}") from error
-            raise GroupGoneError("the group of workers ended")
+                raise WorkerGroupEndedError(f"the group of workers ended: {cause(error)}") from error
+            raise WorkerGroupEndedError("the group of workers ended")
         found: Mapping[str, Any] | None = ray.get(message)
         return found
 
@@ -158,7 +158,7 @@ def _work(config: Mapping[str, Any]) -> None:
                         go_on = agreed(_told(desk.hand_in.remote(number, metrics)) if first else None)
                     if not go_on:
                         break
-        except LeftError:
+        except LeftNodeError:
             _told(desk.leave.remote(number))
             raise _taken_away() from None
         except _DeskGoneError:
@@ -175,25 +175,25 @@ def _taken_away() -> RayActorError:
     return RayActorError(None, "its node is to be taken away", False, True)
 
 
-_groups: dict[str, Group] = {}
+_groups: dict[str, WorkerGroup] = {}
 
 
-def _lead(plan: Plan, job: Job, ward: Any) -> None:
+def _lead(plan: StudySetup, job: TrainingJob, ward: Any) -> None:
     """Train a job with the group of this process for a plan, started if need be."""
     for left in reversed(range(1 + RESTARTS)):
         found = _groups.get(plan.study)
         if found is None or found.gone:
-            found = _groups[plan.study] = Group(plan, ward)
+            found = _groups[plan.study] = WorkerGroup(plan, ward)
         try:
             return found.train(job, ray.tune.report)
-        except GroupGoneError:
+        except WorkerGroupEndedError:
             found.close()
             if not left:
                 raise
     raise AssertionError("the last try returns or raises")
 
 
-def _train(job: Job, own: heartbeat.Pulse) -> None:
+def _train(job: TrainingJob, own: heartbeat.HeartbeatSender) -> None:
     """Train a job in this process."""
     with closing(epochs(job, own.beat)) as results:
         for metrics in results:
@@ -201,7 +201,7 @@ def _train(job: Job, own: heartbeat.Pulse) -> None:
                 ray.tune.report(metrics)
 
 
-def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
+def trial(plan: StudySetup, config: Mapping[str, Any], ward: Any) -> None:
     """One Tune trial, of `number` and `spec`: alone in this process, or at the head of a warm Ray Train group.
 
     What it raises is reported as its `cause`: Tune's own retries are for processes and nodes that die. That a node is
@@ -211,16 +211,18 @@ def trial(plan: Plan, config: Mapping[str, Any], ward: Any) -> None:
         ward: that of the study; see `ward`.
     """
     number, own = config["number"], heartbeat.own(ward)
-    job = Job(plan.trainable, config["spec"], plan.data, plan.checkpoints(number), plan.name(number), str(uuid4()))
+    job = TrainingJob(
+        plan.trainable, config["spec"], plan.data, plan.checkpoints(number), plan.name(number), str(uuid4())
+    )
     try:
         if own.leave:  # a worker of a group takes a step first, for all must leave together
-            raise LeftError
+            raise LeftNodeError
         with own.of(job, trains=plan.need.most == 1):
             if plan.need.most == 1:
                 _train(job, own)
             else:
                 _lead(plan, job, ward)
-    except LeftError:
+    except LeftNodeError:
         ray.tune.report({"left": True})
         raise _taken_away() from None
     except Exception as error:

@@ -71,9 +71,9 @@ def evaluate(
         settings = _settings(found, overrides)
         if shared:
             with connect(address):
-                assessment = evaluate_group.assess_on(workers, found, folder, settings, out, shared)
+                assessment = evaluate_group.run_evaluation_on_group(workers, found, folder, settings, out, shared)
         else:
-            assessment = evaluate_group.assess(found, folder, settings, out)
+            assessment = evaluate_group.run_evaluation(found, folder, settings, out)
         return RecordedEvaluation(assessment, _record(tracking_uri, stored, assessment) if stored else None)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from grainmill.cluster.shape import Cluster, NodeType, room
+from grainmill.cluster.shape import Cluster, NodeType, trials_that_fit
 from grainmill.config.experiment import Experiment
 from grainmill.config.resources import Need
 from grainmill.config.space import Scalar
@@ -87,9 +87,9 @@ class _Fleet:
         self.boot, self.timeout = boot, cluster.idle_seconds
         seen: Counter[str] = Counter()
         self.nodes: list[_Node] = []
-        for one in cluster.nodes(bundle):
+        for one in cluster.nodes_for(bundle):
             seen[one.name] += 1
-            stays = one is cluster.head or seen[one.name] <= one.least
+            stays = one is cluster.head or seen[one.name] <= one.min_nodes
             self.nodes.append(
                 _Node(one, one.holds(bundle), stays, free=one.holds(bundle), idle=0.0 if stays else -math.inf)
             )
@@ -250,7 +250,7 @@ class _Running:
 
 def _play(work: _Work, fleet: _Fleet, need: Need, limit: int | None, pace: Pace, now: float) -> float:
     """Run trials, so many at once as there is room for, from `now` on; the time at which the last has ended."""
-    fits, workers = room([node.type for node in fleet.nodes], need), fleet.workers(need)
+    fits, workers = trials_that_fit([node.type for node in fleet.nodes], need), fleet.workers(need)
     at_once = min(fits, limit or fits)
     running: list[_Running] = []
     started = 0

@@ -17,8 +17,8 @@ from grainmill.config.validation import COSTS
 from grainmill.config.yaml_document import to_yaml
 from grainmill.errors import SearchError, TrackingError
 from grainmill.execution import runner
-from grainmill.execution.training_job import Plan
-from grainmill.execution.trial_callback import Watch
+from grainmill.execution.training_job import StudySetup
+from grainmill.execution.trial_callback import Observer
 from grainmill.registry import models
 from grainmill.registry.model_card import Interval, ModelCard, machine
 from grainmill.report import page as report
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def tune(
-    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, progress: catalog.Progress
+    experiment: Experiment, tracking_uri: str, address: str | None, observer: Observer, progress: catalog.Progress
 ) -> Outcome:
     """Search, train the winner again, register it, report.
 
@@ -66,7 +66,7 @@ def tune(
         experiment: what to run.
         tracking_uri: MLflow's.
         address: of a Ray cluster; None starts a local one for the time of the call.
-        watch: is told of the progress.
+        observer: is told of the progress.
         progress: shows the progress of long loops.
     Raises:
         NameTakenError, BusyError, StorageError: see `runs.claim`.
@@ -74,26 +74,28 @@ def tune(
         TrackingError: MLflow does not answer.
         SearchError: no trial came through.
     """
-    with _Run.begin(experiment, tracking_uri, progress, watch, "run") as run, connect(address):
+    with _Run.begin(experiment, tracking_uri, progress, observer, "run") as run, connect(address):
         run.check_room("trial", experiment.resources.workers)
         run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
-        watch.note(_forecast(experiment))
+        observer.message(_forecast(experiment))
         study = run.mill("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
         best = selection.best(experiment, study.records)[: experiment.winner.candidates]
         if not best:
             raise SearchError(_no_winner(study))
         again = f"the best of them, each from {_count(experiment.winner.seeds, 'fresh seed')}"
-        watch.note(f"training {_count(len(best), 'trial')} again, {again}" if len(best) > 1 else f"training {again}")
+        observer.message(
+            f"training {_count(len(best), 'trial')} again, {again}" if len(best) > 1 else f"training {again}"
+        )
         return run.finish(best, study)
 
 
 def train(
-    experiment: Experiment, tracking_uri: str, address: str | None, watch: Watch, progress: catalog.Progress
+    experiment: Experiment, tracking_uri: str, address: str | None, observer: Observer, progress: catalog.Progress
 ) -> Outcome:
     """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
-    with _Run.begin(experiment, tracking_uri, progress, watch, "train") as run, connect(address):
+    with _Run.begin(experiment, tracking_uri, progress, observer, "train") as run, connect(address):
         workers = experiment.resources.retrain_workers
-        watch.note(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
+        observer.message(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
         return run.finish([None], None)
 
 
@@ -134,22 +136,22 @@ class _Run:
     data: Any
     home: run_folder.Run
     tracker: Tracker
-    watch: Watch
+    observer: Observer
     parent: str
 
     @classmethod
     @contextmanager
     def begin(
-        cls, experiment: Experiment, tracking_uri: str, progress: catalog.Progress, watch: Watch, kind: str
+        cls, experiment: Experiment, tracking_uri: str, progress: catalog.Progress, observer: Observer, kind: str
     ) -> Iterator["_Run"]:
         """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
-        with run_folder.claim(experiment, kind, watch.note) as home:
+        with run_folder.claim(experiment, kind, observer.message) as home:
             trainable = catalog.find(experiment.trainable)
             data = _prepared(trainable, experiment, progress)
             tracker = Tracker(tracking_uri, experiment.name, experiment.storage)
             parent = _parent(tracker, experiment, home)
             try:
-                yield cls(experiment, trainable, data, home, tracker, watch, parent)
+                yield cls(experiment, trainable, data, home, tracker, observer, parent)
             except BaseException as error:
                 with suppress(TrackingError):  # the error that came first is the one to tell
                     check_server(tracking_uri)
@@ -166,7 +168,7 @@ class _Run:
             with workspace.opened(home, run_folder.BESIDES) as earlier:
                 url, prefix = _database(experiment, earlier.path / run, f"{home}/{run}")
                 study.adopt(url, prefix + name)
-        runner.run(self._plan(name, workers), study, self.tracker, self.parent, self.watch)
+        runner.run(self._plan(name, workers), study, self.tracker, self.parent, self.observer)
         return study
 
     def check_room(self, name: str, workers: Workers) -> None:
@@ -176,11 +178,11 @@ class _Run:
             ResourceError: says what is missing.
         """
         plan = self._plan(name, workers)
-        capacity.at_once(plan.need, plan.resources.concurrent, self.watch.note)
+        capacity.trials_at_once(plan.need, plan.resources.concurrent, self.observer.message)
 
-    def _plan(self, study: str, workers: Workers) -> Plan:
+    def _plan(self, study: str, workers: Workers) -> StudySetup:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
-        return Plan(study, module, self.data.model_dump(), self.home.place, self.experiment.resources, workers)
+        return StudySetup(study, module, self.data.model_dump(), self.home.place, self.experiment.resources, workers)
 
     def _run_of(self, trial: str) -> str:
         """Id of the MLflow run of a trial."""
@@ -204,7 +206,7 @@ class _Run:
             raise SearchError(_no_winner(study))
         chosen = selection.choose(experiment, found)
         final = selection.shipped(experiment, chosen)
-        self.watch.note("registering the model")
+        self.observer.message("registering the model")
         plan = self._plan("final", workers)
         run_id = self._run_of(plan.name(final.number))
         trained = plan.checkpoints(final.number)
@@ -234,7 +236,7 @@ class _Run:
         self.home.keep()
         return outcome
 
-    def _model_card(self, plan: Plan, chosen: Candidate, final: TrialRecord) -> ModelCard:
+    def _model_card(self, plan: StudySetup, chosen: Candidate, final: TrialRecord) -> ModelCard:
         bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
         runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.runs_by_tag(PARENT, self.parent).items()}

@@ -45,15 +45,15 @@ def test_the_file_of_this_clusters_autoscaler_tells(autoscaler, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text("{}")
     autoscaler("--gcs-address=10.1.2.4:6379", f"--autoscaling-config={other}")
-    assert capacity.possible() is None
+    assert capacity.possible_cluster() is None
     autoscaler(f"--gcs-address={ADDRESS}", f"--autoscaling-config={AWS}")
-    assert capacity.possible() == shape.read(AWS)
+    assert capacity.possible_cluster() == shape.read_cluster(AWS)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--autoscaling-config="], ["--autoscaling-config=/none"]])
 def test_an_autoscaler_without_a_file_that_we_understand_tells_nothing(autoscaler, arguments):
     autoscaler(f"--gcs-address={ADDRESS}", *arguments)
-    assert capacity.possible() is None
+    assert capacity.possible_cluster() is None
 
 
 @pytest.fixture
@@ -94,19 +94,19 @@ def kubernetes(tmp_path, monkeypatch):
 
 
 def test_the_object_of_this_pods_cluster_tells(kubernetes):
-    assert capacity.possible() is None
+    assert capacity.possible_cluster() is None
     kubernetes["grainmill"] = yaml.safe_load(KUBERAY.read_text()) | {"status": {"state": "ready"}}
-    assert capacity.possible() == shape.read(KUBERAY)
+    assert capacity.possible_cluster() == shape.read_cluster(KUBERAY)
 
 
 def test_a_pod_that_may_not_read_it_or_has_no_token_tells_nothing(kubernetes, tmp_path):
     kubernetes["grainmill"] = yaml.safe_load(KUBERAY.read_text())
     (tmp_path / "token").write_text("of a worker")
-    assert capacity.possible() is None
+    assert capacity.possible_cluster() is None
     (tmp_path / "token").unlink()
-    assert capacity.possible() is None
+    assert capacity.possible_cluster() is None
 
 
 def test_an_object_that_we_do_not_understand_tells_nothing(kubernetes):
     kubernetes["grainmill"] = {"kind": "RayCluster", "spec": {}}
-    assert capacity.possible() is None
+    assert capacity.possible_cluster() is None

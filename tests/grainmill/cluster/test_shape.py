@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from grainmill.cluster import shape
-from grainmill.cluster.shape import Cluster, NodeType, room
+from grainmill.cluster.shape import Cluster, NodeType, trials_that_fit
 from grainmill.config.resources import Need
 from grainmill.errors import ExperimentError, ResourceError
 
@@ -41,12 +41,14 @@ def test_a_node_with_part_of_a_gpu_holds_what_ten_thousandths_say():
 def test_room_counts_every_node_that_may_come_and_the_head_if_it_works():
     both = Cluster(HEAD, (LARGE, SMALL), 5, 60.0)
     # 3 nodes of one worker and 2 of five of 3 CPU, and no more than five nodes.
-    assert both.room(Need({"CPU": 3.0}, 1, 1)) == 13
-    assert Cluster(HEAD, (LARGE, SMALL), 4, 60.0).room(Need({"CPU": 3.0}, 1, 1)) == 8  # those without GPUs first
-    assert both.room(Need({"CPU": 1.0, "GPU": 1.0}, 1, 1)) == 4
-    assert both.room(Need({"CPU": 1.0, "GPU": 1.0}, 3, 3)) == 1  # over two nodes
+    assert both.trials_that_fit(Need({"CPU": 3.0}, 1, 1)) == 13
+    assert (
+        Cluster(HEAD, (LARGE, SMALL), 4, 60.0).trials_that_fit(Need({"CPU": 3.0}, 1, 1)) == 8
+    )  # those without GPUs first
+    assert both.trials_that_fit(Need({"CPU": 1.0, "GPU": 1.0}, 1, 1)) == 4
+    assert both.trials_that_fit(Need({"CPU": 1.0, "GPU": 1.0}, 3, 3)) == 1  # over two nodes
     working = NodeType("head", {"CPU": 6.0}, 1)
-    assert Cluster(working, (SMALL,), 3, 60.0).room(Need({"CPU": 3.0}, 1, 1)) == 5
+    assert Cluster(working, (SMALL,), 3, 60.0).trials_that_fit(Need({"CPU": 3.0}, 1, 1)) == 5
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_room_counts_every_node_that_may_come_and_the_head_if_it_works():
 )
 def test_what_never_fits_is_refused_with_the_nearest_that_does(bundle, workers, message):
     with pytest.raises(ResourceError) as caught:
-        Cluster(HEAD, (SMALL, LARGE), 5, 60.0).room(Need(bundle, workers, workers))
+        Cluster(HEAD, (SMALL, LARGE), 5, 60.0).trials_that_fit(Need(bundle, workers, workers))
     assert str(caught.value) == message
 
 
@@ -87,54 +89,54 @@ ONE = Need({"CPU": 1.0}, 1, 1)
 )
 def test_workers_of_a_trial_that_are_spread_share_no_node(cpus, workers, trials):
     nodes = [NodeType("node", {"CPU": float(count)}, 1) for count in cpus]
-    assert room(nodes, Need({"CPU": 1.0}, workers, workers, apart=True)) == trials
+    assert trials_that_fit(nodes, Need({"CPU": 1.0}, workers, workers, apart=True)) == trials
     with pytest.raises(ResourceError, match=rf"each of its 4 workers, but the cluster has {len(cpus)} that|room for"):
-        room(nodes, Need({"CPU": 1.0}, 4, 4, apart=True))
+        trials_that_fit(nodes, Need({"CPU": 1.0}, 4, 4, apart=True))
 
 
 def test_a_trial_of_few_or_many_workers_has_room_if_the_few_have():
     nodes = [NodeType("node", {"CPU": 5.0}, 1)]
-    assert room(nodes, Need({"CPU": 1.0}, 2, 9)) == 1
-    assert room(nodes, Need({"CPU": 1.0}, 1, 2)) == 2
+    assert trials_that_fit(nodes, Need({"CPU": 1.0}, 2, 9)) == 1
+    assert trials_that_fit(nodes, Need({"CPU": 1.0}, 1, 2)) == 2
     with pytest.raises(ResourceError, match="needs 6 workers of 1 CPU each, but the cluster has room for 5 at most"):
-        room(nodes, Need({"CPU": 1.0}, 6, 9))
+        trials_that_fit(nodes, Need({"CPU": 1.0}, 6, 9))
 
 
 def test_a_cluster_without_a_worker_has_no_room():
     with pytest.raises(ResourceError, match=r"more than 0 CPU .* use a cluster that has some"):
-        room([HEAD], ONE)
+        trials_that_fit([HEAD], ONE)
     with pytest.raises(ResourceError, match="no nodes"):
-        room([], ONE)
+        trials_that_fit([], ONE)
 
 
 def test_the_launchers_file_is_read():
-    found = shape.read(INFRA / "aws" / "cluster.yaml")
+    found = shape.read_cluster(INFRA / "aws" / "cluster.yaml")
     told = yaml.safe_load((INFRA / "aws" / "cluster.yaml").read_text())
     prices = told["provider"]["prices"]
     assert found.head == NodeType("head", {"CPU": 0.0}, 1, 0, prices["head"])
     resources = {"CPU": 16.0, "GPU": 1.0}
-    assert found.types == (
+    assert found.worker_types == (
         NodeType("worker", resources, 8, 0, prices["worker"]),
         NodeType("worker-fallback", resources, 8, 0, prices["worker-fallback"]),
     )
-    assert (found.most, found.idle_seconds) == (8, 300.0)
-    assert [node.name for node in found.nodes({"CPU": 1.0, "GPU": 1.0})] == ["worker"] * 8
+    assert (found.max_workers, found.idle_seconds) == (8, 300.0)
+    assert [node.name for node in found.nodes_for({"CPU": 1.0, "GPU": 1.0})] == ["worker"] * 8
 
 
 def test_kuberays_object_is_read():
-    found = shape.read(INFRA / "kuberay" / "cluster.yaml")
+    found = shape.read_cluster(INFRA / "kuberay" / "cluster.yaml")
     assert found.head == NodeType("head", {"CPU": 0.0}, 1)  # as its start parameters say, whatever its pod has
-    assert found.types == (NodeType("gpu", {"CPU": 8.0, "GPU": 1.0}, 8),)
-    assert (found.most, found.idle_seconds) == (8, 300.0)
+    assert found.worker_types == (NodeType("gpu", {"CPU": 8.0, "GPU": 1.0}, 8),)
+    assert (found.max_workers, found.idle_seconds) == (8, 300.0)
 
 
 def test_kuberays_object_that_does_not_grow_has_the_nodes_that_it_names(tmp_path):
     tree = yaml.safe_load((INFRA / "kuberay" / "cluster.yaml").read_text())
     del tree["spec"]["enableInTreeAutoscaling"]
     tree["spec"]["workerGroupSpecs"][0]["replicas"] = 3
-    found = shape.parse("fixed", tree)
-    assert found.types == (NodeType("gpu", {"CPU": 8.0, "GPU": 1.0}, 3, 3),)
-    assert found.most == 3
+    found = shape.parse_cluster("fixed", tree)
+    assert found.worker_types == (NodeType("gpu", {"CPU": 8.0, "GPU": 1.0}, 3, 3),)
+    assert found.max_workers == 3
 
 
 def test_kuberays_group_without_a_limit_has_one():
@@ -143,7 +145,7 @@ def test_kuberays_group_without_a_limit_has_one():
         group = tree["spec"]["workerGroupSpecs"][0]
         group.pop("maxReplicas", None)
         group |= {} if limit is None else {"maxReplicas": limit}
-        assert shape.parse("unlimited", tree).types[0].most == 1000
+        assert shape.parse_cluster("unlimited", tree).worker_types[0].max_nodes == 1000
 
 
 def written(folder, **changes):
@@ -162,19 +164,19 @@ def test_what_a_file_leaves_out_is_as_rays_launcher_has_it(tmp_path):
 
     file = written(tmp_path)
     theirs = prepare_config(yaml.safe_load(file.read_text()))
-    found = shape.read(file)
-    (worker,) = found.types
-    assert found.most == theirs["max_workers"] == 2
+    found = shape.read_cluster(file)
+    (worker,) = found.worker_types
+    assert found.max_workers == theirs["max_workers"] == 2
     assert found.idle_seconds == 60 * theirs["idle_timeout_minutes"] == 300
-    assert worker.most == theirs["available_node_types"]["worker"]["max_workers"] == 2
-    assert worker.least == theirs["available_node_types"]["worker"]["min_workers"] == 0
+    assert worker.max_nodes == theirs["available_node_types"]["worker"]["max_workers"] == 2
+    assert worker.min_nodes == theirs["available_node_types"]["worker"]["min_workers"] == 0
     assert worker.price is None
 
 
 def test_everything_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
     types = {"head": {"resources": {"CPU": -1}}, "worker": {"min_workers": -2}}
     with pytest.raises(ExperimentError) as caught:
-        shape.read(written(tmp_path, available_node_types=types, idle_timeout_minutes="soon"))
+        shape.read_cluster(written(tmp_path, available_node_types=types, idle_timeout_minutes="soon"))
     text = str(caught.value)
     assert text.startswith(f"{tmp_path / 'cluster.yaml'}: 4 problems")
     for part in ("head.resources.CPU: ", "worker.resources: this key", "worker.min_workers: ", "idle_timeout_minutes"):
@@ -190,7 +192,7 @@ def test_everything_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
 )
 def test_a_name_that_no_node_type_has_is_refused(tmp_path, changes, message):
     with pytest.raises(ExperimentError, match=message):
-        shape.read(written(tmp_path, **changes))
+        shape.read_cluster(written(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "- a list", b"\xff\xfe\x00"])
@@ -199,12 +201,12 @@ def test_a_file_that_is_none_is_refused_by_its_name(tmp_path, content):
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ExperimentError, match=r"cluster.yaml: 1 problem"):
-        shape.read(file)
+        shape.read_cluster(file)
 
 
 def test_nodes_with_gpus_come_last_where_none_is_asked_for():
     plain, with_gpu = ({"CPU": 4.0, "memory": 1e9, **gpu} for gpu in ({}, {"GPU": 1.0}))
     types = NodeType("gpu", with_gpu, 1), NodeType("plain", plain, 1)
-    nodes = Cluster(HEAD, types, 2, 60.0).nodes
+    nodes = Cluster(HEAD, types, 2, 60.0).nodes_for
     assert [node.name for node in nodes({"CPU": 1.0})] == ["plain", "gpu"]
     assert [node.name for node in nodes({"CPU": 1.0, "GPU": 1.0})] == ["gpu"]

@@ -43,19 +43,19 @@ def client(**states):
 
 
 def test_id_is_the_next_of_its_name():
-    assert submission.new_id(client(), HEAD, "demo") == "grainmill-demo-1"
+    assert submission.next_submission_id(client(), HEAD, "demo") == "grainmill-demo-1"
     others = client(grainmill_demo_2_7="RUNNING", grainmill_demos_3="RUNNING", other_demo_4="PENDING")
-    assert submission.new_id(others, HEAD, "demo") == "grainmill-demo-1"
+    assert submission.next_submission_id(others, HEAD, "demo") == "grainmill-demo-1"
     ended = client(grainmill_demo_9="FAILED", grainmill_demo_10="SUCCEEDED", grainmill_demo_2="STOPPED")
-    assert submission.new_id(ended, HEAD, "demo") == "grainmill-demo-11"
-    assert submission.new_id(client(grainmill_axb_1="RUNNING"), HEAD, "a.b") == "grainmill-a.b-1"
+    assert submission.next_submission_id(ended, HEAD, "demo") == "grainmill-demo-11"
+    assert submission.next_submission_id(client(grainmill_axb_1="RUNNING"), HEAD, "a.b") == "grainmill-a.b-1"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
 def test_name_whose_job_is_not_at_its_end_is_refused(state):
     jobs = client(grainmill_demo_1="FAILED", grainmill_demo_2=state)
     with pytest.raises(SubmissionError, match=f"but grainmill-demo-2 is {state.lower()}; wait") as caught:
-        submission.new_id(jobs, HEAD, "demo")
+        submission.next_submission_id(jobs, HEAD, "demo")
     assert f"ray job logs --follow --address {HEAD} grainmill-demo-2" in str(caught.value)
     assert f"ray job stop --address {HEAD} grainmill-demo-2" in str(caught.value)
 
@@ -91,7 +91,7 @@ def files(folder):
 
 
 def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
-    packed = submission.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
+    packed = submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
     source = Path(submission.__file__).parents[1]
     mill = {f"platform/grainmill/{path.relative_to(source)}" for path in source.rglob("*.py")}
     own = {"my own.yaml", "trainables/apples/__init__.py", "trainables/apples/red.py", "trainables/apples/parts/x.txt"}
@@ -106,21 +106,21 @@ def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
 def test_what_was_sent_before_under_a_name_is_dropped(tmp_path):
     for name in ("grainmill-demo-2", "grainmill-demo-10", "grainmill-demo-2-3", "grainmill-demos-1", "demo-1"):
         (tmp_path / name / "platform").mkdir(parents=True)
-    submission.drop_ended(tmp_path, "demo")
+    submission.delete_old_packages(tmp_path, "demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-1", "grainmill-demo-2-3", "grainmill-demos-1"]
-    submission.drop_ended(tmp_path / "none", "demo")
+    submission.delete_old_packages(tmp_path / "none", "demo")
 
 
 def test_commit_travels_with_the_code(apples, tmp_path, monkeypatch):
     monkeypatch.setattr(submission, "commit", lambda: {"mlflow.source.git.commit": "abc", "git.dirty": "false"})
-    packed = submission.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
+    packed = submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
     monkeypatch.chdir(packed.folder)
     assert provenance.commit() == {"mlflow.source.git.commit": "abc", "git.dirty": "false"}
 
 
 @pytest.mark.parametrize("lost", ["typer", "mlflow"], ids=["at once", "later"])
 def test_image_that_lacks_a_requirement_is_told(tmp_path, lost):
-    packed = submission.pack(DEMO, "toy", trainable.find("toy"), tmp_path / "job")
+    packed = submission.package_job(DEMO, "toy", trainable.find("toy"), tmp_path / "job")
     (packed.folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{lost!r}] = None\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packed.folder), "platform", "trainables"])}
     words = [sys.executable, "-m", "grainmill", "tune", "demo.yaml", "--set", f"storage={tmp_path}"]
@@ -131,14 +131,14 @@ def test_image_that_lacks_a_requirement_is_told(tmp_path, lost):
 
 
 def test_module_that_is_no_package_travels_as_its_file(tmp_path):
-    packed = submission.pack(DEMO, "toy", trainable.find("toy"), tmp_path / "job")
+    packed = submission.package_job(DEMO, "toy", trainable.find("toy"), tmp_path / "job")
     assert {name for name in files(packed.folder) if name.startswith("trainables")} == {"trainables/toy.py"}
 
 
 def test_what_is_sent_runs_by_itself_and_finds_installed_trainables(tmp_path):
     pytest.importorskip("torch")
-    packed = submission.pack(DEMO, "multigrain", trainable.find("multigrain"), tmp_path / "job")
-    line = submission.line(HEAD, "grainmill-demo-1", packed, "validate", DEMO, ["name=other"])
+    packed = submission.package_job(DEMO, "multigrain", trainable.find("multigrain"), tmp_path / "job")
+    line = submission.submit_command(HEAD, "grainmill-demo-1", packed, "validate", DEMO, ["name=other"])
     environment = json.loads(line[line.index("--runtime-env-json") + 1])["env_vars"]
     _, *words = line[line.index("--") + 1 :]
     code = (
@@ -170,7 +170,7 @@ def test_too_large_a_job_is_refused_before_it_is_copied(apples, tmp_path):
     with (apples.folder / "parts" / "images.tar").open("wb") as large:
         large.truncate(submission.LIMIT_BYTES)
     with pytest.raises(SubmissionError, match=r"at most 100\.0 MiB, got 10\d\.\d MiB: \S+images\.tar \(100\.0 MiB\)"):
-        submission.pack(apples.file, "apples.red", apples.module, tmp_path / "job")
+        submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
     assert not (tmp_path / "job").exists()
 
 
@@ -219,24 +219,24 @@ def test_open_cluster_is_taken_on_this_machine_alone(door, monkeypatch):
     address = f"http://127.0.0.1:{door.server_port}"
     client = types.SimpleNamespace(_server_ray_version=ray.__version__)
     monkeypatch.setattr(submission, "JobSubmissionClient", lambda _: client)
-    assert submission.reach(address) == client
+    assert submission.connect(address) == client
     monkeypatch.setattr(submission, "_is_loopback", lambda _: False)  # what follows is one far away
     with pytest.raises(
         SubmissionError, match=r"must ask for a token, but whoever reaches http://127.* RAY_AUTH_MODE=token"
     ):
-        submission.reach(address)
+        submission.connect(address)
     door.code = 401
-    assert submission.reach(address) == client
+    assert submission.connect(address) == client
 
 
 def test_head_of_another_ray_is_refused_with_both_versions(door):
     address = f"http://127.0.0.1:{door.server_port}"
-    assert submission.reach(address).get_address() == address
+    assert submission.connect(address).get_address() == address
     door.ray = "2.59.1"
     with pytest.raises(
         SubmissionError, match=rf"this command, {ray.__version__}, but the head at {address} has 2\.59\.1"
     ):
-        submission.reach(address)
+        submission.connect(address)
 
 
 def test_loopback_is_told_from_the_rest():
@@ -247,13 +247,13 @@ def test_loopback_is_told_from_the_rest():
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", "http://", "http://me:secret@head:8265"])
 def test_address_that_is_no_dashboard_is_refused(address):
     with pytest.raises(SubmissionError, match="such as http://head:8265, got") as caught:
-        submission.reach(address)
+        submission.connect(address)
     assert "secret" not in str(caught.value)
 
 
 def test_head_that_is_not_there_is_told():
     with pytest.raises(SubmissionError, match=r"must answer at http://127\.0\.0\.1:9, but did not: .*refused"):
-        submission.reach("http://127.0.0.1:9")
+        submission.connect("http://127.0.0.1:9")
 
 
 CLUSTER = """

@@ -16,7 +16,7 @@ import pytest
 from test_kills import Arena, once, run_whole
 
 from grainmill.execution import heartbeat, watchdog
-from grainmill.execution.training_job import Job
+from grainmill.execution.training_job import TrainingJob
 
 
 def state(attempt="", still=0.0, longest=0.0):
@@ -51,7 +51,7 @@ def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypat
     monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
 
     async def scene():
-        made = watchdog.Ward(40.0)
+        made = watchdog.Watchdog(40.0)
         assert not await made.hear(ONE, state("x")), "is answered after a while"
         monkeypatch.setattr(watchdog, "TELL_SECONDS", 30.0)
         async with asyncio.timeout(10):
@@ -86,7 +86,7 @@ def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkey
     monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.01)
 
     async def scene():
-        made = watchdog.Ward(40.0)
+        made = watchdog.Watchdog(40.0)
         await made.hear(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
         await made.hear(OTHER, state("x"))
         async with asyncio.timeout(10):
@@ -107,7 +107,7 @@ def test_ward_that_slept_itself_ends_nobody(monkeypatch):
     monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
 
     async def scene():
-        made = watchdog.Ward(0.15)
+        made = watchdog.Watchdog(0.15)
         await made.note(ONE, state("x"))
         for _ in range(8):
             await made.hear(OTHER, state("x"))
@@ -201,7 +201,7 @@ def calls(monkeypatch):
 def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_must_leave(calls, monkeypatch):
     clock = itertools.count(100.0)  # a second passes with each look at it
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: next(clock))
-    own, job = heartbeat.Pulse(calls), Job("toy", {}, {}, "", "trial-0003", "x")
+    own, job = heartbeat.HeartbeatSender(calls), TrainingJob("toy", {}, {}, "", "trial-0003", "x")
     assert own._state() == ("", "", 0.0, 0.0)
     with own.of(job):  # at 100; told at 101
         assert calls.states[-1] == ("trial-0003", "x", 1.0, 0.0)
@@ -221,8 +221,8 @@ def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_mu
 
 
 @pytest.fixture
-def arena(tmp_path, ray_cluster, umpire, watch):
-    return Arena(tmp_path, umpire, watch)
+def arena(tmp_path, ray_cluster, umpire, observer):
+    return Arena(tmp_path, umpire, observer)
 
 
 NOTICE = r"""
@@ -269,15 +269,15 @@ NOTICE = r"""
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(workers + 1)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    umpire, watch, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "bin" / "ray"
+    umpire, observer, place, metadata, ray_command = Umpire(), Memory(), {}, Metadata(), folder / "bin" / "ray"
     environment = {**os.environ, "PATH": f"{ray_command.parent}:{os.environ['PATH']}"}
     command = [sys.executable, str(SCRIPT), "--metadata", metadata.address, "--poll", "0.1"]
     notice = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    arena = Arena(folder, umpire, watch)
+    arena = Arena(folder, umpire, observer)
     arena.data, umpire.rule = {"hold": "trial-0001 5"}, rule
     records = arena.run(arena.grid([0.25, 0.75], base={"steps": 3}), workers=workers, concurrent=1)
     arena.check(records, [0.25, 0.75], steps=3)
-    assert "trial-0001: its node is to be taken away; saved in epoch 2, goes on elsewhere" in watch.notes, watch.notes
+    assert "trial-0001: its node is to be taken away; saved in epoch 2, goes on elsewhere" in observer.notes
     assert [record.interruptions for record in records] == [(), ("in epoch 2: its node was taken away",), ()]
     last = workers - 1
     (before,) = {pid for name, step, rank, pid in umpire.heard if (name, step, rank) == ("trial-0001", 5, last)}
@@ -316,6 +316,6 @@ def test_process_that_is_stopped_is_noticed_ended_and_goes_on_from_its_checkpoin
     records = arena.run(arena.grid([0.25], base={"steps": 3}), workers=workers, concurrent=1)
     arena.check(records, [0.25], ["trial-0001 4", "trial-0001 5"], steps=3)
     stopped = next(pid for *where, pid in arena.umpire.heard if tuple(where) == place)
-    note = next(note for note in arena.watch.notes if note.startswith("trial-0001"))
+    note = next(note for note in arena.observer.notes if note.startswith("trial-0001"))
     assert f"trial-0001: its process {stopped} has been silent for " in note
     assert "in _compute; all stacks are in /" in note

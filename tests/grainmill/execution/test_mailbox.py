@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from grainmill.execution.mailbox import Desk
-from grainmill.execution.training_job import Job
+from grainmill.execution.mailbox import Mailbox
+from grainmill.execution.training_job import TrainingJob
 
-JOB = Job("toy", {"epochs": 2}, {}, "/nowhere")
+JOB = TrainingJob("toy", {"epochs": 2}, {}, "/nowhere")
 
 
 def played(scene):
@@ -15,7 +15,7 @@ def played(scene):
 
     async def play():
         async with asyncio.timeout(30):
-            await scene(Desk())
+            await scene(Mailbox())
 
     asyncio.run(play())
 
@@ -54,7 +54,7 @@ def test_both_workers_get_the_job_and_no_one_gets_it_again():
         await desk.done(1)
         assert [await desk.read(), await desk.read()] == [BEGUN, None]
         assert await waits(again)
-        other = Job("toy", {}, {}, "/elsewhere")
+        other = TrainingJob("toy", {}, {}, "/elsewhere")
         await desk.lay(other)
         assert await again == (2, other)
 

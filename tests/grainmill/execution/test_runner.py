@@ -21,7 +21,7 @@ from grainmill.config.experiment import experiment_model
 from grainmill.config.resources import Resources
 from grainmill.errors import ResourceError
 from grainmill.execution import evaluate_group, runner, trial_callback
-from grainmill.execution.training_job import Plan
+from grainmill.execution.training_job import StudySetup
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
@@ -37,14 +37,14 @@ def tracker(tmp_path_factory):
 class Bench:
     """One run's folder, with everything that `trials.run` wants."""
 
-    def __init__(self, folder, tracker, watch):
-        self.folder, self.tracker, self.watch = folder, tracker, watch
+    def __init__(self, folder, tracker, observer):
+        self.folder, self.tracker, self.observer = folder, tracker, observer
         self.parent = tracker.start("parent", {}, {})
         self.diary = folder / "diary"
 
     def plan(self, workers=1, **resources):
         data = {"diary": str(self.diary), "gate": None}
-        return Plan("trial", "toy", data, str(self.folder), Resources(**resources), workers)
+        return StudySetup("trial", "toy", data, str(self.folder), Resources(**resources), workers)
 
     def study(self, count, **changes):
         content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}
@@ -52,7 +52,7 @@ class Bench:
         return Study(f"sqlite:///{self.folder / 'study.db'}", "trial", checked, checked.first, count)
 
     def run(self, study, workers=1, **resources):
-        runner.run(self.plan(workers, **resources), study, self.tracker, self.parent, self.watch)
+        runner.run(self.plan(workers, **resources), study, self.tracker, self.parent, self.observer)
         return study.records
 
     def computed(self):
@@ -69,8 +69,8 @@ HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
 
 
 @pytest.fixture
-def bench(tmp_path, tracker, watch):
-    return Bench(tmp_path, tracker, watch)
+def bench(tmp_path, tracker, observer):
+    return Bench(tmp_path, tracker, observer)
 
 
 class Taker:
@@ -118,7 +118,7 @@ def test_search_whose_room_the_dead_have_taken_gets_it(bench, monkeypatch):
     died(taker(2)[0])
     (record,) = bench.run(bench.study(1))
     assert record.state == "complete"
-    assert bench.watch.notes[0] == "waiting for the cluster: a trial needs 1 CPU (0 of 2 free)"
+    assert bench.observer.notes[0] == "waiting for the cluster: a trial needs 1 CPU (0 of 2 free)"
 
 
 def test_every_trial_has_one_run_with_all_its_epochs_and_a_final_state(bench):
@@ -154,9 +154,9 @@ def test_weak_trials_are_stopped_early_and_the_watch_hears_of_all(bench):
     assert stopped
     assert all(1 <= record.metrics["epoch"] < 4 for record in stopped)
     assert records[0].state == "complete"
-    heard = {name: state for name, state, _ in bench.watch.trials}
+    heard = {name: state for name, state, _ in bench.observer.trials}
     assert heard == {f"trial-{record.number:04d}": record.state for record in records}
-    first = [(state, epoch) for name, state, epoch in bench.watch.trials if name == "trial-0000"]
+    first = [(state, epoch) for name, state, epoch in bench.observer.trials if name == "trial-0000"]
     assert first == [*(("running", epoch) for epoch in range(5)), ("complete", 4)]
 
 
@@ -217,14 +217,14 @@ def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, 
 
 def at_once(bench, **resources):
     plan = bench.plan(**resources)
-    return capacity.at_once(plan.need, plan.resources.concurrent, bench.watch.note)
+    return capacity.trials_at_once(plan.need, plan.resources.concurrent, bench.observer.message)
 
 
 def test_as_many_are_asked_for_at_once_as_the_cluster_holds(bench):
     assert at_once(bench) == 2
     assert at_once(bench, workers=2) == 1
     assert at_once(bench, workers=(1, 2)) == 1
-    assert bench.watch.notes == []
+    assert bench.observer.notes == []
 
 
 def test_trial_fits_if_its_fewest_workers_do(bench):
@@ -245,9 +245,9 @@ def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
 def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
     assert re.fullmatch(
         r"waiting for the cluster: a trial needs 3 CPU \([012] of 2 free\)",
-        evaluate_group.scarcity(bench.plan(workers=(3, 5))),
+        evaluate_group.missing_resources(bench.plan(workers=(3, 5))),
     )
-    told = evaluate_group.scarcity(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
+    told = evaluate_group.missing_resources(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
     assert told.endswith("3 nodes for its workers (1 there)")
 
 
@@ -351,7 +351,7 @@ def test_losers_that_pause_go_on_from_their_checkpoint_or_are_stopped_in_the_end
         0.01: "stopped",
     }
     assert len(bench.computed()) == len(set(bench.computed())) == 3 * 4 + 3
-    paused = {name for name, state, _ in bench.watch.trials if state == "paused"}
+    paused = {name for name, state, _ in bench.observer.trials if state == "paused"}
     assert paused == {"trial-0003", "trial-0004", "trial-0005"}
     runs = bench.child_runs()
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -365,7 +365,7 @@ def test_paused_trial_that_turns_out_to_be_good_goes_on_from_its_checkpoint_in_i
     # At epoch 2: 0.9 goes on; 0.6, the second of three, pauses; with four it is within 4/3 and goes on.
     by_height = {record.setting["height"]: record for record in records}
     assert by_height[0.6].state == "complete"
-    heard = [(state, epoch) for name, state, epoch in bench.watch.trials if name == "trial-0002"]
+    heard = [(state, epoch) for name, state, epoch in bench.observer.trials if name == "trial-0002"]
     assert heard.index(("paused", 2)) < heard.index(("running", 3)) < heard.index(("complete", 4))
     computed = [line for line in bench.computed() if line.startswith("trial-0002")]
     assert computed == [f"trial-0002 {epoch}" for epoch in (1, 2, 3, 4)]
@@ -394,7 +394,7 @@ def test_every_epoch_has_its_cost_and_it_can_be_an_objective(bench):
 def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
     study = bench.study(1, search={"scheduler": "none"})
     assert at_once(bench, cpus_per_worker=3, concurrent=2) == 2
-    (note,) = bench.watch.notes
+    (note,) = bench.observer.notes
     assert note.startswith("waiting for the cluster to grow: one worker needs 3 CPU")
     assert at_once(bench, concurrent=1) == 1
     assert study.remaining == 1

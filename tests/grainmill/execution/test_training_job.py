@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from grainmill.execution.training_job import Job, cause, epochs
+from grainmill.execution.training_job import TrainingJob, cause, epochs
 
 
 def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_path):
-    job = Job("toy", {"epochs": 2, "height": 0.5}, {}, str(tmp_path / "checkpoints"))
+    job = TrainingJob("toy", {"epochs": 2, "height": 0.5}, {}, str(tmp_path / "checkpoints"))
     first, last = epochs(job)
     assert first["reported"] == ["epoch", "score", "cost", "world_size"]
     assert [(row["epoch"], row["score"]) for row in (first, last)] == [(1, 0.25), (2, 0.5)]

@@ -8,24 +8,24 @@ import toy
 from grainmill.config.experiment import experiment_model
 from grainmill.config.resources import Resources
 from grainmill.execution import trial_callback
-from grainmill.execution.training_job import Plan
+from grainmill.execution.training_job import StudySetup
 from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
 
 
 @pytest.fixture
-def group(tmp_path, watch, monkeypatch):
+def group(tmp_path, observer, monkeypatch):
     """A trial of two to four workers, two CPUs each, and its clerk; `say`: some seconds later it says something."""
     content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}}
     study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
     trial = SimpleNamespace(config={"number": study.ask().number})
-    plan = Plan("trial", "toy", {}, str(tmp_path), Resources(cpus_per_worker=2), (2, 4))
+    plan = StudySetup("trial", "toy", {}, str(tmp_path), Resources(cpus_per_worker=2), (2, 4))
     mlflow_sync, listener = SimpleNamespace(enqueue=lambda _, running: running), SimpleNamespace(heard=lambda: None)
     now = [1000.0]
     monkeypatch.setattr(trial_callback, "time", SimpleNamespace(monotonic=lambda: now[0]))
     released = []
-    monkeypatch.setattr(trial_callback.group, "release", lambda: released.append(now[0]))
-    made = trial_callback.Clerk(plan, study, ASHA(study.experiment, ()), mlflow_sync, watch, listener)
+    monkeypatch.setattr(trial_callback.evaluate_group, "release", lambda: released.append(now[0]))
+    made = trial_callback.TrialCallback(plan, study, ASHA(study.experiment, ()), mlflow_sync, observer, listener)
     made.on_trial_start(0, [], trial)
 
     def say(seconds, **message):
@@ -39,7 +39,7 @@ def group(tmp_path, watch, monkeypatch):
 EPOCH = {"reported": ["epoch", "score"], "variants": "{}", "epoch": 1, "score": 0.5}
 
 
-def test_trial_costs_what_really_worked_for_it(group, watch):
+def test_trial_costs_what_really_worked_for_it(group, observer):
     assert group.say(10, workers=4, place=None) == 10 * 2 * 2  # until then, room was kept for two
     assert group.say(5, workers=3, place=None) == 40 + 5 * 4 * 2
     assert group.say(60, waiting="for a node") == 80 + 60 * 3 * 2
@@ -48,10 +48,10 @@ def test_trial_costs_what_really_worked_for_it(group, watch):
     assert group.say(1, **EPOCH) == 440 + 1 * 2 * 2
     notes = [f"trial-0000: {count} of up to 4 workers" for count in (4, 3, 2)]
     again = "trial-0000: its workers began again in epoch 1; goes on from its last checkpoint"
-    assert watch.notes == [*notes[:2], again, "for a node", notes[2], again]
+    assert observer.notes == [*notes[:2], again, "for a node", notes[2], again]
 
 
-def test_what_cut_a_group_short_is_told_once_each_time(group, watch):
+def test_what_cut_a_group_short_is_told_once_each_time(group, observer):
     group.say(1, workers=4, place=None)
     group.say(1, **EPOCH)
     group.say(1, left=True)

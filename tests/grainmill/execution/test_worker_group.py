@@ -5,17 +5,17 @@ import ray
 
 from grainmill.config.resources import Resources
 from grainmill.execution import watchdog, worker_group
-from grainmill.execution.training_job import Job, Plan
+from grainmill.execution.training_job import StudySetup, TrainingJob
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray Data, which Train imports
 def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path, ray_cluster, umpire):
     """One group for all of it: a whole job, one that is stopped, a whole one, a broken one, a whole one."""
-    group = worker_group.Group(Plan("trial", "toy", {}, tmp_path, Resources(), 2), watchdog.start())
+    group = worker_group.WorkerGroup(StudySetup("trial", "toy", {}, tmp_path, Resources(), 2), watchdog.start())
 
     def job(name, **spec):
-        return Job("toy", {"epochs": 3, **spec}, {"umpire": umpire.port}, str(tmp_path / name))
+        return TrainingJob("toy", {"epochs": 3, **spec}, {"umpire": umpire.port}, str(tmp_path / name))
 
     def pids(name):
         return {(rank, pid) for heard, _, rank, pid in umpire.heard if heard == name}
@@ -50,5 +50,5 @@ def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path
     group.close()
     ray.wait([group.end], timeout=60)
     assert group.gone
-    with pytest.raises(worker_group.GroupGoneError):
+    with pytest.raises(worker_group.WorkerGroupEndedError):
         train("closed")

@@ -215,13 +215,13 @@ def all_of(client, experiment):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("fault", ["frozen", "killed"])
 def test_a_search_whose_server_is_gone_for_most_of_it_is_told_as_a_calm_one(
-    ray_cluster, tmp_path, umpire, watch, server, monkeypatch, fault
+    ray_cluster, tmp_path, umpire, observer, server, monkeypatch, fault
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    tune.tune(search(tmp_path / "runs", umpire, "calm"), server.uri, None, watch, trainable.no_progress)
+    tune.tune(search(tmp_path / "runs", umpire, "calm"), server.uri, None, observer, trainable.no_progress)
     lost = threading.Event()
-    monkeypatch.setattr(watch, "note", lambda message: lost.set() if "told later" in message else None)
+    monkeypatch.setattr(observer, "message", lambda message: lost.set() if "told later" in message else None)
 
     def rule(name, epoch, rank, pid):
         if (name, epoch) == ("trial-0000", 2):
@@ -231,7 +231,7 @@ def test_a_search_whose_server_is_gone_for_most_of_it_is_told_as_a_calm_one(
             server.send(signal.SIGCONT) if fault == "frozen" else server.start()
 
     umpire.rule = rule
-    outcome = tune.tune(search(tmp_path / "runs", umpire, "rough"), server.uri, None, watch, trainable.no_progress)
+    outcome = tune.tune(search(tmp_path / "runs", umpire, "rough"), server.uri, None, observer, trainable.no_progress)
     client = MlflowClient(server.uri)
     calm, rough = all_of(client, "calm"), all_of(client, "rough")
     assert rough == calm

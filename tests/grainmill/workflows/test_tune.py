@@ -34,8 +34,8 @@ def experiment(storage, trainable="toy", **changes):
     return experiment_model(catalog.find(trainable)).model_validate({**content, **changes})
 
 
-def call(verb, checked, storage, watch):
-    return verb(checked, local_uri(storage), None, watch, catalog.no_progress)
+def call(verb, checked, storage, observer):
+    return verb(checked, local_uri(storage), None, observer, catalog.no_progress)
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +114,11 @@ def test_registered_model_loads_in_a_process_without_our_packages_installed(twic
     assert "'x': double" in loaded.stderr
 
 
-def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
+def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, observer):
     checked = experiment(tmp_path, base={"height": 0.7})
     with run_folder.claim(checked, "run", print):
         pass
-    outcome = call(tune.train, checked, tmp_path, watch)
+    outcome = call(tune.train, checked, tmp_path, observer)
     assert outcome.winner.trial is None
     assert len(outcome.candidates) == 1
     assert outcome.final.metrics["score"] == 0.7
@@ -126,11 +126,11 @@ def test_train_needs_no_search_and_shares_a_name_with_one(tmp_path, watch):
     assert Path(outcome.report).parent.name == "train-1"
 
 
-def test_no_secret_of_the_environment_is_written(tmp_path, watch, monkeypatch):
+def test_no_secret_of_the_environment_is_written(tmp_path, observer, monkeypatch):
     ours = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", *ours):
         monkeypatch.setenv(name, f"canary {name}")
-    call(tune.train, experiment(tmp_path), tmp_path, watch)
+    call(tune.train, experiment(tmp_path), tmp_path, observer)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"mlflow.db", "experiment.yaml", "lineage.json", "card.md", "report.html"} <= {path.name for path in written}
     assert [str(path) for path in written if b"canary" in path.read_bytes()] == []
@@ -153,10 +153,10 @@ def test_a_version_comes_of_its_trial_its_seed_and_its_data(twice, client):
     assert pictures == {item.path for item in client.list_artifacts(parent, "report")} != set()
 
 
-def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch):
+def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, observer):
     broken = experiment(tmp_path, base={"kind": "broken"}, search={"trials": 1})
     with pytest.raises(SearchError, match=r"none of 1 did.*the toy is broken"):
-        call(tune.tune, broken, tmp_path, watch)
+        call(tune.tune, broken, tmp_path, observer)
     client = mlflow.MlflowClient(local_uri(tmp_path))
     assert not client.search_registered_models()
     parent = client.get_run((tmp_path / "chain" / "run-1" / "parent-run").read_text())
@@ -164,8 +164,8 @@ def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, watch)
 
 
 @pytest.mark.slow
-def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_path, watch):
-    tune.train(experiment(tmp_path / "runs"), server.uri, None, watch, catalog.no_progress)
+def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_path, observer):
+    tune.train(experiment(tmp_path / "runs"), server.uri, None, observer, catalog.no_progress)
     client = mlflow.MlflowClient(server.uri)
     version = client.get_model_version_by_alias("chain", "champion")
     assert client.get_run(version.run_id).info.run_name == "final-0000"
@@ -178,7 +178,7 @@ def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_p
 
 
 @pytest.mark.slow
-def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_path, watch):
+def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_path, observer):
     base = {"image_size": 32, "epochs": 1, "model": {"trunk": "narrow"}, "batch": {"size": 24, "length_factor": 1.0}}
     checked = experiment(
         tmp_path,
@@ -191,7 +191,7 @@ def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_pat
         resources={"retrain_workers": 2},
         winner={"candidates": 1},
     )
-    outcome = call(tune.tune, checked, tmp_path, watch)
+    outcome = call(tune.tune, checked, tmp_path, observer)
     images = sorted((tmp_path / "data" / "shapes-96x40" / "val").rglob("*.png"))
     code = textwrap.dedent(f"""
         import mlflow, numpy, pandas, pathlib, sys
