@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from grainmill.config.findings import describe, errors
 from grainmill.config.resources import Need
-from grainmill.config.yaml_document import read_plain
+from grainmill.config.validation import error_messages
+from grainmill.config.yaml_document import dotted, read_plain
 from grainmill.errors import ExperimentError, Problem, ResourceError
 
 NODES = 1000
@@ -266,5 +266,5 @@ def parse_cluster(name: str, tree: object) -> Cluster:
 
 
 def _problems(model: type[BaseModel], error: ValidationError) -> Iterator[Problem]:
-    for details in errors(error):
-        yield Problem(None, ".".join(map(str, details["loc"])), describe(model, details))
+    for location, message in error_messages(model, error):
+        yield Problem(None, dotted(location), message)

@@ -1,7 +1,7 @@
 """Experiment file -> one frozen, checked object; or everything that is wrong with the file, with line numbers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,11 +9,10 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from grainmill import trainable as catalog
 from grainmill.config import validation
-from grainmill.config.findings import describe, errors
 from grainmill.config.resources import Resources
 from grainmill.config.section import Section
 from grainmill.config.space import Parameter, ScalarField, lookup, nested
-from grainmill.config.yaml_document import Document
+from grainmill.config.yaml_document import Document, Overrides
 
 NotNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -181,13 +180,13 @@ def json_schema(trainable: catalog.Trainable) -> dict[str, Any]:
 
 
 def load(
-    file: Path, overrides: Sequence[str] = (), progress: catalog.Progress = catalog.no_progress, here: bool = True
+    file: Path, overrides: Overrides = (), progress: catalog.Progress = catalog.no_progress, here: bool = True
 ) -> Experiment:
     """Read and check an experiment file, the data that it names included; starts and writes nothing.
 
     Args:
         file: the YAML file.
-        overrides: `a.b=value`, applied to the file's content; the value is read as YAML.
+        overrides: changes to the file's content.
         progress: shows the progress of long checks.
         here: whether this machine sees the data and the earlier runs that the file names; else they are not checked.
     Raises:
@@ -196,8 +195,7 @@ def load(
     document = Document(file)
     if not document.tree:
         document.stop_if_wrong()
-    for override in overrides:
-        document.override(override)
+    document.apply(overrides)
     try:
         trainable = catalog.find(str(document.tree.get("trainable", "multigrain")))
     except LookupError as error:
@@ -217,9 +215,9 @@ def _validated_parts(model: type[Experiment], document: Document) -> dict[str, A
     try:
         model.model_validate(document.tree)
     except ValidationError as error:
-        for details in errors(error):
-            document.add(details["loc"], describe(model, details))
-            wrong.update(details["loc"][:1])
+        for location, message in validation.error_messages(model, error):
+            document.add(location, message)
+            wrong.update(location[:1])
     parts = {}
     for name, field in model.model_fields.items():
         if name in wrong:

@@ -4,13 +4,13 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from grainmill import trainable as catalog
-from grainmill.config.findings import describe, errors
 from grainmill.config.space import (
     Parameter,
     Setting,
@@ -22,13 +22,96 @@ from grainmill.config.space import (
     resolve,
     space_problems,
 )
-from grainmill.config.yaml_document import Location, dotted
+from grainmill.config.yaml_document import Document, Location, Overrides, dotted
 from grainmill.storage import workspace
 
 COSTS: Mapping[str, catalog.Direction] = {"cpu_seconds": "min", "gpu_seconds": "min"}
 """Metrics of every trial, whatever is trained: seconds times what was reserved, up to the epoch."""
 HOURS: Mapping[str, str] = {"cpu_seconds": "CPU-hours", "gpu_seconds": "accelerator-hours"}
 """Names of the costs, in hours."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_RULES = {
+    "dict_type": "must hold keys and values",
+    "model_type": "must hold keys and values",
+    "string_pattern_mismatch": "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
+    "too_long": "must have at most {max_length} items",
+    "too_short": "must have at least {min_length} items",
+    "tuple_type": "must be a list in [brackets]",
+}
+"""Rules by pydantic's type of error, where its own message is unclear to users."""
+
+
+def error_messages(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Location, str]]:
+    """Location and message (rule, value found, remedy) of each error that pydantic found in the input of `model`."""
+    for details in error.errors():
+        # pydantic does not count wrong items of a tuple, and calls it too short for that reason alone.
+        if details["type"] != "too_short" or len(details["input"]) < details["ctx"]["min_length"]:
+            yield details["loc"], _message(model, details)
+
+
+def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str, Any] | None = None) -> Model:
+    """Settings of one command.
+
+    Args:
+        model: the settings and their defaults.
+        overrides: changes to them.
+        tree: plain data that the overrides change; empty by default.
+    Raises:
+        ExperimentError: with all problems found.
+    """
+    document = Document(None)
+    document.tree = dict(tree or {})
+    document.apply(overrides)
+    document.stop_if_wrong()
+    try:
+        return model.model_validate(document.tree)
+    except ValidationError as error:
+        for location, message in error_messages(model, error):
+            document.add(location, message)
+    document.stop_if_wrong()
+    raise AssertionError("a validation error is a problem")
+
+
+def _message(model: type[BaseModel], details: ErrorDetails) -> str:
+    *parents, key = details["loc"] or ("",)
+    fields = _fields_at(model, parents)
+    if details["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(key), fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+        return f"unknown key; {hint}"
+    if details["type"] == "missing":
+        return "both bounds are required, [low, high]" if isinstance(key, int) else "this key is required"
+    if details["type"] == "value_error":
+        return details["msg"].removeprefix("Value error, ")
+    rule = _RULES.get(details["type"], "").format(**details.get("ctx", {}))
+    rule = rule or details["msg"].replace("Input should be", "must be", 1)
+    remedy = ""
+    if details["type"] == "literal_error" and (
+        near := difflib.get_close_matches(str(details["input"]), rule.split("'"), n=1)
+    ):
+        remedy = f"; did you mean {near[0]!r}?"
+    elif (field := fields.get(str(key))) is not None and not field.is_required():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, bool | int | float | str):
+            remedy = f"; leave it out for the default, {default!r}"
+        elif details["input"] is None:
+            remedy = "; leave the key out, too"
+    return f"{rule}, got {details['input']!r}{remedy}"
+
+
+def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str, Any]:
+    """The fields of the model at a location inside `model`; empty if no model is there."""
+    annotation: Any = model
+    for parent in parents:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(str(parent))
+            annotation = field.annotation if field else None
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+    fields = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+    return {field.alias or name: field for name, field in fields.items()}
 
 
 def between_sections(
@@ -175,9 +258,9 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
             for some, key in workers.items():
                 found += [(("resources", key), message) for message in _worker_problems(trainable, spec, some)]
         except ValidationError as error:
-            for details in errors(error):
-                culprits = [name for name in [dotted(details["loc"]), *moved] if name in space]
-                found.append((("space", culprits[0]) if culprits else ("base",), describe(trainable.Spec, details)))
+            for location, message in error_messages(trainable.Spec, error):
+                culprits = [name for name in [dotted(location), *moved] if name in space]
+                found.append((("space", culprits[0]) if culprits else ("base",), message))
         for place, message in found:
             rule = message.partition(", got")[0]
             if (place, rule) not in seen:

@@ -1,7 +1,8 @@
 """A YAML file as plain data, with the line of every key; the only reader and writer of YAML."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from grainmill.errors import ExperimentError, Problem
 MAX_BYTES = 1_000_000
 Location = tuple[str | int, ...]
 """Keys and indices from the root of a tree."""
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Changes to settings: texts `a.b=value` whose value is YAML, or plain values by dotted path."""
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
@@ -91,8 +94,17 @@ class Document:
         elif not self.problems:
             self.add((), f"the file must hold keys and values, got {type(tree).__name__}; see `grainmill schema`")
 
+    def apply(self, overrides: Overrides) -> None:
+        """Change the tree; a change that is wrong becomes a problem."""
+        if isinstance(overrides, Mapping):
+            for path, value in overrides.items():
+                self._set(path, os.fspath(value) if isinstance(value, os.PathLike) else value)
+        else:
+            for text in overrides:
+                self.override(text)
+
     def override(self, text: str) -> None:
-        """Apply one `a.b=value`."""
+        """Apply one change, `a.b=value`."""
         path, equals, value = text.partition("=")
         if not equals or not path:
             self.add((), f"--set needs key=value, got {text!r}")
@@ -100,8 +112,11 @@ class Document:
         plain, _, problems = _read(value)
         for problem in problems:
             self.add((), f"--set {path}: {problem.message.replace('the file', 'the value', 1)}")
-        if problems:
-            return
+        if not problems:
+            self._set(path, plain)
+
+    def _set(self, path: str, value: Any) -> None:
+        """Put a value at a dotted path."""
         section, _, rest = path.partition(".")
         # A searched parameter's name is itself a dotted path: everything behind `space.` is one key.
         key = (section, rest) if section == "space" and rest else tuple(path.split("."))
@@ -111,7 +126,7 @@ class Document:
             if not isinstance(branch, dict):
                 self.add((), f"--set {path}: {step} is a value, not a section")
                 return
-        branch[key[-1]] = plain
+        branch[key[-1]] = value
         self.lines = {place: line for place, line in self.lines.items() if place[: len(key)] != key}
         self.overridden.add(key)
 

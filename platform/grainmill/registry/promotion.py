@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from pydantic import ValidationError
 
 from grainmill import trainable
 from grainmill.config.experiment import Promotion
-from grainmill.config.findings import describe, errors
-from grainmill.config.yaml_document import Document
+from grainmill.config.validation import checked_settings
+from grainmill.config.yaml_document import Document, Overrides
 from grainmill.errors import PromotionError, TrackingError, hidden
 from grainmill.registry import comparison, models, promotion_lock
 from grainmill.registry.models import CHALLENGER, CHAMPION, Version
@@ -41,7 +40,7 @@ class Decision(NamedTuple):
     why: str
 
 
-def promote(tracking_uri: str, model: str, overrides: Sequence[str], note: Callable[[str], None]) -> Decision:
+def promote(tracking_uri: str, model: str, overrides: Overrides, note: Callable[[str], None]) -> Decision:
     """Make a version the champion if it passes the gates and beats the champion beyond the bootstrap interval.
 
     The gates are the section `promotion` of the experiment that trained it.
@@ -49,7 +48,7 @@ def promote(tracking_uri: str, model: str, overrides: Sequence[str], note: Calla
     Args:
         tracking_uri: MLflow's.
         model: such as `models:/name/3`, or `models:/name@challenger`.
-        overrides: of the gates, as `metric=value`.
+        overrides: changes to the gates.
         note: is told of what takes time.
     Raises:
         ExperimentError: an override is wrong.
@@ -135,24 +134,15 @@ def _registry(tracking_uri: str, model: str) -> Iterator[MlflowClient]:
             ) from error
 
 
-def _gates(client: MlflowClient, version: Any, overrides: Sequence[str]) -> Promotion:
+def _gates(client: MlflowClient, version: Any, overrides: Overrides) -> Promotion:
     """Those of the experiment that trained a version, with changes."""
-    document = Document(None)
+    tree: dict[str, Any] = {}
     parent = client.get_run(version.run_id).data.tags.get(PARENT)
     if parent and any(item.path == "experiment.yaml" for item in client.list_artifacts(parent)):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(client.download_artifacts(parent, "experiment.yaml", folder))
-            document.tree = dict(Document(file).tree.get("promotion", {}))
-    for override in overrides:
-        document.override(override)
-    document.stop_if_wrong()
-    try:
-        return Promotion.model_validate(document.tree)
-    except ValidationError as error:
-        for details in errors(error):
-            document.add(details["loc"], describe(Promotion, details))
-    document.stop_if_wrong()
-    raise AssertionError("a validation error is a problem")
+            tree = Document(file).tree.get("promotion", {})
+    return checked_settings(Promotion, overrides, tree)
 
 
 def _unshown(

@@ -2,20 +2,19 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from pydantic import ValidationError
 
 from grainmill import trainable as catalog
 from grainmill.cluster.session import connect
-from grainmill.config.findings import describe, errors
-from grainmill.config.yaml_document import Document
+from grainmill.config.validation import checked_settings
+from grainmill.config.yaml_document import Overrides
 from grainmill.errors import EvaluationError, TrackingError, hidden
 from grainmill.execution import evaluate_group
 from grainmill.registry import comparison, models
@@ -33,7 +32,7 @@ class RecordedEvaluation(NamedTuple):
 
 def evaluate(
     model: str,
-    overrides: Sequence[str],
+    overrides: Overrides,
     trainable: str,
     out: Path,
     tracking_uri: str,
@@ -44,7 +43,7 @@ def evaluate(
 
     Args:
         model: `models:/name@alias`, `models:/name/version`, or a folder, also in S3: of a run, or with checkpoints.
-        overrides: the trainable's `Evaluation`, as `a.b=value`; the value is read as YAML.
+        overrides: changes to the settings of the trainable's `Evaluation`.
         trainable: of a folder; a registered model knows its own.
         out: folder for files. With several workers, their nodes must see it and the model's folder.
         tracking_uri: MLflow's.
@@ -68,7 +67,7 @@ def evaluate(
             found = catalog.find(name)
         except LookupError as error:
             raise EvaluationError(str(error)) from error
-        settings = _settings(found, overrides)
+        settings = checked_settings(found.Evaluation, overrides)
         if shared:
             with connect(address):
                 assessment = evaluate_group.run_evaluation_on_group(workers, found, folder, settings, out, shared)
@@ -87,20 +86,6 @@ def _seen_by_all(out: Path) -> Iterator[Path]:
         raise EvaluationError(str(error)) from error
     with folder as name:
         yield Path(name)
-
-
-def _settings(trainable: catalog.Trainable, overrides: Sequence[str]) -> Any:
-    document = Document(None)
-    for override in overrides:
-        document.override(override)
-    document.stop_if_wrong()
-    try:
-        return trainable.Evaluation.model_validate(document.tree)
-    except ValidationError as error:
-        for details in errors(error):
-            document.add(details["loc"], describe(trainable.Evaluation, details))
-    document.stop_if_wrong()
-    raise AssertionError("a validation error is a problem")
 
 
 def _checkpoints(place: str) -> str:

@@ -1,11 +1,11 @@
-"""Which of pydantic's errors are told."""
+"""Messages about values that pydantic refuses."""
 
 from typing import Annotated
 
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from grainmill.config.findings import describe, errors
+from grainmill.config.validation import error_messages
 
 Size = Annotated[int, Field(ge=16)]
 
@@ -51,6 +51,6 @@ class Grid(BaseModel):
 def test_a_list_is_too_short_only_if_it_is_with_its_wrong_items(content, told):
     with pytest.raises(ValidationError) as caught:
         Grid.model_validate(content)
-    found = [(".".join(map(str, details["loc"])), describe(Grid, details)) for details in errors(caught.value)]
+    found = [(".".join(map(str, place)), message) for place, message in error_messages(Grid, caught.value)]
     assert dict(found) == told
     assert len(found) == len(told)
