@@ -1,11 +1,19 @@
-"""The fixtures that several test files share; see `tests/support`."""
+"""The fixtures that test files share; see `tests/support`."""
 
-from shared import (  # noqa: F401
-    observer,
-    postgres,
-    pytest_runtest_setup,
-    ray_cluster,
-    server,
-    shapes_folder,
-    umpire,
-)
+import os
+
+# Before the libraries are imported: nothing leaves this machine, and only our own output is printed.
+os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # as the command does
+os.environ["OMP_NUM_THREADS"] = "1"  # on images this small, threads cost more than they save
+
+from image_files import image_files, shapes_folder  # noqa: F401
+from ray_support import ray_cluster  # noqa: F401
+from s3_servers import botocore_loader, bucket, door, moto, place, proxy, waits  # noqa: F401
+from servers import postgres, server  # noqa: F401
+from umpire import observer, umpire  # noqa: F401
+
+
+def pytest_runtest_setup():
+    """Forget the tracking server that MLflow's `set_tracking_uri` of an earlier test left in the environment."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)

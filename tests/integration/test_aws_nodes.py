@@ -9,7 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 from launching import Launcher
-from shared import free_port
+from servers import free_port
 
 from grainmill.config.yaml_document import read_plain
 

@@ -4,17 +4,16 @@ import copy
 import re
 import shlex
 import tomllib
-from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import ray
-import test_notice as notice
 import yaml
+from commands import ROOT
+from metadata_service import SCRIPT, notice
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import drain_node
 
-ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 AWS = yaml.safe_load((INFRA / "aws" / "cluster.yaml").read_text())
 CLUSTER = yaml.safe_load((INFRA / "kuberay" / "cluster.yaml").read_text())
@@ -167,7 +166,7 @@ def test_node_that_goes_says_so_before_by_a_command_that_ray_understands(monkeyp
     assert waits <= told["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
 
     script = AWS["file_mounts"]["/home/ray/notice.py"]
-    assert ROOT / script == notice.SCRIPT
+    assert ROOT / script == SCRIPT
     *_, start, after = AWS["worker_start_ray_commands"]
     assert "ray start" in start
     assert re.search(r"flock --nonblock \S+ python ~/notice\.py .*&\)$", after)
@@ -177,7 +176,7 @@ def test_node_that_goes_says_so_before_by_a_command_that_ray_understands(monkeyp
         commands.append(words)
         return CompletedProcess(words, 0)
 
-    monkeypatch.setattr(notice.notice.subprocess, "run", run)
-    assert notice.notice.drain(119)
+    monkeypatch.setattr(notice.subprocess, "run", run)
+    assert notice.drain(119)
     assert drained_by(commands[0])["deadline_remaining_seconds"] == 119
     assert drained_by(commands[0])["reason"] == "DRAIN_NODE_REASON_PREEMPTION"

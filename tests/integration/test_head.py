@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import COMMAND, left_behind
 from machines import SEEN, TOKEN, Machines, crash, processes
-from shared import free_port
-from test_app import COMMAND, left_behind
+from servers import free_port
 
 EPOCHS = 4
 PASSWORD = "mill"

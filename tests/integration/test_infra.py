@@ -13,8 +13,8 @@ import pytest
 import toy
 import yaml
 from moto.server import ThreadedMotoServer
-from shared import TrackingServer
-from test_evaluate import STORY
+from servers import TrackingServer
+from toy_settings import CARD
 
 from grainmill.errors import TrackingError
 from grainmill.registry import comparison, models, promotion
@@ -126,7 +126,7 @@ def test_the_same_calls_as_with_sqlite_register_promote_and_load_a_model(served,
         folder = tmp_path / str(height)
         list(toy.fit(toy.Spec(height=height), toy.Data(), folder))
         run_id = tracker.start(f"run of {height}", {"height": height}, {})
-        version = models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {}, STORY)
+        version = models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {}, CARD)
         comparison.save(tracker.client, version, run_id, [toy.Sample("copies/map", "same", [height] * 20, False)])
     promotion.promote(server.uri, "models:/apples@challenger", ["metric=copies/map"], print)
     assert promotion.rollback(server.uri, "apples", print).champion.number == "1"

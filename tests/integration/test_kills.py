@@ -15,79 +15,21 @@ import optuna
 import pytest
 import ray
 import yaml
-from shared import SUPPORT
-from test_app import left_behind
-from test_runner import Bench
+from arena import Arena
+from commands import PYTHON_PATH, left_behind, run_whole
+from umpire import kill, once
 
 from grainmill.errors import SearchError
 from grainmill.execution import runner
-from grainmill.execution.training_job import StudySetup
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 KILLS = 2
 """Of one and the same command, one after the other."""
 
 
-class Arena(Bench):
-    """A run's folder whose trainings report to an umpire."""
-
-    def __init__(self, folder, umpire, observer):
-        super().__init__(folder, Tracker(local_uri(folder), "toy", folder), observer)
-        self.umpire, self.data = umpire, {}
-
-    def plan(self, workers=1, **resources):
-        plan = super().plan(workers, **resources)
-        data = {**plan.data, **self.data, "umpire": self.umpire.port}
-        return StudySetup(plan.study, plan.trainable, data, plan.folder, plan.resources, workers)
-
-    def grid(self, heights, **changes):
-        """A search whose outcome is known: the published 0.5, and then the heights in their order."""
-        search = {"sampler": "grid", "scheduler": "none"}
-        return self.study(1 + len(heights), space={"height": {"choice": heights}}, search=search, **changes)
-
-    def all_runs(self):
-        query = f"tags.mlflow.parentRunId = '{self.parent}'"
-        return self.tracker.client.search_runs([self.tracker.experiment_id], query)
-
-    def check(self, records, heights, repeated=(), steps=1):
-        """All trials are complete with the metrics of a calm search, and only what is named was computed twice."""
-        assert [(record.number, record.state) for record in records] == [(n, "complete") for n in range(len(records))]
-        expected = [[(epoch, height * epoch / 4) for epoch in (1, 2, 3, 4)] for height in (0.5, *heights)]
-        assert [[(row["epoch"], row["score"]) for row in record.history] for record in records] == expected
-        names = [f"trial-{n:04d}" for n in range(len(records))]
-        runs = self.all_runs()
-        assert sorted((run.info.run_name, run.info.status) for run in runs) == [(name, "FINISHED") for name in names]
-        ids = {run.info.run_name: run.info.run_id for run in runs}
-        for name, rows in zip(names, expected, strict=True):
-            history = self.tracker.client.get_metric_history(ids[name], "score")
-            assert [(metric.step, metric.value) for metric in history] == rows
-        computed = Counter(self.computed())
-        assert computed.keys() == {f"{name} {step}" for name in names for step in range(1, 4 * steps + 1)}
-        twice = {line: count for line, count in computed.items() if count > 1}
-        assert twice.keys() <= set(repeated)
-        assert all(count == 2 for count in twice.values())
-
-
 @pytest.fixture
 def arena(tmp_path, ray_cluster, umpire, observer):
     return Arena(tmp_path, umpire, observer)
-
-
-def once(place, deed):
-    """A rule that does a deed when a process gets to a place, name, epoch and rank, for the first time."""
-    left = [place]
-
-    def rule(name, epoch, rank, pid):
-        if left and (name, epoch, rank) == place:
-            left.clear()
-            return deed(pid)
-        return None
-
-    return rule
-
-
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -168,9 +110,10 @@ NODE_DIES = """
     import os, signal, sys
     from pathlib import Path
     import ray
-    from shared import Memory, Umpire, free_port
+    from servers import free_port
+    from umpire import Memory, Umpire, once
     from ray.cluster_utils import Cluster
-    from test_kills import Arena, once
+    from arena import Arena
 
     def kill_node(pid):
         "The parent of a worker is the raylet of its node."
@@ -201,9 +144,9 @@ NO_DASHBOARD = """
     import sys
     from pathlib import Path
     import ray
-    from shared import Memory
-    from test_trials import Bench
-    from grainmill import trials
+    from arena import Bench
+    from umpire import Memory
+    from grainmill.execution import runner
     from grainmill.search.study import Study
     from grainmill.tracking.mlflow_runs import Tracker, local_uri
     from grainmill.execution.training_job import StudySetup
@@ -215,22 +158,12 @@ NO_DASHBOARD = """
         plan = bench.plan(workers=2)
         study = Study(f"sqlite:///{folder / name}.db", name, bench.study(1).experiment, [{"height": 0.5}], 1)
         plan = StudySetup(name, plan.trainable, plan.data, folder, plan.resources, 2)
-        trials.run(plan, study, bench.tracker, bench.parent, bench.observer)
+        runner.run(plan, study, bench.tracker, bench.parent, bench.observer)
         assert [record.state for record in study.records] == ["complete"]
     ray.shutdown()
     print("nothing lost")
 """
 """Two searches, one after the other, each with a group that needs all CPUs: the first one's must be free again."""
-
-
-def run_whole(script, folder, *words):
-    """A script that says at its end that nothing is lost, in a process of its own that leaves none behind."""
-    mark = str(uuid.uuid4())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "GRAINMILL_TEST": mark}
-    command = [sys.executable, "-c", textwrap.dedent(script), str(folder), *map(str, words)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
-    assert found.stdout.endswith("nothing lost\n"), found.stdout + found.stderr
-    assert left_behind(mark) == []
 
 
 @pytest.mark.slow
@@ -274,7 +207,7 @@ def test_command_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_pat
     (tmp_path / "runs").mkdir()
     Tracker(local_uri(tmp_path / "runs"), "mortal", tmp_path / "runs")  # MLflow cannot be killed while it makes tables
     mark, moments = str(uuid.uuid4()), random.Random(7)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "GRAINMILL_TEST": mark}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "GRAINMILL_TEST": mark}
 
     def tune(commits):
         command = [sys.executable, "-c", textwrap.dedent(MORTAL), "tune", "toy.yaml"]

@@ -1,13 +1,10 @@
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from commands import ROOT, python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import BaseModel
@@ -18,22 +15,6 @@ from multigrain.config.data import DataSettings
 from multigrain.config.evaluation import Evaluation
 from multigrain.config.finetune import FinetuneSpec
 from multigrain.config.training import MultiGrainSpec
-
-ROOT = Path(__file__).parents[2]
-
-
-def python(*arguments, **environment):
-    """Stdout of a fresh interpreter that runs in the repository's root."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("root", ["platform", "trainables"])

@@ -7,20 +7,20 @@ import textwrap
 
 import hosts
 import pytest
-from shared import SUPPORT
-from test_kills import run_whole
+from commands import PYTHON_PATH, run_whole
 
 NODES = """
     import os, signal, sys, time
     from pathlib import Path
     import ray
-    from shared import Umpire, free_port
-    from grainmill import leader, ward
+    from servers import free_port
+    from umpire import Umpire
+    from grainmill.execution import watchdog, worker_group
     from grainmill.config.experiment import Resources
     from grainmill.execution.training_job import TrainingJob, StudySetup
     from ray.cluster_utils import Cluster
 
-    folder, leader.RESIZE_SECONDS = Path(sys.argv[1]), 2.0
+    folder, worker_group.RESIZE_SECONDS = Path(sys.argv[1]), 2.0
     port = free_port()
     cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port})
     for _ in range(3):
@@ -65,7 +65,8 @@ NODES = """
             told(said)
 
         umpire.rule = rule
-        group = leader.Group(StudySetup("trial", "toy", {}, str(folder), Resources(**resources), workers), ward.start())
+        plan = StudySetup("trial", "toy", {}, str(folder), Resources(**resources), workers)
+        group = worker_group.WorkerGroup(plan, watchdog.start())
         group.train(TrainingJob("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
         group.close()
         return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
@@ -92,7 +93,7 @@ NODES = """
 
     # Three workers together on one node, that holds them; the others do not, even together.
     cluster.add_node(num_cpus=6)
-    leader.WAIT_SECONDS = 2
+    worker_group.WAIT_SECONDS = 2
     waits = []
 
     def comes_late(said):
@@ -124,7 +125,7 @@ HOSTS = """
     import hosts
     hosts.join()
     hosts.start((1, 1))
-    from grainmill import leader, ward
+    from grainmill.execution import watchdog, worker_group
     from grainmill.config.experiment import Resources
     from grainmill.execution.training_job import TrainingJob, StudySetup
     from multigrain.config.training import MultiGrainSpec
@@ -134,7 +135,7 @@ HOSTS = """
     spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}}).model_dump()
     job = TrainingJob("multigrain.trainable", spec, {"folder": sys.argv[2]}, str(folder / "checkpoints"))
     plan = StudySetup("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
-    group = leader.Group(plan, ward.start())
+    group = worker_group.WorkerGroup(plan, watchdog.start())
     said = [(0, hosts.crossed())]
 
     def hear(message):
@@ -152,7 +153,7 @@ HOSTS = """
 def test_group_on_two_hosts_trains_over_their_cable(tmp_path, shapes_folder):
     if not hosts.permitted():
         pytest.skip("two hosts on one machine need the right to make network namespaces, unshare and ip")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     command = [*hosts.INSIDE, sys.executable, "-c", textwrap.dedent(HOSTS), str(tmp_path), str(shapes_folder)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert found.returncode == 0, found.stdout + found.stderr

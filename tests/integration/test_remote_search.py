@@ -17,11 +17,9 @@ import mlflow
 import optuna
 import pytest
 import yaml
-from shared import SUPPORT
-from test_app import left_behind
-from test_checkpoint import FILES
-from test_kills import once
-from test_remote import moto  # noqa: F401  # a fixture
+from commands import PYTHON_PATH, left_behind
+from networks import FILES
+from umpire import once
 
 from grainmill import trainable
 from grainmill.config.experiment import load
@@ -29,8 +27,8 @@ from grainmill.tracking.mlflow_runs import local_uri
 from grainmill.workflows import tune
 
 COMMAND = """
-    from grainmill import tenure
-    tenure.EXPIRES_SECONDS, tenure.RENEW_SECONDS = 3.0, 1.0
+    from grainmill.storage import lock
+    lock.EXPIRES_SECONDS, lock.RENEW_SECONDS = 3.0, 1.0
     from grainmill.cli.app import app
     app()
 """
@@ -60,7 +58,7 @@ def told(url, name):
 
 
 @pytest.fixture
-def far(tmp_path, moto):  # noqa: F811
+def far(tmp_path, moto):
     """A bucket, and a command that is run by a machine of a name with nothing else to write to."""
     bucket, mark = f"bucket-{uuid.uuid4().hex}", str(uuid.uuid4())
     moto.client.create_bucket(Bucket=bucket)
@@ -72,7 +70,7 @@ def far(tmp_path, moto):  # noqa: F811
         command += ["--set", f"storage=s3://{bucket}/runs", "--set", f"tracking.uri={tracking}"]
         environment = {name: text for name, text in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_TRACK"))}
         environment |= {"HOME": str(tmp_path / machine), "GRAINMILL_TEST": f"{mark}-{machine}"}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+        environment |= {"PYTHONPATH": PYTHON_PATH}
         environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto.port}", "AWS_DEFAULT_REGION": "us-east-1"}
         environment |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "very-secret"}
         done = subprocess.run(

@@ -2,8 +2,7 @@
 
 import pytest
 import toy
-from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
-from test_workspace import place, proxy, seen_by_another  # noqa: F401
+from s3_servers import seen_by_another
 
 from grainmill.config.experiment import experiment_model
 from grainmill.errors import BusyError, NameTakenError, StorageError
@@ -14,7 +13,7 @@ from grainmill.workflows import evaluate, run_folder, tune
 
 
 @pytest.fixture
-def storage(place):  # noqa: F811
+def storage(place):
     return place.removesuffix("/trial-0001")
 
 
@@ -46,7 +45,7 @@ def test_runs_are_numbered_and_carried_on_by_any_machine(storage):
     }
 
 
-def test_what_trials_and_ray_keep_below_a_name_is_left_alone(storage, bucket):  # noqa: F811
+def test_what_trials_and_ray_keep_below_a_name_is_left_alone(storage, bucket):
     theirs = {f"runs/far/run-1/{name}": b"x" for name in ("trials/trial-0000/.index.json", "ray/trial/state.json")}
     bucket.put(**theirs, **{"runs/far/data/digits/0.png": b"x"})
     begin(experiment(storage), finished=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import sqlalchemy
-from test_study import experiment
+from toy_settings import experiment
 
 from grainmill.errors import StorageError
 from grainmill.search import study as module

@@ -18,8 +18,8 @@ import mlflow
 import optuna
 import pytest
 import yaml
+from commands import COMMAND, left_behind
 from machines import SEEN, TOKEN, Machines
-from test_app import COMMAND, left_behind
 
 SEED = 7
 """Another storm is as good; this one is the same each time, as far as the processes let it."""

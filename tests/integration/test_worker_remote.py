@@ -6,10 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from test_checkpoint import assert_same
-from test_fit import spec
-from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
-from test_workspace import place, proxy, seen_by_another  # noqa: F401
+from networks import assert_same, spec
+from s3_servers import seen_by_another
 
 from grainmill.errors import StorageError
 from grainmill.execution.training_job import LeftNodeError, TrainingJob, epochs
@@ -17,7 +15,7 @@ from grainmill.storage import workspace
 from multigrain.models import checkpoint
 
 
-def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(place, tmp_path):  # noqa: F811
+def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(place, tmp_path):
     job = TrainingJob("toy", {"epochs": 4}, {"diary": str(tmp_path / "diary")}, place)
     with closing(epochs(job)) as results:
         for epoch in (1, 2):
@@ -29,7 +27,7 @@ def test_an_epoch_is_safe_before_it_is_told_and_another_machine_goes_on_from_it(
     assert computed == ["1", "2", "3", "4"]
 
 
-def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path):  # noqa: F811
+def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path):
     job = TrainingJob("toy", {"epochs": 2, "steps": 3}, {"diary": str(tmp_path / "diary")}, place)
     with pytest.raises(LeftNodeError):
         list(epochs(job, lambda: True))
@@ -38,11 +36,11 @@ def test_what_a_training_left_that_had_to_end_at_once_is_safe(place, tmp_path): 
     assert (tmp_path / "diary").read_text().split()[1::2] == ["1", "2", "3", "4", "5", "6"]
 
 
-def test_a_training_ends_with_the_reason_why_its_checkpoint_is_not_safe(place, proxy):  # noqa: F811
+def test_a_training_ends_with_the_reason_why_its_checkpoint_is_not_safe(place, door):
     job = TrainingJob("toy", {"epochs": 4}, {}, place)
     with closing(epochs(job)) as results:
         next(results)
-        proxy.rule = lambda method, *_: (400, "ExpiredToken") if method == "PUT" else None
+        door.rule = lambda method, *_: (400, "ExpiredToken") if method == "PUT" else None
         with pytest.raises(StorageError, match=f"{place}/state.json needs credentials that are still good"):
             next(results)
 
@@ -58,7 +56,7 @@ def trained(job):
 
 
 def test_a_training_that_is_cut_inside_an_epoch_goes_on_elsewhere_with_the_same_bits(
-    place,  # noqa: F811
+    place,
     shapes_folder,
     tmp_path,
     monkeypatch,

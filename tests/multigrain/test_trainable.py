@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
-from test_remote import SECRET, bucket, moto, proxy, waits  # noqa: F401 - fixtures
+from s3_servers import SECRET
 
 from multigrain import trainable
 from multigrain.config.data import DataSettings
@@ -294,7 +294,7 @@ def test_worker_problems_are_those_of_the_batch_and_of_the_weights(tmp_path):
 
 
 @pytest.fixture
-def stored(bucket, tmp_path):  # noqa: F811
+def stored(bucket, tmp_path):
     """Images below `set/` of a bucket, and the same in the folder `here`."""
     many(tmp_path / "here", [], 10)
     for path in (path for path in (tmp_path / "here").rglob("*") if path.is_file()):
@@ -303,7 +303,7 @@ def stored(bucket, tmp_path):  # noqa: F811
     return bucket
 
 
-def there(bucket, tmp_path, node="cache", **settings):  # noqa: F811
+def there(bucket, tmp_path, node="cache", **settings):
     """Data of a bucket, as a node with a disk of its own sees them."""
     source = settings if "manifest" in settings else {"folder": bucket.url}
     return DataSettings(**source | settings, cache=str(tmp_path / node))
@@ -316,7 +316,7 @@ def relative(paths, root):
     return [str(path.relative_to(root)) for path in paths]
 
 
-def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(stored, tmp_path, proxy):  # noqa: F811
+def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(stored, tmp_path, proxy):
     here, data = DataSettings(folder=str(tmp_path / "here")), there(stored, tmp_path)
     assert trainable.data_problems(data, no_progress) == []
     assert trainable.metrics(data) == trainable.metrics(here) == ALL
@@ -339,7 +339,7 @@ def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(
     assert examples[0] == examples[1]
 
 
-def test_what_a_node_has_is_listed_at_most(stored, tmp_path, proxy):  # noqa: F811
+def test_what_a_node_has_is_listed_at_most(stored, tmp_path, proxy):
     data = there(stored, tmp_path)
     prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     proxy.seen.clear()
@@ -369,7 +369,7 @@ def test_progress_of_the_first_reading_is_shown(stored, tmp_path):
     assert shown == [(f"reading {stored.url}", 22, 22), *[("checking images", 22, 22)] * 2]
 
 
-def test_a_manifest_names_objects_beside_it_and_of_other_buckets(stored, tmp_path, moto, proxy):  # noqa: F811
+def test_a_manifest_names_objects_beside_it_and_of_other_buckets(stored, tmp_path, moto, proxy):
     other = stored.name.replace("bucket", "other")
     moto.client.create_bucket(Bucket=other)
     moto.client.put_object(Bucket=other, Key="x/0.png", Body=(tmp_path / "here/b/0.png").read_bytes())
@@ -428,7 +428,7 @@ def test_a_broken_object_is_told_by_its_url_and_left_out_by_choice(stored, tmp_p
 
 
 @pytest.mark.parametrize("change", ["other", "gone"])
-def test_an_object_that_changes_in_mid_search_is_refused_where_it_must_be_read(stored, tmp_path, proxy, change):  # noqa: F811
+def test_an_object_that_changes_in_mid_search_is_refused_where_it_must_be_read(stored, tmp_path, proxy, change):
     prepared = trainable.prepare(there(stored, tmp_path), tmp_path / "data", no_progress)
     before = trainable.images_of(prepared)
     key = f"set/{relative(before.train, tmp_path / 'cache' / stored.name / 'set')[0]}"
@@ -446,7 +446,7 @@ def test_an_object_that_changes_in_mid_search_is_refused_where_it_must_be_read(s
     assert not (tmp_path / "b" / stored.name / key).exists()
 
 
-def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_path, proxy, monkeypatch):  # noqa: F811
+def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_path, proxy, monkeypatch):
     monkeypatch.setattr(remote, "REQUESTS", 1)
     keys = [f"set/a/{number}.png" for number in range(10)]
     proxy.faults = {f"/{stored.name}/{keys[6]}": [(400, "ExpiredToken")] * 9}

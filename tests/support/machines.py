@@ -7,11 +7,11 @@ import sys
 import uuid
 from pathlib import Path
 
-from shared import SUPPORT, free_port
-from test_app import left_behind
+from commands import PYTHON_PATH, left_behind
+from servers import free_port
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-SEEN = {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+SEEN = {"PYTHONPATH": PYTHON_PATH}
 
 
 def processes(mark):

@@ -1,62 +1,19 @@
 """The command as its user runs it, in a process of its own."""
 
 import os
-import select
 import signal
-import subprocess
-import sys
 import uuid
-from pathlib import Path
 
 import mlflow
 import pytest
 import toy
 import yaml
+from commands import left_behind, start
 from PIL import Image
-from shared import SUPPORT
 
 from grainmill.cli import console
 from grainmill.errors import TrackingError
 from grainmill.tracking.mlflow_runs import local_uri
-
-# Background jobs inherit that SIGINT is ignored; a terminal's foreground does not.
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from grainmill.cli.app import app; app()"
-)
-
-
-def start(arguments, folder, mark):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]),
-        "GRAINMILL_TEST": mark,
-        "COLUMNS": "200",
-    }
-    command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def left_behind(mark, seconds=120):
-    """Processes with the mark in their environment that do not end within so many seconds."""
-    pids = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                pids.append(int(entry.name))
-        except OSError:
-            continue
-    left = []
-    for pid in pids:
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        if not select.select([handle], [], [], seconds)[0]:
-            left.append(pid)
-        os.close(handle)
-    return left
 
 
 @pytest.fixture

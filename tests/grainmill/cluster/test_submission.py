@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from commands import SUPPORT, left_behind, start
 from ray.job_submission import JobStatus
-from shared import SUPPORT
-from test_app import left_behind, start
 
 from grainmill import trainable
 from grainmill.cluster import submission

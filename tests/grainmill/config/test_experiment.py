@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from test_remote import SECRET, bucket, moto, proxy, waits  # noqa: F401 - fixtures
+from s3_servers import SECRET
 from typer.testing import CliRunner
 
 from grainmill import trainable
@@ -536,7 +536,7 @@ def test_bad_pictures_are_told_before_anything_starts(files, says, pictures, val
     check_told(validate(head(data="{folder: pictures}")), 2, "data", says)
 
 
-def test_a_bucket_is_checked_as_a_folder_is(bucket, validate, tmp_path_factory):  # noqa: F811
+def test_a_bucket_is_checked_as_a_folder_is(bucket, validate, tmp_path_factory):
     bucket.put(**{f"set/{name}": content for name, content in SPLIT.items()})
     bucket.put(**{f"bad/a/{number}.png": b"" for number in range(3)})
     cache = tmp_path_factory.mktemp("cache")

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shades
-from shared import SUPPORT
-from test_app import left_behind
+from commands import PYTHON_PATH, left_behind
 
 from grainmill import trainable
 from grainmill.corpus import embed as corpus
@@ -83,7 +82,7 @@ def test_every_image_is_in_the_index_once_and_what_is_none_is_listed(ray_cluster
 
 
 COMMAND = """
-from grainmill import corpus
+from grainmill.corpus import embed as corpus
 corpus.BLOCK, corpus.PART_ROWS = 10, 20
 from grainmill.cli.app import app
 app()
@@ -96,7 +95,7 @@ def test_after_a_kill_nothing_is_half_written_lost_or_embedded_twice(registered,
     os.mkfifo(tmp_path / "images" / "99999.png")  # whoever reads it waits
     mark, out = str(uuid.uuid4()), tmp_path / "index"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": registered[0], "GRAINMILL_TEST": mark}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = PYTHON_PATH
     command = [sys.executable, "-c", COMMAND, "embed", registered[1][0], str(tmp_path / "images"), "--out", str(out)]
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300

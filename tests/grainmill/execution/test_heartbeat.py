@@ -13,7 +13,9 @@ import threading
 import time
 
 import pytest
-from test_kills import Arena, once, run_whole
+from arena import Arena
+from commands import run_whole
+from umpire import once
 
 from grainmill.execution import heartbeat, watchdog
 from grainmill.execution.training_job import TrainingJob
@@ -119,7 +121,7 @@ def test_ward_that_slept_itself_ends_nobody(monkeypatch):
 HUNG = """
     import faulthandler, sys, time
     sys.path[:0] = {path}
-    from grainmill import pulse, worker
+    from grainmill.execution import heartbeat, training_job
 
     def stuck():
         print("stuck", flush=True)
@@ -128,7 +130,7 @@ HUNG = """
     def epochs():
         stuck()
 
-    faulthandler.register(pulse.DUMP)
+    faulthandler.register(heartbeat.DUMP)
     epochs()
 """
 
@@ -230,16 +232,17 @@ NOTICE = r"""
     from datetime import UTC, datetime, timedelta
     from pathlib import Path
     import ray
-    from shared import Memory, Umpire, free_port
+    from servers import free_port
+    from umpire import Memory, Umpire
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-    from test_kills import Arena
-    from test_notice import SCRIPT, Metadata
-    from grainmill import trials
+    from arena import Arena
+    from metadata_service import SCRIPT, Metadata
+    from grainmill.execution import runner
 
     folder, workers = Path(sys.argv[1]), int(sys.argv[2])
-    trials.RESTARTS = 0  # to leave a node is no failure
+    runner.RESTARTS = 0  # to leave a node is no failure
 
     def raylet(pid):
         "Of a worker: its parent."

@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 import ray
 import toy
+from arena import Bench
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from grainmill.cluster import capacity
 from grainmill.cluster.session import _check_head
-from grainmill.config.experiment import experiment_model
-from grainmill.config.resources import Resources
 from grainmill.errors import ResourceError
 from grainmill.execution import evaluate_group, runner, trial_callback
-from grainmill.execution.training_job import StudySetup
-from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -32,40 +29,6 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def tracker(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
     return Tracker(local_uri(storage), "toy", storage)
-
-
-class Bench:
-    """One run's folder, with everything that `trials.run` wants."""
-
-    def __init__(self, folder, tracker, observer):
-        self.folder, self.tracker, self.observer = folder, tracker, observer
-        self.parent = tracker.start("parent", {}, {})
-        self.diary = folder / "diary"
-
-    def plan(self, workers=1, **resources):
-        data = {"diary": str(self.diary), "gate": None}
-        return StudySetup("trial", "toy", data, str(self.folder), Resources(**resources), workers)
-
-    def study(self, count, **changes):
-        content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "space": HEIGHTS}
-        checked = experiment_model(toy).model_validate({**content, **changes})
-        return Study(f"sqlite:///{self.folder / 'study.db'}", "trial", checked, checked.first, count)
-
-    def run(self, study, workers=1, **resources):
-        runner.run(self.plan(workers, **resources), study, self.tracker, self.parent, self.observer)
-        return study.records
-
-    def computed(self):
-        return self.diary.read_text().splitlines()
-
-    def child_runs(self):
-        children = self.tracker.client.search_runs(
-            [self.tracker.experiment_id], f"tags.mlflow.parentRunId = '{self.parent}'"
-        )
-        return {run.info.run_name: run for run in children}
-
-
-HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
 
 
 @pytest.fixture

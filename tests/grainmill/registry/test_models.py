@@ -7,7 +7,7 @@ import mlflow
 import pandas as pd
 import pytest
 import toy
-from shared import free_port
+from servers import free_port
 
 from grainmill.errors import TrackingError
 from grainmill.registry import models

@@ -12,9 +12,9 @@ import mlflow
 import numpy as np
 import pytest
 import toy
+from commands import PYTHON_PATH
 from mlflow import MlflowClient
-from shared import SUPPORT
-from test_evaluate import CARD
+from toy_settings import CARD
 
 from grainmill.errors import ExperimentError, PromotionError, TrackingError
 from grainmill.registry import comparison, models, promotion, promotion_lock
@@ -322,7 +322,7 @@ def test_a_lease_is_one_holders_until_it_is_given_back_or_expires(shelf, monkeyp
 
 RACER = """
     import sys
-    from grainmill import promotion
+    from grainmill.registry import promotion
     from grainmill.errors import PromotionError
     uri, number = sys.argv[1:]
     print("ready", flush=True)
@@ -337,7 +337,7 @@ RACER = """
 
 @pytest.mark.slow
 def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_others_are_told(server):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     shelf = Shelf.new(server.uri)
     order = random.Random(4).sample(range(1, 7), 6)  # of the versions 2 to 7, from the worst to the best
     shelf.add(*spread(0.2))

@@ -11,18 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from toy_settings import experiment
 
-from grainmill.config.experiment import experiment_model
 from grainmill.config.space import Parameter, grid, resolve
 from grainmill.errors import StorageError
 from grainmill.search.study import Study
-
-HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
-
-
-def experiment(**changes):
-    content = {"name": "toy", "trainable": "toy", "data": {}, "space": HEIGHTS, "objective": {"score": "max"}}
-    return experiment_model(toy).model_validate({**content, **changes})
 
 
 def study(tmp_path, name="trial", trials=5, first=None, **changes):

@@ -15,7 +15,7 @@ import shades
 import yaml
 from PIL import Image
 from pydantic import ValidationError
-from shared import free_port
+from servers import free_port
 
 from grainmill.serve.app import Settings
 from grainmill.tracking.mlflow_runs import Tracker, local_uri

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
-from test_workspace import failing, place, proxy  # noqa: F401
+from s3_servers import failing
 
 from grainmill.errors import BusyError, StorageError
 from grainmill.storage import lock, s3
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture
-def url(place, monkeypatch):  # noqa: F811
+def url(place, monkeypatch):
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
     return place
 
@@ -29,7 +28,7 @@ def dead(monkeypatch):
     monkeypatch.setattr(lock, "EXPIRES_SECONDS", 0.0)
 
 
-def test_it_can_be_taken_again_when_it_was_given_back(url, bucket):  # noqa: F811
+def test_it_can_be_taken_again_when_it_was_given_back(url, bucket):
     notes = []
     for _ in range(2):
         with held(url, "it", notes.append) as check:
@@ -54,8 +53,8 @@ def test_a_second_process_is_refused_naming_the_first(url, monkeypatch):
 
 KILLED = """
 import os, sys
-from grainmill import tenure
-with tenure.held(sys.argv[1], "it", print):
+from grainmill.storage import lock
+with lock.held(sys.argv[1], "it", print):
     os.kill(os.getpid(), 9)
 """
 
@@ -69,7 +68,7 @@ def test_what_a_killed_process_holds_is_taken_over(url, dead):
             assert json.loads(store.get(lock.LEASE).body)["pid"] == os.getpid()
 
 
-def test_a_holder_that_was_only_slow_finds_out_and_leaves_the_other_alone(url, dead, bucket):  # noqa: F811
+def test_a_holder_that_was_only_slow_finds_out_and_leaves_the_other_alone(url, dead, bucket):
     with held(url, "it", print) as check:
         check()  # expired, but still the only one
         with held(url, "it", print) as check_other:
@@ -88,7 +87,7 @@ def test_a_holder_that_lost_it_does_not_give_back_what_another_holds(url, dead):
             assert store.get(lock.LEASE) is not None
 
 
-def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, proxy):  # noqa: F811
+def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, door):
     left = [12]
 
     def rule(method, *_):
@@ -98,14 +97,14 @@ def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, proxy):  # 
         return None
 
     with held(url, "it", print) as check:
-        proxy.rule = rule
+        door.rule = rule
         check()
     assert left == [0]
 
 
-def test_a_renewal_whose_answer_was_lost_counts(url, dead, proxy):  # noqa: F811
+def test_a_renewal_whose_answer_was_lost_counts(url, dead, door):
     with held(url, "it", print) as check:
-        proxy.rule = failing(1, "lost")
+        door.rule = failing(1, "lost")
         check()
         check()
 
@@ -120,12 +119,12 @@ def test_a_renewal_whose_answer_was_lost_counts(url, dead, proxy):  # noqa: F811
         ("PUT", (503, "SlowDown"), "answers SlowDown"),
     ],
 )
-def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(url, proxy, method, fault, told):  # noqa: F811
-    proxy.rule = lambda sent, *_: fault if sent == method else None
+def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(url, door, method, fault, told):
+    door.rule = lambda sent, *_: fault if sent == method else None
     with pytest.raises(StorageError, match=told) as caught, held(url, "it", print):
         pass
     assert url in str(caught.value)
-    proxy.rule = lambda *_: None
+    door.rule = lambda *_: None
 
 
 def test_a_bucket_that_is_not_there_is_refused_at_the_start(url):

@@ -12,47 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from door import SECRET, Door
-from test_remote import bucket, moto, waits  # noqa: F401  # fixtures
+from s3_servers import SECRET, failing, files, seen_by_another
 
 from grainmill.errors import StorageError
 from grainmill.storage import s3, workspace
-
-
-@pytest.fixture
-def proxy(moto):  # noqa: F811
-    """What `bucket` names as its endpoint."""
-    door = Door(moto.port)
-    thread = threading.Thread(target=door.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield door
-    door.shutdown()
-    door.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def place(bucket, tmp_path, monkeypatch):  # noqa: F811
-    """An empty folder in S3; the copies lie below `tmp_path`."""
-    monkeypatch.setattr(workspace, "WORK", str(tmp_path / "work"))
-    monkeypatch.setattr(s3, "PAUSES", (0.0,))
-    return f"s3://{bucket.name}/runs/trial-0001"
-
-
-def files(folder, read=Path.read_text):
-    """Name -> content."""
-    return {str(path.relative_to(folder)): read(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write(folder, **texts):
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-
-
-def seen_by_another(place, read=Path.read_text):
-    with workspace.opened(place) as kept:
-        return files(kept.path, read)
 
 
 STEP_1 = {"step-1/model": "one", "step-1/MANIFEST.json": "{}"}
@@ -87,23 +56,23 @@ def test_what_is_pushed_is_what_another_process_finds(place):
     assert seen_by_another(place) == {**STEP_2, "deep/er/file": "other"}
 
 
-def test_only_what_changed_is_written_and_nothing_by_those_that_change_nothing(place, proxy):
+def test_only_what_changed_is_written_and_nothing_by_those_that_change_nothing(place, door):
     with workspace.opened(place) as kept:
         write(kept.path, a="1", b="2")
         kept.push()
     with workspace.opened(place) as kept:
-        proxy.seen.clear()
+        door.seen.clear()
         kept.push()
-        assert proxy.seen == []
+        assert door.seen == []
         write(kept.path, b="3")
         kept.push()
-        assert [(method, key.rpartition("/")[2]) for method, key in proxy.wrote()] == [
+        assert [(method, key.rpartition("/")[2]) for method, key in door.wrote()] == [
             ("PUT", "b"),
             ("PUT", workspace.INDEX),
         ]
 
 
-def test_drafts_and_folders_of_others_are_no_part_of_it(place, bucket):  # noqa: F811
+def test_drafts_and_folders_of_others_are_no_part_of_it(place, bucket):
     bucket.put(**{"runs/trial-0001/trials/x/model": b"other", "runs/trial-0001/.lease": b"lease"})
     with workspace.opened(place, ["trials"]) as kept:
         assert files(kept.path) == {}
@@ -115,7 +84,7 @@ def test_drafts_and_folders_of_others_are_no_part_of_it(place, bucket):  # noqa:
     assert listed == {workspace.INDEX, "a", "trials/x/model", ".lease"}
 
 
-def test_a_folder_that_was_copied_there_is_taken_as_it_lies(place, bucket):  # noqa: F811
+def test_a_folder_that_was_copied_there_is_taken_as_it_lies(place, bucket):
     bucket.put(**{f"runs/trial-0001/{name}": text.encode() for name, text in STEP_1.items()})
     with workspace.opened(place) as kept:
         assert files(kept.path) == STEP_1
@@ -124,7 +93,7 @@ def test_a_folder_that_was_copied_there_is_taken_as_it_lies(place, bucket):  # n
     assert seen_by_another(place) == STEP_2
 
 
-def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, proxy, monkeypatch):
+def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, door, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE", 0)
     both = [STEP_1, STEP_2]
     with workspace.opened(place) as kept:
@@ -136,11 +105,11 @@ def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, pro
             if files(kept.path) == STEP_2:
                 break
             replace_step(kept.path)
-            proxy.seen.clear()
-            proxy.rule = lambda *_: "cut" if len(proxy.wrote()) >= last else None  # noqa: B023
+            door.seen.clear()
+            door.rule = lambda *_: "cut" if len(door.wrote()) >= last else None  # noqa: B023
             with suppress(StorageError):
                 kept.push()
-        proxy.rule = lambda *_: None
+        door.rule = lambda *_: None
         found.append(seen_by_another(place))
         assert found[-1] in both, last
         if found[-1] == STEP_2:
@@ -148,16 +117,16 @@ def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, pro
     assert len(found) > len(STEP_2), "it died before each file and before the index"
 
 
-def test_leftovers_of_a_process_that_died_go_with_the_next_push(place, proxy, bucket, monkeypatch):  # noqa: F811
+def test_leftovers_of_a_process_that_died_go_with_the_next_push(place, door, bucket, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE", 0)
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
         kept.push()
         write(kept.path, **STEP_2)
-        proxy.rule = lambda _, key, __: "cut" if key.endswith(workspace.INDEX) else None
+        door.rule = lambda _, key, __: "cut" if key.endswith(workspace.INDEX) else None
         with pytest.raises(StorageError):
             kept.push()
-    proxy.rule = lambda *_: None
+    door.rule = lambda *_: None
     assert seen_by_another(place) == STEP_1
     with workspace.opened(place) as kept:
         write(kept.path, new="x")
@@ -177,7 +146,7 @@ def test_of_two_processes_that_write_each_leaves_its_own_state_whole(place):
             assert seen_by_another(place) == state
 
 
-def test_an_index_that_somebody_deleted_is_written_anew(place, bucket):  # noqa: F811
+def test_an_index_that_somebody_deleted_is_written_anew(place, bucket):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
         kept.push()
@@ -190,23 +159,10 @@ def test_an_index_that_somebody_deleted_is_written_anew(place, bucket):  # noqa:
 # --- what goes wrong on the way
 
 
-def failing(times, fault, *, of="PUT", key=""):
-    """A rule that fails so many requests of a kind."""
-    left = [times]
-
-    def rule(method, name, _):
-        if method == of and name.endswith(key) and left[0]:
-            left[0] -= 1
-            return fault
-        return None
-
-    return rule
-
-
 @pytest.mark.parametrize("fault", [(503, "SlowDown"), (500, "InternalError"), "cut", "lost"])
 @pytest.mark.parametrize("key", ["step-1/model", workspace.INDEX])
-def test_an_outage_is_sat_out(place, proxy, fault, key):
-    proxy.rule = failing(12, fault, key=key)  # more often than botocore asks by itself
+def test_an_outage_is_sat_out(place, door, fault, key):
+    door.rule = failing(12, fault, key=key)  # more often than botocore asks by itself
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
         kept.push()
@@ -215,19 +171,19 @@ def test_an_outage_is_sat_out(place, proxy, fault, key):
     assert seen_by_another(place) == {**STEP_1, **STEP_2}
 
 
-def test_an_outage_at_the_start_is_sat_out_too(place, proxy):
+def test_an_outage_at_the_start_is_sat_out_too(place, door):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
         kept.push()
-    proxy.rule = failing(12, (503, "SlowDown"), of="GET")
+    door.rule = failing(12, (503, "SlowDown"), of="GET")
     assert seen_by_another(place) == STEP_1
 
 
-def test_an_outage_without_an_end_is_told_with_the_object(place, proxy, monkeypatch):
+def test_an_outage_without_an_end_is_told_with_the_object(place, door, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE", 0.2)
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        proxy.rule = lambda method, *_: (503, "SlowDown") if method == "PUT" else None
+        door.rule = lambda method, *_: (503, "SlowDown") if method == "PUT" else None
         with pytest.raises(StorageError, match=rf"{place}/.* answers SlowDown; try again later"):
             kept.push()
 
@@ -240,33 +196,33 @@ def test_an_outage_without_an_end_is_told_with_the_object(place, proxy, monkeypa
         ((403, "InvalidAccessKeyId"), "refuses these"),
     ],
 )
-def test_what_no_patience_heals_is_told_at_once(place, proxy, fault, told):
+def test_what_no_patience_heals_is_told_at_once(place, door, fault, told):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        proxy.rule = lambda method, *_: fault if method == "PUT" else None
-        proxy.seen.clear()
+        door.rule = lambda method, *_: fault if method == "PUT" else None
+        door.seen.clear()
         with pytest.raises(StorageError, match=told) as caught:
             kept.push()
-        assert len(proxy.seen) == 1
+        assert len(door.seen) == 1
         assert place in str(caught.value)
         assert SECRET not in str(caught.value)
 
 
-def test_parts_of_a_large_file_that_fails_are_taken_back(place, proxy, bucket, moto, monkeypatch):  # noqa: F811
+def test_parts_of_a_large_file_that_fails_are_taken_back(place, door, bucket, moto, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE", 0)
     with workspace.opened(place) as kept:
         (kept.path / "large").write_bytes(bytes(20 * 2**20))
-        proxy.rule = lambda _, __, query: (400, "BadDigest") if "partNumber=2" in query else None
+        door.rule = lambda _, __, query: (400, "BadDigest") if "partNumber=2" in query else None
         with pytest.raises(StorageError, match=f"{place}/large"):
             kept.push()
         assert "Uploads" not in moto.client.list_multipart_uploads(Bucket=bucket.name)
-        proxy.rule = lambda *_: None
+        door.rule = lambda *_: None
         kept.push()
     with workspace.opened(place) as kept:
         assert (kept.path / "large").read_bytes() == bytes(20 * 2**20)
 
 
-def test_an_object_that_is_missing_is_named(place, bucket):  # noqa: F811
+def test_an_object_that_is_missing_is_named(place, bucket):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
         kept.push()
@@ -285,7 +241,7 @@ def test_a_disk_that_is_too_small_is_told_with_its_folder(place, monkeypatch, tm
         seen_by_another(place)
 
 
-def test_what_appears_meanwhile_is_pushed_without_being_asked(place, proxy, monkeypatch):
+def test_what_appears_meanwhile_is_pushed_without_being_asked(place, door, monkeypatch):
     monkeypatch.setattr(workspace, "POLL_SECONDS", 0.01)
     there = threading.Event()
 
@@ -296,7 +252,7 @@ def test_what_appears_meanwhile_is_pushed_without_being_asked(place, proxy, monk
     with workspace.opened(place) as kept, kept.followed():
         write(kept.path, **STEP_1)
         kept.push()
-        proxy.rule = rule
+        door.rule = rule
         replace_step(kept.path)
         assert there.wait(30)
         assert seen_by_another(place).items() >= STEP_2.items()
@@ -317,9 +273,9 @@ def test_what_a_block_leaves_when_it_is_cut_short_is_pushed(place, monkeypatch):
 
 HOLDER = """
 import sys
-from grainmill import vault
-vault.WORK = sys.argv[2]
-with vault.opened(sys.argv[1]) as kept:
+from grainmill.storage import workspace
+workspace.WORK = sys.argv[2]
+with workspace.opened(sys.argv[1]) as kept:
     print(kept.path, flush=True)
     sys.stdin.read()
 """

@@ -10,15 +10,13 @@ import mlflow
 import pandas as pd
 import pytest
 import toy
-from shared import SUPPORT
+from commands import PYTHON_PATH
+from toy_settings import CARD
 
 from grainmill.errors import EvaluationError, ExperimentError, ResourceError, TrackingError
 from grainmill.registry import comparison, models, promotion
-from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 from grainmill.workflows import evaluate
-
-CARD = ModelCard("toy", "name: apples\n", {}, toy.sources(toy.Data()), {}, {}, {}, {"score": Interval(0.25)})
 
 
 @pytest.fixture
@@ -167,11 +165,11 @@ def test_one_worker_does_without_ray(scale, tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from grainmill import evaluation
-evaluation.evaluate("model", ["{scale}"], "toy", Path("out"), "sqlite:///none.db")
+from grainmill.workflows import evaluate
+evaluate.evaluate("model", ["{scale}"], "toy", Path("out"), "sqlite:///none.db")
 print("ray" in sys.modules)
 """
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
@@ -209,7 +207,7 @@ def test_what_is_not_there_is_told(scale, tmp_path):
 def grainmill(*words, cwd):
     command = [str(Path(sys.executable).with_name("grainmill")), *words, "--trainable", "toy"]
     environment = {
-        "PYTHONPATH": str(SUPPORT),
+        "PYTHONPATH": PYTHON_PATH,
         "PATH": "/usr/bin:/bin",
         "COLUMNS": "100",
         "MLFLOW_TRACKING_URI": local_uri(cwd),

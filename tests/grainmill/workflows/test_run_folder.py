@@ -182,10 +182,10 @@ def test_one_process_gets_a_name_only_once_at_a_time(read):
 HOLDER = """
 import sys
 from pathlib import Path
-from grainmill import runs
+from grainmill.workflows import run_folder
 from grainmill.config.experiment import load
 
-with runs.claim(load(Path(sys.argv[1]), sys.argv[2:]), "run", print) as (folder, _, _):
+with run_folder.claim(load(Path(sys.argv[1]), sys.argv[2:]), "run", print) as (folder, _, _):
     print(folder.name, flush=True)
     sys.stdin.read()  # until the other end of the pipe is closed
 """

@@ -41,7 +41,7 @@ def call(verb, checked, storage, observer):
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory, ray_cluster):
     """The same experiment run two times: storage, outcomes."""
-    from shared import Memory
+    from umpire import Memory
 
     storage = tmp_path_factory.mktemp("storage")
     checked = experiment(storage)

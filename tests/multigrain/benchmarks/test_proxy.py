@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
+from networks import slow_average_precision
 from PIL import Image
-from test_held_out import slow_average_precision
 from torch import nn
 
 from multigrain.benchmarks import proxy

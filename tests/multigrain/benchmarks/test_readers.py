@@ -780,7 +780,7 @@ def test_a_picture_is_whole_and_upright_by_default(tmp_path):
 
 
 def test_nothing_heavy_is_imported_to_name_the_benchmarks():
-    from test_layout import python
+    from commands import python
 
     code = (
         "import sys, multigrain.benchmarks.readers; print({'torch', 'pandas', 'scipy', 'pyarrow'} & set(sys.modules))"

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_remote import bucket, files, moto, proxy, waits  # noqa: F401 - fixtures
+from s3_servers import files
 
 from multigrain.data import cache, remote
 from multigrain.data.cache import Cache
@@ -31,7 +31,7 @@ def forget():
 
 
 @pytest.fixture
-def sets(bucket):  # noqa: F811
+def sets(bucket):
     """Three sets of 4,000 bytes."""
     bucket.put(**{f"{name}/{number}.png": name.encode() * 2000 for name in "abc" for number in range(2)})
     return SimpleNamespace(**vars(bucket), url=lambda name: f"s3://{bucket.name}/{name}")
@@ -39,7 +39,7 @@ def sets(bucket):  # noqa: F811
 
 READER = """
 import pathlib, sys
-from multigrain import remote
+from multigrain.data import remote
 from multigrain.data.cache import Cache
 remote.local(sys.argv[1], Cache(pathlib.Path(sys.argv[2])))
 print("read", flush=True)
@@ -60,7 +60,7 @@ def kill(child):
     child.communicate()
 
 
-def there(folder, bucket):  # noqa: F811
+def there(folder, bucket):
     return {name.split("/")[0] for name in files(folder / bucket.name)}
 
 
@@ -91,7 +91,7 @@ def test_what_is_there_needs_no_room(sets, tmp_path):
     assert there(tmp_path, sets) == {"a"}
 
 
-def test_another_bucket_makes_room_too(sets, tmp_path, moto):  # noqa: F811
+def test_another_bucket_makes_room_too(sets, tmp_path, moto):
     name = sets.name.replace("bucket", "other")
     moto.client.create_bucket(Bucket=name)
     moto.client.put_object(Bucket=name, Key="x/1.png", Body=b"x" * 4000)
@@ -130,7 +130,7 @@ def test_a_process_keeps_what_it_reads_itself(sets, tmp_path):
     assert there(tmp_path, sets) == {"a"}
 
 
-def test_a_set_that_is_larger_than_the_limit_is_refused_before_anything_goes(sets, tmp_path, proxy):  # noqa: F811
+def test_a_set_that_is_larger_than_the_limit_is_refused_before_anything_goes(sets, tmp_path, proxy):
     sets.put(large=b"x" * 20_000_000)
     remote.local(sets.url("a"), Cache(tmp_path))
     forget()

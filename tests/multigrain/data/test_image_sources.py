@@ -4,7 +4,6 @@ import os
 import pickle
 
 import pytest
-from test_remote import bucket, moto, proxy, waits  # noqa: F401 - fixtures
 
 from multigrain.data import image_sources
 from multigrain.errors import DataError
@@ -67,7 +66,7 @@ def test_a_folder_that_is_closed_is_told(tmp_path):
     (tmp_path / "a").chmod(0o700)
 
 
-def test_a_bucket_has_the_images_below_a_prefix(bucket):  # noqa: F811
+def test_a_bucket_has_the_images_below_a_prefix(bucket):
     bucket.put(**{"set/b/2.jpg": b"two", "set/1.png": b"one", "set/notes.txt": b"x", "other/3.png": b"three"})
     images = pickle.loads(pickle.dumps(image_sources.images(f"s3://{bucket.name}/set")))
     assert images.names() == ["1.png", "b/2.jpg"]
@@ -76,7 +75,7 @@ def test_a_bucket_has_the_images_below_a_prefix(bucket):  # noqa: F811
         images.read("gone.png")
 
 
-def test_a_bucket_without_permission_is_told(bucket, proxy):  # noqa: F811
+def test_a_bucket_without_permission_is_told(bucket, proxy):
     bucket.put(**{"set/1.png": b"one"})
     images = image_sources.images(f"s3://{bucket.name}/set/")
     proxy.faults[f"/{bucket.name}"] = [(403, "AccessDenied")] * 9

@@ -1,144 +1,24 @@
 """Mirrors of buckets, against a server of S3 and a proxy before it that counts, breaks and refuses."""
 
 import fcntl
-import http.client
-import os
 import signal
 import subprocess
 import sys
 import threading
-import uuid
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-import boto3
 import layouts
 import pytest
-from botocore.loaders import Loader
-from moto.server import ThreadedMotoServer
+from s3_servers import SECRET, ProxyHandler
 
 from multigrain.benchmarks.readers import read
 from multigrain.data import cache, remote
 from multigrain.data.cache import Cache
 from multigrain.errors import DataError
-
-SECRET = "very-secret"
-LOADER = Loader()
-"""Of botocore's descriptions of services: reading them takes longer than a test."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Passes a request on, and answers as it is told to."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        server, path = self.server, unquote(urlsplit(self.path).path)
-        server.seen.append((path, self.headers["Range"]))
-        listing = "list-type" in self.path
-        fault = server.faults.get(path, [None]).pop(0) if server.faults.get(path) else None
-        if callable(fault):
-            fault()
-        status, headers, body = server.ask(self.path + (server.page if listing else ""), self.headers)
-        if isinstance(fault, tuple):
-            status, code = fault
-            headers, body = {}, f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode()
-        for old, new in server.renamed.items() if listing else ():
-            body = body.replace(old, new)
-        told = body if fault != "shorter" else body[: len(body) // 2]
-        self.send_response(status)
-        for name in ("ETag", "Content-Range", "Content-Type", "Last-Modified"):
-            if name in headers:
-                self.send_header(name, headers[name])
-        self.send_header("Content-Length", str(len(told)))
-        self.end_headers()
-        self.wfile.write(told if fault != "cut" else told[: len(told) // 2])
-        self.close_connection = fault == "cut"
-
-    def log_message(self, *_):
-        pass
-
-
-class Proxy(ThreadingHTTPServer):
-    """What was asked for, and what goes wrong: path -> faults, one for each request."""
-
-    def __init__(self, port):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.port, self.seen, self.faults, self.renamed, self.page = port, [], {}, {}, ""
-
-    def ask(self, path, headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        try:
-            connection.request("GET", path, headers={name: text for name, text in headers.items() if name != "Host"})
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-        finally:
-            connection.close()
-
-    def handle_error(self, *_):
-        """A client that went away is no news."""
-
-    def got(self):
-        """Path -> number of requests for it, of objects only."""
-        return Counter(path for path, _ in self.seen if path.count("/") > 1)
-
-
-@pytest.fixture(scope="module")
-def moto():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    client = boto3.session.Session("key", "secret", region_name="us-east-1").client(
-        "s3", endpoint_url=f"http://127.0.0.1:{port}"
-    )
-    yield SimpleNamespace(port=port, client=client)
-    client.close()
-    server.stop()
-
-
-@pytest.fixture
-def proxy(moto):
-    server = Proxy(moto.port)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Seconds that botocore would wait between two requests; it does not wait."""
-    waits = []
-    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=waits.append))
-    return waits
-
-
-@pytest.fixture
-def bucket(proxy, moto, monkeypatch, waits):
-    """A new bucket, written past the proxy; the environment names the proxy."""
-    monkeypatch.setattr("botocore.session.create_loader", lambda _: LOADER)
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, os.devnull)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-    name = f"bucket-{uuid.uuid4().hex}"
-    moto.client.create_bucket(Bucket=name)
-    return SimpleNamespace(
-        name=name,
-        put=lambda **bodies: [moto.client.put_object(Bucket=name, Key=key, Body=body) for key, body in bodies.items()],
-        delete=lambda key: moto.client.delete_object(Bucket=name, Key=key),
-        objects=lambda: moto.client.list_objects_v2(Bucket=name).get("Contents", []),
-    )
 
 
 def files(folder):
@@ -425,7 +305,7 @@ def test_missing_credentials_are_told_at_once(bucket, tmp_path, proxy, monkeypat
 
 
 def test_an_endpoint_that_does_not_answer_is_told_after_a_bounded_time(bucket, tmp_path, monkeypatch, waits):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
+    with ThreadingHTTPServer(("127.0.0.1", 0), ProxyHandler) as closed:
         port = closed.server_port
     for url, told in ((f"http://127.0.0.1:{port}", f"127.0.0.1:{port} "), (f"http://me:{SECRET}@127.0.0.1:{port}", "")):
         waits.clear()
@@ -479,7 +359,7 @@ def test_a_crash_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp
 
 MIRROR = """
 import pathlib, sys
-from multigrain import remote
+from multigrain.data import remote
 from multigrain.data.cache import Cache
 {}
 remote.local(sys.argv[1], Cache(pathlib.Path(sys.argv[2])))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import slow_average_precision
 from PIL import Image
 from torch import distributed, multiprocessing, nn
 
@@ -94,17 +95,6 @@ def test_metrics_without_truth_are_left_out(paint):
 def test_a_class_with_one_image_is_no_query(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN), (0, 0, 1), None)
     assert evaluate(colours(), data, spec(16), CPU) == {"top1": 1.0, "class_map": 1.0}
-
-
-def slow_average_precision(scores, positive):
-    # Of equal scores the negatives come first.
-    order = sorted(range(len(scores)), key=lambda item: (-scores[item], positive[item]))
-    found, total = 0, 0.0
-    for rank, item in enumerate(order):
-        if positive[item]:
-            total += (found / rank if rank else 1.0) / 2 + (found + 1) / (rank + 1) / 2
-            found += 1
-    return total / found
 
 
 def slow_metrics(network, data, size, transform, whitened_on=()):

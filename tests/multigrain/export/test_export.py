@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_inference import SETTINGS, files, made, save, whitening_of  # noqa: F401
+from networks import SETTINGS, made, save, whitening_of
 
 from multigrain.export import inference, standalone
 from multigrain.export.export import export
@@ -79,9 +79,9 @@ def test_a_network_for_images_of_one_position_answers_for_larger_ones_too(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["plain", "whitened"])
-def test_a_table_of_images_has_the_same_answers_in_every_way_of_loading(kind, request, files):  # noqa: F811
+def test_a_table_of_images_has_the_same_answers_in_every_way_of_loading(kind, request, image_files):
     _, run, folder, _ = request.getfixturevalue(kind)
-    images = [*files[:3], b"none", *(path.read_bytes() for path in files[3:])]
+    images = [*image_files[:3], b"none", *(path.read_bytes() for path in image_files[3:])]
     ways = [inference.load(run), standalone.load(folder, "torch"), standalone.load(folder, "onnx")]
     first, *others = ([*way.answers(images)] for way in ways)
     for answers in others:
@@ -122,7 +122,7 @@ def test_the_checkpoint_in_it_is_the_model_without_its_optimizer(whitened):
     assert not list(folder.rglob("*.pt"))
 
 
-def test_it_loads_where_only_numpy_pillow_and_an_engine_are(plain, files, tmp_path):  # noqa: F811
+def test_it_loads_where_only_numpy_pillow_and_an_engine_are(plain, image_files, tmp_path):
     _, run, folder, _ = plain
     code = textwrap.dedent("""
         import json, runpy, sys
@@ -141,10 +141,10 @@ def test_it_loads_where_only_numpy_pillow_and_an_engine_are(plain, files, tmp_pa
         answers = load(Path(sys.argv[2]), sys.argv[3]).answers(Path(name) for name in sys.argv[4:])
         print(json.dumps([answer["embedding"] for answer in answers]))
     """)
-    right = [answer["embedding"] for answer in inference.load(run).answers(files)]
+    right = [answer["embedding"] for answer in inference.load(run).answers(image_files)]
     for engine, absent in (("torch", "onnxruntime onnx"), ("onnx", "torch")):
         ours = f"{absent} multigrain grainmill torchvision timm pandas mlflow ray safetensors"
-        command = [sys.executable, "-c", code, ours, str(folder), engine, *map(str, files)]
+        command = [sys.executable, "-c", code, ours, str(folder), engine, *map(str, image_files)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stderr
         np.testing.assert_allclose(json.loads(done.stdout), right, atol=1e-5)

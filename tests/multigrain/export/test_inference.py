@@ -2,45 +2,22 @@
 
 import io
 import math
-import random
 from types import NoneType
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import CLASSES, SETTINGS, made, save, whitening_of
 from PIL import Image
 from safetensors import safe_open
 
-from multigrain.config.training import MultiGrainSpec
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view
 from multigrain.export import inference
 from multigrain.models import checkpoint
-from multigrain.models.checkpoint import Checkpoint
 from multigrain.models.multigrain import MultiGrain
 from multigrain.models.served_setting import Serving, read, write
-from multigrain.models.whitening import Whitening
-
-CLASSES = ["ant", "bee", "cat"]
-SETTINGS = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5}}
-
-
-def made(seed):
-    """A network whose BatchNorm has seen something."""
-    torch.manual_seed(seed)
-    network = MultiGrain("narrow", 3, 2.5)
-    network.train()(torch.rand(8, 3, 32, 32))
-    torch.nn.init.normal_(network.classifier.weight)
-    return network.eval()
-
-
-def save(folder, steps, settings=SETTINGS, **networks):
-    """A checkpoint as training leaves it."""
-    model = {f"{prefix}.{name}": x for prefix, made in networks.items() for name, x in made.state_dict().items()}
-    spec = MultiGrainSpec.model_validate(settings)
-    state = {"steps": steps, "spec": spec.model_dump(), "classes": CLASSES}
-    checkpoint.save(folder, Checkpoint(model | {"margin.beta": torch.tensor(1.2)}, {}, state))
 
 
 @pytest.fixture(scope="module")
@@ -50,34 +27,16 @@ def trained(tmp_path_factory):
     return network, inference.load(folder)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Images of different formats, colour modes, sizes and proportions."""
-    folder, rng = tmp_path_factory.mktemp("images"), random.Random(0)
-    paths = []
-    for name, mode, bytes_per_pixel, size in [
-        ("0.png", "RGB", 3, (40, 30)),
-        ("1.jpg", "RGB", 3, (64, 90)),
-        ("2.png", "L", 1, (32, 32)),
-        ("3.webp", "RGB", 3, (17, 100)),
-        ("4.png", "RGBA", 4, (50, 50)),
-        ("5.jpg", "CMYK", 4, (33, 31)),
-    ]:
-        paths.append(folder / name)
-        Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * bytes_per_pixel)).save(paths[-1])
-    return paths
-
-
 def table(paths, **settings):
     return pd.DataFrame({"image": [path.read_bytes() for path in paths]}, **settings)
 
 
-def test_answers_are_the_networks_own_on_the_evaluation_crop(trained, files):
+def test_answers_are_the_networks_own_on_the_evaluation_crop(trained, image_files):
     network, predictor = trained
-    answers = predictor(table(files))
+    answers = predictor(table(image_files))
     assert list(answers.columns) == ["embedding", "class_id", "class_name", "score", "error"]
-    assert len(answers) == len(files)
-    for path, answer in zip(files, answers.itertuples(), strict=True):
+    assert len(answers) == len(image_files)
+    for path, answer in zip(image_files, answers.itertuples(), strict=True):
         with torch.no_grad():
             output = network(evaluation_view(decode(path), "crop", 32)[None])
         probabilities = (output.logits[0] - output.logits[0].max()).exp()
@@ -91,39 +50,39 @@ def test_answers_are_the_networks_own_on_the_evaluation_crop(trained, files):
     assert len(set(answers["class_id"])) > 1, "the images must tell classes apart"
 
 
-def test_rows_keep_their_order_and_do_not_depend_on_their_neighbours(trained, files):
+def test_rows_keep_their_order_and_do_not_depend_on_their_neighbours(trained, image_files):
     _, predictor = trained
-    forward = predictor(table(files))
-    backward = predictor(table(files[::-1], index=[9, 5, 7, 1, 3, 2]))
+    forward = predictor(table(image_files))
+    backward = predictor(table(image_files[::-1], index=[9, 5, 7, 1, 3, 2]))
     assert list(backward["class_id"]) == list(forward["class_id"])[::-1]
-    alone = [predictor(table([path])) for path in files]
+    alone = [predictor(table([path])) for path in image_files]
     for number, answer in enumerate(alone):
         descriptors = (answer["embedding"][0], forward["embedding"][number], list(backward["embedding"])[5 - number])
         np.testing.assert_allclose(descriptors[1], descriptors[0], atol=1e-5)
         np.testing.assert_allclose(descriptors[2], descriptors[0], atol=1e-5)
 
 
-def test_other_columns_are_passed_over(trained, files):
+def test_other_columns_are_passed_over(trained, image_files):
     _, predictor = trained
-    content = table(files[:1])
+    content = table(image_files[:1])
     pd.testing.assert_frame_equal(predictor(content.assign(name="x")), predictor(content))
 
 
-def test_what_is_no_image_has_a_row_with_the_reason_and_the_others_are_answered(trained, files):
+def test_what_is_no_image_has_a_row_with_the_reason_and_the_others_are_answered(trained, image_files):
     _, predictor = trained
     wrong = [
         b"<html>",
-        files[0].read_bytes()[:2000],
+        image_files[0].read_bytes()[:2000],
         b"",
-        files[0].parent / "none.png",
+        image_files[0].parent / "none.png",
         "0.png",
         None,
         np.zeros((2, 2)),
     ]
-    mixed = [*files[:2], *wrong, *files[2:]]
+    mixed = [*image_files[:2], *wrong, *image_files[2:]]
     answers = predictor(pd.DataFrame({"image": pd.Series(mixed, dtype=object)}))
     good = [0, 1, *range(2 + len(wrong), len(mixed))]
-    pd.testing.assert_frame_equal(answers.iloc[good].reset_index(drop=True), predictor(table(files)))
+    pd.testing.assert_frame_equal(answers.iloc[good].reset_index(drop=True), predictor(table(image_files)))
     bad = answers.iloc[2 : 2 + len(wrong)]
     assert bad.drop(columns="error").isna().all(axis=None)
     said = ["6 bytes", "", "0 bytes", "none.png", "got str", "got NoneType", "float64"]
@@ -155,47 +114,47 @@ def described(network, path, transform="crop", size=32):
         return network(evaluation_view(decode(path), transform, size)[None]).descriptor[0].tolist()
 
 
-def test_the_newest_intact_checkpoint_is_loaded(tmp_path, files):
+def test_the_newest_intact_checkpoint_is_loaded(tmp_path, image_files):
     older, newer = made(1), made(2)
     save(tmp_path, 1, network=older)
     save(tmp_path, 2, network=newer)
     loaded = inference.load(tmp_path)
-    assert loaded(table(files[:1]))["embedding"][0] == pytest.approx(described(newer, files[0]), abs=1e-6)
+    assert loaded(table(image_files[:1]))["embedding"][0] == pytest.approx(described(newer, image_files[0]), abs=1e-6)
     assert [loaded.facts[name] for name in ("classes", "transform", "size")] == [CLASSES, "crop", 32]
     (tmp_path / "step-00000002/model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="step-00000002"):
         loaded = inference.load(tmp_path)
-    assert loaded(table(files[:1]))["embedding"][0] == pytest.approx(described(older, files[0]), abs=1e-6)
+    assert loaded(table(image_files[:1]))["embedding"][0] == pytest.approx(described(older, image_files[0]), abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("evaluation", "transform", "size"),
     [({"transform": "rect"}, "rect", 32), ({"size": 40}, "crop", 40), ({"transform": "rect", "size": 64}, "rect", 64)],
 )
-def test_images_are_shown_as_the_evaluation_showed_them(tmp_path, files, evaluation, transform, size):
+def test_images_are_shown_as_the_evaluation_showed_them(tmp_path, image_files, evaluation, transform, size):
     network = made(1)
     save(tmp_path, 1, {**SETTINGS, "evaluation": evaluation}, network=network)
-    answers = inference.load(tmp_path)(table(files))
-    for path, descriptor in zip(files, answers["embedding"], strict=True):
+    answers = inference.load(tmp_path)(table(image_files))
+    for path, descriptor in zip(image_files, answers["embedding"], strict=True):
         assert descriptor == pytest.approx(described(network, path, transform, size), abs=1e-5)
 
 
-def test_averaged_weights_are_preferred(tmp_path, files):
+def test_averaged_weights_are_preferred(tmp_path, image_files):
     averaged = made(2)
     save(tmp_path, 1, network=made(1), ema=averaged)
-    answers = inference.load(tmp_path)(table(files[:1]))
-    assert answers["embedding"][0] == pytest.approx(described(averaged, files[0]), abs=1e-6)
+    answers = inference.load(tmp_path)(table(image_files[:1]))
+    assert answers["embedding"][0] == pytest.approx(described(averaged, image_files[0]), abs=1e-6)
 
 
-def test_a_learnt_exponent_is_loaded(tmp_path, files):
+def test_a_learnt_exponent_is_loaded(tmp_path, image_files):
     torch.manual_seed(0)
     network = MultiGrain("narrow", 3, 2.5, learn_p=True).eval()
     with torch.no_grad():
         network.pool.p.add_(1.5)
     settings = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5, "learn_p": True}}
     save(tmp_path, 1, settings, network=network)
-    answers = inference.load(tmp_path)(table(files[:1]))
-    assert answers["embedding"][0] == pytest.approx(described(network, files[0]), abs=1e-6)
+    answers = inference.load(tmp_path)(table(image_files[:1]))
+    assert answers["embedding"][0] == pytest.approx(described(network, image_files[0]), abs=1e-6)
 
 
 def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
@@ -204,11 +163,6 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
 
 
 # A model that serves a setting of its own
-
-
-def whitening_of(dimension=20):
-    rng = torch.Generator().manual_seed(5)
-    return Whitening.fit(torch.rand(300, 128, generator=rng), dimension)
 
 
 def model_that_serves(folder, settings=SETTINGS, **serving):
@@ -230,12 +184,12 @@ def pooled_with(network, path, transform, size, p):
 @pytest.mark.parametrize("dimension", [None, 20, 129])
 @pytest.mark.parametrize(("size", "transform"), [(32, "crop"), (48, "rect")])
 @pytest.mark.parametrize("p", [1.0, 4.25, math.inf])
-def test_a_model_answers_at_the_setting_it_serves(tmp_path, files, size, transform, p, dimension):
+def test_a_model_answers_at_the_setting_it_serves(tmp_path, image_files, size, transform, p, dimension):
     whitening = whitening_of(dimension) if dimension else None
     network, predictor = model_that_serves(tmp_path, size=size, p=p, whitening=whitening)
-    answers = predictor(table(files))
+    answers = predictor(table(image_files))
     assert list(answers.columns) == ["embedding", "class_id", "class_name", "score", "error"]
-    for path, answer in zip(files, answers.itertuples(), strict=True):
+    for path, answer in zip(image_files, answers.itertuples(), strict=True):
         output = pooled_with(network, path, transform, size, p)
         expected = output.descriptor[0]
         if whitening:
@@ -257,14 +211,14 @@ def test_at_its_own_size_a_network_sees_images_as_its_settings_say(tmp_path):
         assert (predictor.facts["transform"], predictor.facts["size"]) == (transform, size)
 
 
-def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, files):
+def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, image_files):
     network = MultiGrain("narrow", 3, 2.5, learn_p=True).eval()
     settings = {**SETTINGS, "model": {"trunk": "narrow", "p": 2.5, "learn_p": True}}
     save(tmp_path / "trained", 1, settings, network=network)
     write(tmp_path / "model", checkpoint.latest(tmp_path / "trained"), Serving(32, 1.5, None))
     predictor = inference.load(tmp_path / "model")
     assert predictor.facts["p"] == inference.read(tmp_path / "model").answers.network.pool.p == 1.5
-    assert predictor(table(files[:1]))["embedding"][0] != described(network, files[0])
+    assert predictor(table(image_files[:1]))["embedding"][0] != described(network, image_files[0])
 
 
 def test_a_whitening_is_kept_in_fp64_and_none_is_kept_as_none(tmp_path):

@@ -16,12 +16,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from networks import FILES, assert_same
 from safetensors import SafetensorError
 
 from multigrain.models import checkpoint
 from multigrain.models.checkpoint import Checkpoint, Writer
-
-FILES = ["MANIFEST.json", "model.safetensors", "optimizer.pt", "state.json"]
 
 
 def trained(steps):
@@ -35,21 +34,6 @@ def trained(steps):
     optimizer.step()
     state = {"steps": steps, "totals": {"loss": 0.1 + 0.2}, "spec": {"p": 3.0}, "classes": ["ä", "b"]}
     return Checkpoint(network.state_dict(), optimizer.state_dict(), state)
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert set(a) == set(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def names(folder):

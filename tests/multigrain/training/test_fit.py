@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import EPOCHS, STEPS, spec
 from torch import distributed, multiprocessing, nn
 
-from multigrain.config.training import MultiGrainSpec
 from multigrain.data.folders import read_dataset
 from multigrain.evaluation import embed
 from multigrain.evaluation.held_out import METRICS, evaluate, evaluate_grid
@@ -23,31 +23,10 @@ from multigrain.training.fit import fit
 from multigrain.training.trainer import Training, TrainingError
 
 CPU = torch.device("cpu")
-EPOCHS, STEPS = 2, 3
 
 
 class Interrupted(BaseException):
     """What no handler of ordinary errors sees."""
-
-
-def merged(settings, changes):
-    for group, values in changes.items():
-        settings[group] = {**settings.get(group, {}), **values} if isinstance(values, dict) else values
-    return settings
-
-
-def spec(**changes):
-    """Three steps of 24 views an epoch, from the 26 images for training; a checkpoint after each step."""
-    settings = {
-        "image_size": 32,
-        "epochs": EPOCHS,
-        "model": {"trunk": "narrow"},
-        "batch": {"size": 24, "repeats": 2, "length_factor": 2.5},
-        "augment": {"crop": 0.5},
-        "optimizer": {"rate": 1.0},
-        "compute": {"checkpoint_steps": 1, "precision": "fp32"},
-    }
-    return MultiGrainSpec.model_validate(merged(settings, changes))
 
 
 EVERYTHING = {

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import merged
 from safetensors.torch import save_file
-from test_fit import merged
 from torch import distributed, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -1,4 +1,4 @@
-"""What several test files share: one Ray cluster, an umpire of its processes, servers, and a screen."""
+"""Servers that are processes of their own: PostgreSQL and MLflow's tracking server."""
 
 import os
 import shutil
@@ -11,126 +11,13 @@ import threading
 import time
 from pathlib import Path
 
-# Before the libraries are imported: nothing leaves this machine, and only our own output is printed.
-os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}
-os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # as the command does
-os.environ["OMP_NUM_THREADS"] = "1"  # on images this small, threads cost more than they save
-
 import pytest
-import ray
-
-from multigrain.config.data import DataSettings
-from multigrain.data.builtin import write_builtin
-from multigrain.hooks import no_progress
-
-SUPPORT = Path(__file__).parent
 
 
 def free_port():
     """Of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-
-
-def pytest_runtest_setup():
-    """What MLflow's set_tracking_uri left of another test is no user's: a command would take it for that."""
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-
-
-@pytest.fixture(scope="session")
-def shapes_folder(tmp_path_factory):
-    """40 drawn images of 32 pixels in 8 classes, 26 of them for training, with a copy-detection set; read only."""
-    settings = DataSettings(builtin="shapes", images=40, image_size=32)
-    return write_builtin(settings, tmp_path_factory.mktemp("builtin"), no_progress)
-
-
-@pytest.fixture(scope="session")
-def ray_cluster():
-    """One local Ray for the session; its workers find the toy trainable."""
-    environment = {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        object_store_memory=128 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-    )
-    yield
-    ray.shutdown()
-
-
-class Memory:
-    """An `Observer` that keeps what it is told."""
-
-    def __init__(self):
-        self.notes, self.trials = [], []
-
-    def message(self, message):
-        self.notes.append(message)
-
-    def trial(self, name, record):
-        self.trials.append((name, record.state, int(record.metrics.get("epoch", 0))))
-
-
-@pytest.fixture
-def observer():
-    return Memory()
-
-
-class Umpire:
-    """Hears of each process of the toy before it keeps an epoch, and does to it what `rule` says.
-
-    `rule(name, epoch, rank, pid)` returns True to leave the process without an answer. What it raises is raised at the
-    end; the process gets its answer.
-    """
-
-    def __init__(self):
-        self.rule = lambda *_: None
-        self.heard, self._unanswered, self._errors = [], [], []
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = self._server.getsockname()[1]
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def _listen(self):
-        while True:
-            line, _ = self._server.accept()
-            words = line.makefile().readline().split()
-            if not words:  # the end, or a process that was killed meanwhile
-                line.close()
-                if self._server.fileno() == -1:
-                    return
-                continue
-            place = (words[0], *map(int, words[1:]))
-            self.heard.append(place)
-            try:
-                silent = self.rule(*place)
-            except Exception as error:
-                self._errors.append(error)
-                silent = False
-            if silent:
-                self._unanswered.append(line)
-            else:
-                line.close()
-
-    def close(self):
-        line = socket.create_connection(("127.0.0.1", self.port))
-        self._server.close()
-        line.close()
-        self._thread.join()
-        for line in self._unanswered:
-            line.close()
-        if self._errors:
-            raise self._errors[0]
-
-
-@pytest.fixture
-def umpire():
-    made = Umpire()
-    yield made
-    made.close()
 
 
 class Postgres:

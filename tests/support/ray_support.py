@@ -1,0 +1,23 @@
+"""One Ray for the tests of a session."""
+
+import pytest
+from commands import PYTHON_PATH
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray for the session; its workers find the toy trainable."""
+    import ray
+
+    environment = {"PYTHONPATH": PYTHON_PATH, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        object_store_memory=128 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    ray.shutdown()
