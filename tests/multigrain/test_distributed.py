@@ -21,9 +21,9 @@ def ranks_of(queries, share):
 
 
 def test_alone_a_process_does_everything():
-    assert group.place() == (0, 1)
-    assert group.dealt(lambda share: [x * x for x in range(5)[share]]) == [0, 1, 4, 9, 16]
-    assert group.first(lambda: "made") == "made"
+    assert group.rank_and_size() == (0, 1)
+    assert group.share_work(lambda share: [x * x for x in range(5)[share]]) == [0, 1, 4, 9, 16]
+    assert group.on_rank_zero(lambda: "made") == "made"
 
 
 def of_one_rank(rank, meeting):
@@ -34,12 +34,12 @@ def of_one_rank(rank, meeting):
     )
     shares, calls = [], []
     squares = [
-        group.dealt(lambda share, count=count: shares.append(range(count)[share]) or [x * x for x in shares[-1]])
+        group.share_work(lambda share, count=count: shares.append(range(count)[share]) or [x * x for x in shares[-1]])
         for count in (5, 2, 1, 0)
     ]
-    made = group.first(lambda: calls.append(rank) or {"from": rank})
-    found = [group.dealt(partial(ranks_of, rows)) for rows in np.split(np.eye(4, dtype="f4"), [3])]
-    torch.save([group.place(), squares, shares, made, calls, found], Path(meeting) / f"{rank}.pt")
+    made = group.on_rank_zero(lambda: calls.append(rank) or {"from": rank})
+    found = [group.share_work(partial(ranks_of, rows)) for rows in np.split(np.eye(4, dtype="f4"), [3])]
+    torch.save([group.rank_and_size(), squares, shares, made, calls, found], Path(meeting) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from multigrain.config.training import MultiGrainSpec
 from multigrain.losses import joint as module
-from multigrain.losses.joint import Objective, Step
+from multigrain.losses.joint import JointLoss, Step
 from multigrain.losses.triplets import sample_triplets
 from multigrain.models.multigrain import MultiGrain
 
@@ -26,7 +26,7 @@ def spec(mixup=0.0, **loss):
 
 def built(settings):
     torch.manual_seed(1)
-    return Objective(MultiGrain("narrow", CLASSES), settings).double()
+    return JointLoss(MultiGrain("narrow", CLASSES), settings).double()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import distributed, multiprocessing, nn
 from multigrain.data.folders import read_dataset
 from multigrain.evaluation import embed
 from multigrain.evaluation.held_out import METRICS, evaluate, evaluate_grid
-from multigrain.losses.joint import Objective
+from multigrain.losses.joint import JointLoss
 from multigrain.models import checkpoint, multigrain
 from multigrain.models.multigrain import network_of
 from multigrain.training import fit as module
@@ -339,13 +339,13 @@ def test_other_classes_are_refused(data, tmp_path):
 
 def poison(patch, position):
     """Spoils the embeddings of a step, counted from 1 over all epochs; 0: of none."""
-    backward, steps = Objective.backward, []
+    backward, steps = JointLoss.backward, []
 
     def spoilt(self, embeddings, *args):
         steps.append(embeddings)
         return backward(self, embeddings * (math.nan if len(steps) == position else 1), *args)
 
-    patch.setattr(Objective, "backward", spoilt)
+    patch.setattr(JointLoss, "backward", spoilt)
     return steps
 
 
@@ -388,14 +388,14 @@ def test_too_high_a_rate_ends_the_run_with_advice(data, tmp_path, negatives):
 
 
 def test_weights_that_are_not_finite_after_the_last_step_end_the_run(data, tmp_path, monkeypatch):
-    backward, steps = Objective.backward, []
+    backward, steps = JointLoss.backward, []
 
     def spoilt(self, *args):
         gradient, values = backward(self, *args)
         steps.append(gradient)
         return gradient * (math.inf if len(steps) == STEPS else 1), values
 
-    monkeypatch.setattr(Objective, "backward", spoilt)
+    monkeypatch.setattr(JointLoss, "backward", spoilt)
     with pytest.raises(TrainingError, match=r"weights must be finite, but were not after step 3 of epoch 1; lower"):
         list(fit(spec(epochs=1), data, tmp_path, CPU))
     assert checkpoint.latest(tmp_path).state["steps"] == 2

@@ -21,7 +21,7 @@ from multigrain.config.training import ComputeSettings, MultiGrainSpec
 from multigrain.data.folders import read_dataset
 from multigrain.data.transforms import colour
 from multigrain.losses import joint
-from multigrain.losses.joint import Objective
+from multigrain.losses.joint import JointLoss
 from multigrain.losses.triplets import draw_triplets
 from multigrain.models import multigrain
 from multigrain.models.multigrain import build_trunk
@@ -92,7 +92,7 @@ def doubles():
 def gradients(training):
     """Of the only step so far."""
     state = {**training.optimizers[0].state, **training.optimizers[1].state}
-    named = training.objective.named_parameters()
+    named = training.loss.named_parameters()
     return {name: state[weight]["momentum_buffer"] for name, weight in named if weight in state}
 
 
@@ -109,10 +109,10 @@ def first_step(settings, data):
         values.append({name: value.item() for name, value in found.items()})
         return gradient, found
 
-    backward = Objective.backward
+    backward = JointLoss.backward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joint, "draw_triplets", recorded_draw)
-        patch.setattr(Objective, "backward", recorded_backward)
+        patch.setattr(JointLoss, "backward", recorded_backward)
         training = Training(settings, data, CPU)
         saved = []
         training.train_epoch(saved.append)
@@ -244,7 +244,7 @@ def test_negatives_of_one_rank_give_the_loss_over_all_chunks(ranks, kin, weights
         training = Training(case(weights, ON_A_RANK), kin, CPU)
         views = training.views.__getitems__(next(iter(training.batches)))
         output = training.network(module.colour(views.images, views.colour))
-        beta, terms = training.objective.margin.beta, []
+        beta, terms = training.loss.margin.beta, []
         for anchor, positive, negative in triplets:
             near, far = (
                 ((output.descriptor[anchor] - output.descriptor[other]) ** 2).sum().add(1e-8).sqrt()
@@ -253,7 +253,7 @@ def test_negatives_of_one_rank_give_the_loss_over_all_chunks(ranks, kin, weights
             terms += [term for term in (near - beta + 0.02, beta - far + 0.02) if term > 0]
         loss = 0.5 * cross_entropy(output.logits, views.labels) + 0.5 * sum(terms) / len(terms)
         loss.backward()
-    expected = {name: weight.grad for name, weight in training.objective.named_parameters()}
+    expected = {name: weight.grad for name, weight in training.loss.named_parameters()}
     for rank in ranks:
         assert_same(rank["rank"]["gradients"], expected)
         assert rank["rank"]["totals"]["loss"] == pytest.approx(loss.item(), rel=1e-12)
@@ -323,7 +323,7 @@ def test_gradients_in_parts_pass_through_each_part_by_its_own_statistics(data):
         views = views_of_first_step(training)
         images = module.colour(views.images, views.colour)
         embeddings = torch.cat([training.network.embed(part) for part in images.chunk(2)])
-        output, beta, terms = training.network.head(embeddings), training.objective.margin.beta, []
+        output, beta, terms = training.network.head(embeddings), training.loss.margin.beta, []
         for anchor, positive, negative in found["triplets"]:
             near, far = (
                 ((output.descriptor[anchor] - output.descriptor[other]) ** 2).sum().add(1e-8).sqrt()
@@ -331,7 +331,7 @@ def test_gradients_in_parts_pass_through_each_part_by_its_own_statistics(data):
             )
             terms += [term for term in (near - beta + 0.02, beta - far + 0.02) if term > 0]
         (0.5 * cross_entropy(output.logits, views.labels) + 0.5 * sum(terms) / len(terms)).backward()
-    assert_same(found["gradients"], {name: weight.grad for name, weight in training.objective.named_parameters()})
+    assert_same(found["gradients"], {name: weight.grad for name, weight in training.loss.named_parameters()})
 
 
 def trained(training, epochs=1):
@@ -505,7 +505,7 @@ def test_the_course_of_an_epoch_is_counted_step_by_step(data, monkeypatch, inter
 
     def recorded_draw(descriptors, instances, *settings):
         found = draw_triplets(descriptors, instances, *settings)
-        beta = training.objective.margin.beta.item()
+        beta = training.loss.margin.beta.item()
         steps.append((descriptors.tolist(), instances.tolist(), torch.stack(found[0], dim=1).tolist(), beta))
         return found
 
@@ -514,9 +514,9 @@ def test_the_course_of_an_epoch_is_counted_step_by_step(data, monkeypatch, inter
         losses.append({name: value.item() for name, value in values.items()})
         return gradient, values
 
-    backward, losses = Objective.backward, []
+    backward, losses = JointLoss.backward, []
     monkeypatch.setattr(joint, "draw_triplets", recorded_draw)
-    monkeypatch.setattr(Objective, "backward", recorded_backward)
+    monkeypatch.setattr(JointLoss, "backward", recorded_backward)
     settings = spec(
         loss=LOSS | {"entropy": 0.1},
         model={"learn_p": True},
@@ -543,7 +543,7 @@ def test_the_course_of_an_epoch_is_counted_step_by_step(data, monkeypatch, inter
         "negative_distance": sum(far) / len(far),
         "active_terms": active / (2 * len(near)),
         "fallback_rows": fallback / (3 * VIEWS),
-        "beta": training.objective.margin.beta.item(),
+        "beta": training.loss.margin.beta.item(),
         "p": training.network.pool.p.item(),
     }
     for name, logged in {
@@ -571,8 +571,8 @@ def test_a_step_is_the_images_that_its_instances_name(data, monkeypatch):
         steps.append(step)
         return backward(self, embeddings, step, *args)
 
-    backward = Objective.backward
-    monkeypatch.setattr(Objective, "backward", recorded)
+    backward = JointLoss.backward
+    monkeypatch.setattr(JointLoss, "backward", recorded)
     training = Training(spec(batch={"length_factor": 3.0}, compute={"loaders": 2}), data, CPU)
     for epoch in range(2):
         training.begin_epoch(epoch)

@@ -95,7 +95,7 @@ def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
     try:
         run.begin()
         figures = [figure for size in run.sizes for figure in run.at_size(size)]
-        return distributed.first(partial(run.finish, figures, saved))
+        return distributed.on_rank_zero(partial(run.finish, figures, saved))
     finally:
         if run.writes:
             shutil.rmtree(run.draft, ignore_errors=True)
@@ -115,7 +115,7 @@ class _Run:
     ) -> None:
         self.network, self.spec, self.settings, self.found = network, spec, settings, found
         self.out, self.draft, self.device = out, out / ".draft", device
-        self.writes = distributed.place()[0] == 0
+        self.writes = distributed.rank_and_size()[0] == 0
         own = max(1.0, float(network.pool.p))  # one that learns counts as 1 below 1
         self.own = Setting(spec.evaluation_size, own, False)
         serve = settings.serve
@@ -143,7 +143,7 @@ class _Run:
             shutil.rmtree(self.draft, ignore_errors=True)
             self.draft.mkdir()
         if self.found.proxy is not None:
-            self.scores = dict(zip(self.sizes, distributed.dealt(self._proxy_scores), strict=True))
+            self.scores = dict(zip(self.sizes, distributed.share_work(self._proxy_scores), strict=True))
             self.chosen = {size: proxy.best(scores) for size, scores in self.scores.items()}
         if serve := self.settings.serve:
             p = self.chosen[serve.size] if serve.p == PROXY else self._of_grid(float(serve.p))
@@ -186,7 +186,7 @@ class _Run:
         found = {}
         for p, embeddings in self._embed(self.found.whitening, size, "rect").items():
             fit = partial(Whitening.fit, torch.from_numpy(embeddings), self.settings.dimension)
-            found[p] = distributed.first(fit)
+            found[p] = distributed.on_rank_zero(fit)
             if self.writes:
                 save_file(found[p].state_dict(), self._whitening_file(size, p))
         return found
@@ -198,7 +198,7 @@ class _Run:
             # A query from whose list everything is taken out belongs to other parts of the protocol.
             asked = [query for query, one in enumerate(truths) if len(one.junk) < count]
             truth, rows = [truths[query] for query in asked], queries[asked]
-            ranks = distributed.dealt(partial(self._ranks, rows, database, truth))
+            ranks = distributed.share_work(partial(self._ranks, rows, database, truth))
             measured = {}
             for name in benchmark.measures:
                 if MEASURES[name].source == "ranks":
@@ -206,7 +206,7 @@ class _Run:
                     self._keep(benchmark, part, name, at, values)
                     measured[name] = float(values.mean()), interval(values)
             if len(measured) < len(benchmark.measures):
-                measured |= distributed.first(partial(_of_pairs, benchmark, rows, database, truth, self.device))
+                measured |= distributed.on_rank_zero(partial(_of_pairs, benchmark, rows, database, truth, self.device))
             for measure in benchmark.measures:
                 yield self._figure(benchmark, part, measure, at, *measured[measure])
             if at == self.own and self.writes:

@@ -78,7 +78,7 @@ def embed(
         EndedError: `heartbeat` was True on a rank.
         DataError: a picture cannot be read.
     """
-    rank, world = group.place()
+    rank, world = group.rank_and_size()
     exponents = tuple(map(float, exponents))
     mine = _share(network.eval(), pictures[rank::world], size, transform, exponents, device, loaders, folder, heartbeat)
     shares = [mine] * world

@@ -84,7 +84,7 @@ def evaluate_grid(
         embedded = embed.embed(network, images, size, transform, exponents, device, loaders, heartbeat=heartbeat)
         for p, embeddings in embedded.items():
             shown, training = np.split(embeddings, [len(held_out)])
-            whitening = distributed.first(partial(_fitted, training)) if wanted.whiten else None
+            whitening = distributed.on_rank_zero(partial(_fitted, training)) if wanted.whiten else None
             for one in (None, whitening) if whitening else (None,):
                 # By name, so that 2.2, and a p that was learnt and is 2.2 as fp32 has it, count as one.
                 found[_name(Setting(size, p, one is not None))] = _measured(network, dataset, shown, one, device)

@@ -1,7 +1,7 @@
-"""The loss of one rank's part of a step, and its gradient with respect to the embeddings.
+"""Joint loss of one rank's part of a step, and its gradient with respect to the embeddings.
 
-The losses read embeddings that are cut off from the network: so the gradients of the two terms can be
-told apart, and a step can pass through the network in parts while its pairs come from the whole.
+The losses read embeddings that are detached from the network. So the gradients of the two losses can be told apart, and
+a step can pass through the network in parts while its pairs come from the whole step.
 """
 
 from typing import Any, NamedTuple
@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 from multigrain.config.training import MultiGrainSpec
-from multigrain.losses.margin import MarginLoss, alone, classification_loss, entropy_loss
+from multigrain.distributed import mean_over_ranks, rank_and_size
+from multigrain.losses.margin import MarginLoss, classification_loss, entropy_loss
 from multigrain.losses.triplets import ALL, draw_triplets
 from multigrain.models.multigrain import MultiGrain
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over ranks; no gradient."""
-    x = x.detach().clone()
-    distributed.all_reduce(x)
-    return x / distributed.get_world_size()
-
-
 class _Gather(torch.autograd.Function):
-    """(B, C) on each rank -> (world x B, C) on all, rank by rank; each gets back the gradients of all."""
+    """(B, C) on each rank -> (ranks x B, C) on all, in the order of the ranks; gradients are summed over ranks."""
 
     @staticmethod
     def forward(_: Any, mine: Tensor) -> Tensor:
@@ -34,26 +28,25 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
-        (gradient,) = gradients
-        gradient = gradient.contiguous()
+        gradient = gradients[0].contiguous()
         distributed.all_reduce(gradient)
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
 class Step(NamedTuple):
-    """What the loss needs to know of a step, besides this rank's embeddings; all on the host."""
+    """Labels and instances of a step, on the CPU."""
 
     labels: Tensor
     """(B,) class numbers of this rank's views."""
     instances: Tensor
-    """(world x B,) what the views of all ranks show, rank by rank."""
+    """(ranks x B,) instance ids of the views of all ranks, in the order of the ranks."""
 
 
-class Objective(nn.Module):
-    """lambda x cross-entropy + (1 - lambda) x margin loss, the paper's equation 5, of a network's embeddings.
+class JointLoss(nn.Module):
+    """lambda x cross-entropy + (1 - lambda) x margin loss (the paper's equation 5) of a network's embeddings.
 
-    Averaged over ranks, its losses and gradients are those of the whole step; under mixup, of one whose
-    views are mixed with others of their rank.
+    The mean over ranks of losses and gradients equals those of the whole step. With mixup, views are mixed with
+    others of their rank only.
     """
 
     def __init__(self, network: MultiGrain, spec: MultiGrainSpec) -> None:
@@ -64,23 +57,23 @@ class Objective(nn.Module):
 
     @property
     def head(self) -> list[nn.Parameter]:
-        """The parameters that `backward` reaches by itself."""
+        """Parameters whose gradients `backward` adds to: those of the classifier, and beta."""
         return [*self.network.classifier.parameters(), self.margin.beta]
 
     def backward(
         self, embeddings: Tensor, step: Step, generator: torch.Generator, scale: Tensor | float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradients of one rank's loss to `head`'s; returns the embeddings' own, and sums for the log.
+        """Add the gradients of one rank's loss to `head`, and return the gradient of the embeddings.
 
         Args:
             embeddings: (B, C) of this rank.
             step: labels and instances.
-            generator: for the negatives and mixup; on all ranks in the same state.
-            scale: of the gradients.
+            generator: for negatives and mixup; must be in the same state on all ranks.
+            scale: factor of the gradients.
         Returns:
-            (B, C), and numbers: the losses; the sums of `MarginLoss`; `anchors`, and `fallback`, those of them
-            whose other images were all too far; `classification_gradient`, the share of the first term in the
-            norms of the two terms' gradients, weights included (paper Fig. 5).
+            The gradient (B, C), and scalars for the log: the losses; the sums of `MarginLoss`; `anchors`, and
+            `fallback`, the number of anchors whose other images were all too far; `classification_gradient`, the share
+            of cross-entropy in the gradient norms of the two weighted losses (paper Fig. 5).
         """
         weight = self.settings.weight
         leaf = embeddings.detach().requires_grad_()
@@ -89,13 +82,13 @@ class Objective(nn.Module):
         if weight > 0:
             torch.autograd.backward(weight * scale * classification)
         first = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
-        pairs, entropy, sums = self._pairs(output.descriptor, step, generator)
-        rest = (1 - weight) * pairs + self.settings.entropy * entropy
+        margin, entropy, sums = self._pairs(output.descriptor, step, generator)
+        rest = (1 - weight) * margin + self.settings.entropy * entropy
         torch.autograd.backward(scale * rest)
         assert leaf.grad is not None, "a loss was computed"
         norms = first.norm(), (leaf.grad - first).norm()
         share = norms[0] / (norms[0] + norms[1]).clamp(min=torch.finfo(leaf.dtype).tiny)
-        values = {"loss": weight * classification + rest, "classification": classification, "margin": pairs}
+        values = {"loss": weight * classification + rest, "classification": classification, "margin": margin}
         values |= {"classification_gradient": share, **sums} | ({"entropy": entropy} if self.settings.entropy else {})
         return leaf.grad, {name: value.detach() for name, value in values.items()}
 
@@ -103,7 +96,7 @@ class Objective(nn.Module):
         labels = step.labels.to(logits.device, non_blocking=True)
         if not self.mixup:
             return classification_loss(logits, labels)
-        rng = np.random.default_rng(generator.initial_seed())  # on the host, which needs the share
+        rng = np.random.default_rng(generator.initial_seed())  # on the CPU, which needs the share
         order = torch.from_numpy(rng.permutation(len(labels))).to(labels.device, non_blocking=True)
         return classification_loss(logits, labels, order, rng.beta(self.mixup, self.mixup))
 
@@ -111,13 +104,11 @@ class Objective(nn.Module):
         self, descriptors: Tensor, step: Step, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Margin loss and entropy loss of this rank's anchors, and sums for the log."""
-        settings, own = self.settings, len(descriptors)
-        grouped = distributed.is_initialized()
-        rank = distributed.get_rank() if grouped else 0
+        settings, own, (rank, size) = self.settings, len(descriptors), rank_and_size()
         rows, instances = slice(rank * own, (rank + 1) * own), step.instances
         if settings.negatives_from == "rank":
             rows, instances = ALL, instances[rows]
-        elif grouped:
+        elif distributed.is_initialized():
             descriptors = _Gather.apply(descriptors)
         triplets, fallback = draw_triplets(
             descriptors,
@@ -129,6 +120,6 @@ class Objective(nn.Module):
             settings.dimension,
             rows,
         )
-        margin, sums = self.margin(descriptors, triplets, average if grouped else alone)
+        margin, sums = self.margin(descriptors, triplets, mean_over_ranks if size > 1 else None)
         entropy = entropy_loss(descriptors, instances, rows) if settings.entropy else torch.zeros_like(margin)
         return margin, entropy, {**sums, "anchors": torch.full_like(margin, own), "fallback": fallback[0]}

@@ -1,7 +1,4 @@
-"""What the pairs cost: margin loss with a learnable boundary, cross-entropy, entropy; and their mix.
-
-The paper's equation 5; the margin loss is that of Wu et al.
-"""
+"""Loss functions: margin loss with a learnable boundary (Wu et al., 2017), cross-entropy with mixup, entropy loss."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -12,24 +9,19 @@ from torch.nn import functional
 
 from multigrain.losses.triplets import Triplets
 
-Reduce = Callable[[Tensor], Tensor]
-"""Averages a tensor over all ranks; the identity on one."""
+Average = Callable[[Tensor], Tensor]
+"""Averages a tensor over all ranks."""
 
 Normalisation = Literal["active", "triplets", "pairs"]
 
 
-def alone(x: Tensor) -> Tensor:
-    """The `Reduce` of a single process."""
-    return x
-
-
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise Euclidean distance of two (P, C) tensors, (P,); the 1e-8 keeps its gradient finite at 0."""
+    """Euclidean distances (P,) between the rows of two (P, C) tensors; the 1e-8 keeps the gradient finite at 0."""
     return ((a - b).square().sum(dim=1) + 1e-8).sqrt()
 
 
 def margin_terms(d_ap: Tensor, d_an: Tensor, beta: Tensor, margin: float) -> Tensor:
-    """[d_ap - beta + margin]+ and [beta - d_an + margin]+ of P triplets, (2, P)."""
+    """Terms [d_ap - beta + margin]+ and [beta - d_an + margin]+ of P triplets, (2, P)."""
     return torch.stack([d_ap - beta + margin, beta - d_an + margin]).clamp(min=0)
 
 
@@ -39,36 +31,34 @@ def margin_loss(
     beta: Tensor,
     margin: float = 0.2,
     normalise: Normalisation = "active",
-    average: Reduce = alone,
+    average: Average | None = None,
 ) -> Tensor:
-    """Sum of the margin terms over a count; 0 where there is nothing to count.
-
-    `active` counts the terms above zero, one by one, as Wu et al. do; `triplets` the triplets with such
-    a term, as the released code does on torch 1.2 and newer; `pairs` all terms, the paper's equation 5.
-    Averaged over ranks, the results are the loss of the whole batch.
+    """Sum of the margin terms of P triplets, divided by a count; 0 if the count is 0.
 
     Args:
-        d_ap: (P,) distances of copies of one image.
-        d_an: (P,) distances of views of different images.
-        beta: the boundary, a tensor of one element; differentiated through.
+        d_ap: (P,) distances between copies of one image.
+        d_an: (P,) distances between views of different images.
+        beta: boundary between the two, a tensor of one element; receives a gradient.
         margin: alpha, in units of distance.
-        normalise: what is counted.
-        average: averages the count over ranks.
+        normalise: the count. `active`: terms above zero (Wu et al.); `triplets`: triplets with a term above zero (the
+            released code on torch 1.2 and newer); `pairs`: all terms (the paper's equation 5).
+        average: averages the count over ranks, so that the mean of the ranks' losses is the loss of the whole batch.
     """
     return _normalised(margin_terms(d_ap, d_an, beta, margin), normalise, average)
 
 
-def _normalised(terms: Tensor, normalise: Normalisation, average: Reduce) -> Tensor:
+def _normalised(terms: Tensor, normalise: Normalisation, average: Average | None) -> Tensor:
     active = terms > 0
     if normalise == "pairs":
         active = torch.ones_like(active)
-    count = active.any(dim=0).sum() if normalise == "triplets" else active.sum()
-    number = average(count.to(terms.dtype))
-    return terms.sum() / torch.where(number > 0, number, 1)
+    count = (active.any(dim=0).sum() if normalise == "triplets" else active.sum()).to(terms.dtype)
+    if average:
+        count = average(count)
+    return terms.sum() / torch.where(count > 0, count, 1)
 
 
 class MarginLoss(nn.Module):
-    """`margin_loss` of sampled triplets, with the learnable boundary beta (paper Table B.1)."""
+    """`margin_loss` of sampled triplets, with the learnable boundary `beta` (paper Table B.1)."""
 
     def __init__(self, beta: float = 1.2, margin: float = 0.2, normalise: Normalisation = "active") -> None:
         super().__init__()
@@ -76,16 +66,16 @@ class MarginLoss(nn.Module):
         self.margin, self.normalise = margin, normalise
 
     def forward(
-        self, descriptors: Tensor, triplets: Triplets, average: Reduce = alone
+        self, descriptors: Tensor, triplets: Triplets, average: Average | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Args:
             descriptors: (B, C) of unit norm.
             triplets: indices into the batch.
-            average: averages over ranks.
+            average: as in `margin_loss`.
         Returns:
-            The loss, and for the log the sums over triplets: `triplets` (their number), `active` (terms
-            above zero, at most two a triplet), `positive_distance`, `negative_distance`.
+            The loss, and sums over the triplets for the log: `triplets` (their number), `active` (terms above zero, at
+            most two for each triplet), `positive_distance`, `negative_distance`.
         """
         d_ap = distance(descriptors[triplets.anchors], descriptors[triplets.positives])
         d_an = distance(descriptors[triplets.anchors], descriptors[triplets.negatives])
@@ -102,8 +92,8 @@ class MarginLoss(nn.Module):
 def entropy_loss(descriptors: Tensor, instance_ids: Tensor, rows: slice = slice(None)) -> Tensor:
     """Minus the mean logarithm of the distance to the nearest view of another image; lower is more evenly spread.
 
-    The Kozachenko-Leonenko estimate of the descriptors' entropy, as SSCD (Pizzi et al., 2022) has it for copy
-    detection. 0 where there is no other image.
+    This is the Kozachenko-Leonenko estimate of the descriptors' entropy, used for copy detection by SSCD (Pizzi et
+    al., 2022). It is 0 if the batch holds no other image.
 
     Args:
         descriptors: (B, C) of unit norm.
@@ -120,15 +110,15 @@ def entropy_loss(descriptors: Tensor, instance_ids: Tensor, rows: slice = slice(
 
 
 def classification_loss(logits: Tensor, labels: Tensor, mixed_with: Tensor | None = None, share: float = 1.0) -> Tensor:
-    """Mean cross-entropy of a batch, optionally under mixup between its embeddings.
+    """Mean cross-entropy of a batch, optionally with mixup of the embeddings.
 
-    The classifier is linear, so that mixing its outputs is mixing the embeddings that it reads.
+    The classifier is linear: mixing its outputs equals mixing the embeddings that it reads.
 
     Args:
         logits: (B, K).
         labels: (B,) class numbers.
-        mixed_with: (B,) the row that each row is mixed with.
-        share: of the row itself in the mixture, in [0, 1].
+        mixed_with: (B,) index of the row that each row is mixed with.
+        share: share of the row itself in the mixture, in [0, 1].
     """
     if mixed_with is None:
         return functional.cross_entropy(logits, labels)

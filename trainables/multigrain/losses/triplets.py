@@ -1,9 +1,9 @@
-"""Which pairs the margin loss compares: every pair of copies, and a sampled negative for each.
+"""Triplets for the margin loss: every ordered pair of copies, each with a sampled negative.
 
-The distribution is that of Wu et al., "Sampling matters in deep embedding learning". Which views are
-copies of which is worked out on the host, from numbers that the host knows; all that needs the
-descriptors stays on their device, so that a training step never waits for it.
-Shape legend: B views, R of them anchors, C channels, P ordered positive pairs, K pairs of one anchor at most.
+Negatives follow the distribution of Wu et al., "Sampling matters in deep embedding learning" (2017). The pairs are
+found on the CPU, from the instance ids alone; everything that needs the descriptors stays on their device, so that a
+training step never waits for the device.
+Shapes: B views, R of them anchors, C channels, P ordered pairs of copies, K most pairs of one anchor.
 """
 
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ ALL = slice(None)
 
 
 class Triplets(NamedTuple):
-    """Index tensors of shape (P',), P' <= P: anchor i, another copy of its image, a view of another image."""
+    """Indices into a batch, each (P',) with P' <= P: anchor, another copy of its image, a view of another image."""
 
     anchors: Tensor
     positives: Tensor
@@ -26,15 +26,15 @@ class Triplets(NamedTuple):
 
 
 def positive_pairs(instance_ids: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
-    """All ordered pairs of different views with one instance, by anchor, as (P,) tensors on the CPU.
+    """All ordered pairs of different views of one image, sorted by anchor, as (P,) tensors on the CPU.
 
-    None where all views show one instance: there is no negative for them.
+    There are none if all views show the same image, which leaves no negatives.
 
     Args:
-        instance_ids: (B,) integers.
+        instance_ids: (B,) integers; views with the same id show the same image.
         rows: the views that are anchors.
     Returns:
-        anchors, positives, and the position of each pair among those of its anchor, in [0, K).
+        Anchors, positives, and the position of each pair among the pairs of its anchor, in [0, K).
     """
     ids = instance_ids.cpu().numpy()
     _, groups, sizes = np.unique(ids, return_inverse=True, return_counts=True)
@@ -46,50 +46,41 @@ def positive_pairs(instance_ids: Tensor, rows: slice = ALL) -> tuple[Tensor, Ten
     within_P = np.arange(len(anchors_P)) - (np.cumsum(counts) - counts).repeat(counts)
     positives_P = members[first[groups[anchors_P]] + within_P]
     other = anchors_P != positives_P
-    # An anchor stands once among its own group; those behind it move up by one.
+    # The anchor is a member of its own group: the members behind it move up by one.
     order_P = within_P - (positives_P > anchors_P)
     return tuple(torch.from_numpy(indices[other]) for indices in (anchors_P, positives_P, order_P))  # type: ignore[return-value]
 
 
-class _Weights(NamedTuple):
-    """How likely each view is to be an anchor's negative."""
-
-    weights: Tensor
-    """(R, B), not normalised."""
-    fallback: Tensor
-    """(R,), whether all other images were too far, and are therefore weighted alike."""
-
-
 def _distance_weights(
     cosines_RB: Tensor, different_RB: Tensor, cutoff: float, nonzero_loss_cutoff: float, dimension: int
-) -> _Weights:
-    """1 / q(d), with q(d) = d^(n-2) (1 - d^2/4)^((n-3)/2), up to a factor for each row; overwrites the cosines.
+) -> tuple[Tensor, Tensor]:
+    """Weights of the mode `distance_weighted`, as `_weights` returns them; overwrites the cosines.
 
-    With s = 1 - d^2/2, 1 / q is (1 - s^2)^(-(n-3)/2) (1 - s)^(-1/2) up to a factor: one logarithm, one
-    exponential. The largest exponent of the row is taken out before the exponential, after masking: at
-    n = 2048 they span 1484, and one hard pair elsewhere in the batch would leave a row nothing.
+    With s = 1 - d^2/2, 1 / q(d) is (1 - s^2)^(-(n-3)/2) (1 - s)^(-1/2) up to a factor: one logarithm, one
+    exponential. The largest exponent of each row is subtracted before the exponential, after masking: at n = 2048 the
+    exponents span 1484, and with one maximum for all rows a single hard pair would underflow all other rows.
     """
     near_RB = cosines_RB > 1 - nonzero_loss_cutoff**2 / 2
     near_RB &= different_RB
     fallback_R = ~near_RB.any(dim=1)
     s_RB = cosines_RB.clamp_(-1 + 1e-6, 1 - cutoff**2 / 2)
-    s_RB.mul_(~fallback_R[:, None])  # all alike, at s = 0
+    s_RB.mul_(~fallback_R[:, None])  # equal weights, those of s = 0
     candidates_RB = torch.where(fallback_R[:, None], different_RB, near_RB)
     factor_RB = (1 - s_RB).rsqrt_()
     exponents_RB = s_RB.square_().neg_().log1p_().mul_(-0.5 * (dimension - 3)).masked_fill_(~candidates_RB, -torch.inf)
     # A row without any candidate would subtract infinity from infinity.
     peak_R1 = exponents_RB.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(s_RB.dtype).min)
-    return _Weights(exponents_RB.sub_(peak_R1).exp_().mul_(factor_RB), fallback_R & different_RB.any(dim=1))
+    return exponents_RB.sub_(peak_R1).exp_().mul_(factor_RB), fallback_R & different_RB.any(dim=1)
 
 
 def _reference_weights(
     cosines_BB: Tensor, different_RB: Tensor, rows: slice, cutoff: float, nonzero_loss_cutoff: float, channels: int
-) -> _Weights:
-    """What the authors' released code computes, in fp32.
+) -> tuple[Tensor, Tensor]:
+    """Weights of the mode `reference`, as `_weights` returns them: the released code's arithmetic, in fp32.
 
-    One maximum is taken out of the whole matrix, positives and diagonal included, before the exponential,
-    so that one pair closer than the cutoff sends all other weights below the smallest number from some
-    500 channels on: its rows then have no weight left, and are uniform. Their NaN from negative squares is not kept.
+    One maximum is subtracted from the whole matrix, positives and diagonal included, before the exponential. From some
+    500 channels on, one pair closer than the cutoff underflows the weights of all other rows, which then are uniform.
+    The NaN that the released code gets from negative squares is not reproduced.
     """
     squares_BB = (2 - 2 * cosines_BB.float()).clamp(min=0)
     squares_BB.fill_diagonal_(1.0)  # the released code sets a view's distance to itself to 1
@@ -101,7 +92,7 @@ def _reference_weights(
     weights_RB = shares_RB * different_RB * (distances_BB[rows] < nonzero_loss_cutoff)
     fallback_R = weights_RB.sum(dim=1) == 0
     weights_RB = torch.where(fallback_R[:, None], different_RB.float(), weights_RB)
-    return _Weights(weights_RB, fallback_R & different_RB.any(dim=1))
+    return weights_RB, fallback_R & different_RB.any(dim=1)
 
 
 @torch.no_grad()
@@ -113,17 +104,20 @@ def _weights(
     nonzero_loss_cutoff: float,
     dimension: int,
     rows: slice,
-) -> _Weights:
+) -> tuple[Tensor, Tensor]:
+    """Weights (R, B), not normalised, of each view as an anchor's negative, and `fallback` (R,).
+
+    `fallback` is True where all other images are too far, so that they get equal weights.
+    """
     ids = instance_ids.to(descriptors.device, non_blocking=True)
     different_RB = ids[rows, None] != ids[None, :]
     if mode == "uniform":
-        return _Weights(different_RB.to(descriptors.dtype), torch.zeros_like(different_RB[:, 0]))
+        return different_RB.to(descriptors.dtype), torch.zeros_like(different_RB[:, 0])
     descriptors = descriptors.detach()
     channels = descriptors.shape[1]
     if mode == "reference":
-        return _reference_weights(
-            descriptors @ descriptors.T, different_RB, rows, cutoff, nonzero_loss_cutoff, channels
-        )
+        cosines_BB = descriptors @ descriptors.T
+        return _reference_weights(cosines_BB, different_RB, rows, cutoff, nonzero_loss_cutoff, channels)
     cosines_RB = descriptors[rows] @ descriptors.T
     return _distance_weights(cosines_RB, different_RB, cutoff, nonzero_loss_cutoff, dimension or channels)
 
@@ -136,39 +130,38 @@ def negative_weights(
     nonzero_loss_cutoff: float = 1.4,
     dimension: int = 0,
 ) -> Tensor:
-    """Probability (B, B) of drawing column j as the negative of row i.
+    """Probabilities (B, B) of drawing view j as the negative of view i.
 
-    `distance_weighted`: w(d) = 1 / q(d), where q(d) = d^(n-2) (1 - d^2/4)^((n-3)/2) is the density of
-    distances between random points of the sphere in n dimensions; d is raised to `cutoff` first, and views
-    farther than `nonzero_loss_cutoff` get nothing. A row whose other images all lie beyond it is uniform.
-    `uniform`: every view of another image alike.
-    `reference`: as `distance_weighted`, in the arithmetic of the authors' released code, underflow included.
-
-    Rows sum to 1, or to 0 where the batch holds no other image. No gradient flows back.
+    Rows sum to 1, or to 0 if the batch holds no other image. No gradient flows back.
 
     Args:
         descriptors: (B, C) of unit norm.
         instance_ids: (B,) integers; views with the same id show the same image.
-        dimension: n; 0 is C. At C = 2048 nearly all weight lies on one negative; a lower n spreads it.
+        mode: `distance_weighted`: proportional to 1 / q(d), where q(d) = d^(n-2) (1 - d^2/4)^((n-3)/2) is the density
+            of distances between random points on the sphere in n dimensions. `uniform`: equal for all views of other
+            images. `reference`: `distance_weighted` in the arithmetic of the released code, underflow included.
+        cutoff: smaller distances count as this one.
+        nonzero_loss_cutoff: views farther than this get 0; a row whose other images are all farther is uniform.
+        dimension: n; 0 means C. At C = 2048 nearly all weight lies on one negative; a lower n spreads it.
     """
-    weights_BB = _weights(descriptors, instance_ids, mode, cutoff, nonzero_loss_cutoff, dimension, ALL).weights
+    weights_BB, _ = _weights(descriptors, instance_ids, mode, cutoff, nonzero_loss_cutoff, dimension, ALL)
     total_B1 = weights_BB.sum(dim=1, keepdim=True)
     return weights_BB / torch.where(total_B1 > 0, total_B1, 1)
 
 
 def _draw(weights_RB: Tensor, uniform_RK: Tensor) -> Tensor:
-    """K columns for each row, (R, K), by inverting the distribution function; independent of each other."""
-    # In fp64: a parallel sum in fp32 is not monotonic, and could hit a column without weight.
+    """Draw K columns for each row, (R, K), independently of each other, by inverting the distribution function."""
+    # In fp64: a parallel sum in fp32 is not monotonic, and could choose a column without weight.
     function_RB = weights_RB.cumsum(dim=1, dtype=torch.float64)
     total_R1 = function_RB[:, -1:]
     wanted_RK = torch.minimum(uniform_RK * total_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
-    # The last column is a guard for rows without any weight, which nobody asks for.
+    # The clamp serves rows without any weight, whose result is not used.
     return torch.searchsorted(function_RB, wanted_RK, right=True).clamp_(max=weights_RB.shape[1] - 1)
 
 
 def _draw_without_replacement(weights_RB: Tensor, uniform_RB: Tensor, draws: int) -> Tensor:
-    """Different columns in each row, (R, K): the largest of log w plus Gumbel noise."""
-    # At 0 the noise would be infinite, and no weight would outdo none.
+    """Draw different columns in each row, (R, K): those with the largest log-weight plus Gumbel noise."""
+    # At 0 the noise would be infinite, and would favour columns without weight.
     keys_RB = weights_RB.log() - (-uniform_RB.clamp(min=2.0**-54).log()).log()
     return keys_RB.topk(draws, dim=1).indices
 
@@ -183,10 +176,10 @@ def draw_triplets(
     dimension: int = 0,
     rows: slice = ALL,
 ) -> tuple[Triplets, Tensor]:
-    """`sample_triplets` of the anchors in `rows`, and how many of these drew from all other images alike, (1,).
+    """`sample_triplets` of the anchors in `rows`, and the number (1,) of anchors whose other images were all too far.
 
-    The random numbers of all B views are drawn, whatever the rows: ranks that share a batch and the state
-    of their generators draw what one process would.
+    The random numbers of all B views are drawn, whatever the rows: ranks that share a batch and the state of their
+    generators draw what one process would draw.
     """
     device, size = descriptors.device, len(descriptors)
     pairs = positive_pairs(instance_ids, rows)
@@ -216,15 +209,14 @@ def sample_triplets(
     nonzero_loss_cutoff: float = 1.4,
     dimension: int = 0,
 ) -> Triplets:
-    """All ordered pairs of copies, each with one negative drawn from `negative_weights`.
+    """All ordered pairs of copies, each with one negative drawn by `negative_weights`, whose arguments it takes.
 
-    A group of m copies gives m (m - 1) triplets; an image without a copy, or a batch without another
-    image, gives none. The negatives of one anchor are drawn independently; in the mode `reference` they
-    differ, as long as there are enough with a weight.
+    An image with m copies gives m (m - 1) triplets; an image with one view, or a batch of one image, gives none. The
+    negatives of an anchor are drawn independently; in the mode `reference` they differ, as long as there are enough
+    views with a weight above 0.
 
     Args:
-        descriptors: (B, C) of unit norm.
-        instance_ids: (B,) integers; on the CPU, lest the host wait for the device.
-        generator: of the descriptors' device.
+        instance_ids: (B,) integers, best on the CPU: elsewhere the call waits for the device.
+        generator: a random generator on the descriptors' device; torch's own by default.
     """
     return draw_triplets(descriptors, instance_ids, mode, generator, cutoff, nonzero_loss_cutoff, dimension)[0]

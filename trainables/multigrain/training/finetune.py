@@ -17,7 +17,7 @@ from multigrain.config.finetune import FinetuneSpec
 from multigrain.data.dataset import Dataset, first_of_each_class
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_pixels, scale
-from multigrain.distributed import Ending
+from multigrain.distributed import StopSignal
 from multigrain.evaluation.held_out import evaluate
 from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
@@ -63,7 +63,7 @@ def fit(
         raise ValueError(
             f"a fine-tuning goes on with the settings it began with, but {folder} holds others; use another"
         )
-    tuning, ending = _Tuning(spec, dataset, saved or _trained(spec), device), Ending(heartbeat, device)
+    tuning, ending = _Tuning(spec, dataset, saved or _trained(spec), device), StopSignal(heartbeat, device)
     done = 0
     with closing(checkpoint.Writer(folder)) as writer, suppress(EndedError):  # the next start evaluates again
         if saved:
@@ -149,9 +149,9 @@ class _Tuning:
         """In one pass over the images."""
         return -(-len(self.images) // self.spec.batch_size)
 
-    def train_epoch(self, epoch: int, ending: Ending | None = None) -> bool:
+    def train_epoch(self, epoch: int, ending: StopSignal | None = None) -> bool:
         """What is left of one pass over the images, counted from 0; False where `ending` said before its end to end."""
-        spec, ending = self.spec, ending or Ending(no_heartbeat, self.device)
+        spec, ending = self.spec, ending or StopSignal(no_heartbeat, self.device)
         order = np.random.default_rng((spec.seed, epoch)).permutation(self.images).tolist()
         begins = range(self.step * spec.batch_size, len(order), spec.batch_size)
         steps = [order[begin : begin + spec.batch_size] for begin in begins]

@@ -14,9 +14,9 @@ from multigrain.data.dataset import Dataset
 from multigrain.data.loading import TrainViews, Views, training_batches
 from multigrain.data.sampler import RepeatedAugmentationBatches
 from multigrain.data.transforms import colour, paints, scale
-from multigrain.distributed import Ending
+from multigrain.distributed import StopSignal, mean_over_ranks
 from multigrain.hooks import Heartbeat, no_heartbeat
-from multigrain.losses.joint import Objective, Step, average
+from multigrain.losses.joint import JointLoss, Step
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import MultiGrain, freeze_batchnorm
 from multigrain.models.weights import load_weights
@@ -57,7 +57,7 @@ class Training:
     def __init__(
         self, spec: MultiGrainSpec, dataset: Dataset, device: torch.device, heartbeat: Heartbeat = no_heartbeat
     ) -> None:
-        self.spec, self.dataset, self.device, self.ending = spec, dataset, device, Ending(heartbeat, device)
+        self.spec, self.dataset, self.device, self.stop_signal = spec, dataset, device, StopSignal(heartbeat, device)
         self.grouped = distributed.is_initialized()
         self.rank = distributed.get_rank() if self.grouped else 0
         world_size = distributed.get_world_size() if self.grouped else 1
@@ -66,15 +66,15 @@ class Training:
             len(dataset.train), batch.size, batch.repeats, batch.length_factor, self.rank, world_size, spec.seed
         )
         self.views_per_step = self.batches.images_per_step * batch.repeats
-        self.objective = Objective(self._network(), spec).to(device).to(memory_format=torch.channels_last)
-        self.network = self.objective.network
+        self.loss = JointLoss(self._network(), spec).to(device).to(memory_format=torch.channels_last)
+        self.network = self.loss.network
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if spec.optimizer.ema else None
         if spec.compute.compile:
             self.network.trunk.compile()
         encoder = _Encoder(self.network)
         self.encoder = DistributedDataParallel(encoder) if self.grouped else encoder
         self.optimizers = build_optimizers(
-            spec.optimizer, self.network, self.objective.margin.beta, self.views_per_step
+            spec.optimizer, self.network, self.loss.margin.beta, self.views_per_step
         )
         self.autocast = autocast_type(spec.compute, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
@@ -121,7 +121,7 @@ class Training:
         """What is left of the epoch, saved at intervals and at the end; its course, None if a heartbeat ended it."""
         self.batches.load_state_dict({"seed": self.spec.seed, "epoch": self.epoch, "step": self.step})
         self.views.set_epoch(self.epoch)
-        self.objective.train()
+        self.loss.train()
         left = range(self.step, len(self.batches))
         loader: Iterator[Views] = iter(self.loader) if left else iter(())
         for step in left:
@@ -133,7 +133,7 @@ class Training:
             self.seconds += time.perf_counter() - started
             if self.step % CHECK_STEPS == 0:
                 self._check()
-            ends, last = self.ending.after_step(), self.step == len(self.batches)
+            ends, last = self.stop_signal.after_step(), self.step == len(self.batches)
             if last or ends or self.steps % self.spec.compute.checkpoint_steps == 0:
                 save(self._checkpoint())
             if ends and not last:
@@ -151,7 +151,7 @@ class Training:
         own = spec.loss.negatives_from == "rank"
         generator = torch.Generator(self.device).manual_seed(_seed(*position, self.rank + 1 if own else 0))
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
-        gradients, values = self.objective.backward(
+        gradients, values = self.loss.backward(
             torch.cat([embedding.detach() for embedding in embeddings]),
             Step(batch.labels, self.instances[whole_step]),
             generator,
@@ -202,9 +202,9 @@ class Training:
 
     def _update(self) -> None:
         if self.grouped:  # what stands behind the encoder
-            for parameter in self.objective.head:
+            for parameter in self.loss.head:
                 if parameter.grad is not None:  # the classifier has none where loss.weight is 0
-                    parameter.grad.copy_(average(parameter.grad))
+                    parameter.grad.copy_(mean_over_ranks(parameter.grad))
         if self.spec.optimizer.clip:
             self.scaler.unscale_(self.optimizers[0])
             nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.optimizer.clip)
@@ -228,16 +228,16 @@ class Training:
     def _checkpoint(self) -> checkpoint.Checkpoint:
         """All that the rest of the run depends on, the same on all ranks."""
         self._check()
-        if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
+        if not all(parameter.isfinite().all() for parameter in self.loss.parameters()):
             raise TrainingError(
                 f"weights must be finite, but were not after step {self.step} of epoch {self.epoch + 1}; "
                 "lower optimizer.rate, or set optimizer.clip"
             )
         if self.grouped:
-            self.totals = {name: average(total) for name, total in self.totals.items()}
+            self.totals = {name: mean_over_ranks(total) for name, total in self.totals.items()}
             for buffer in self.result_network.buffers():  # every rank evaluates with the statistics that are saved
                 distributed.broadcast(buffer, src=0)
-        model = self.objective.state_dict()
+        model = self.loss.state_dict()
         if self.averaged is not None:
             model |= {checkpoint.AVERAGED + name: tensor for name, tensor in self.averaged.state_dict().items()}
         main, beta = (optimizer.state_dict() for optimizer in self.optimizers)
@@ -256,7 +256,7 @@ class Training:
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint; what it does not hold follows from seed, epoch and step."""
         state = saved.state
-        self.objective.load_state_dict(
+        self.loss.load_state_dict(
             {key: value for key, value in saved.model.items() if not key.startswith(checkpoint.AVERAGED)}
         )
         if self.averaged is not None:
@@ -280,7 +280,7 @@ class Training:
             "classification_loss": mean["classification"] / steps,
             "margin_loss": mean["margin"] / steps,
             "classification_gradient": mean["classification_gradient"] / steps,
-            "beta": self.objective.margin.beta.item(),
+            "beta": self.loss.margin.beta.item(),
             "active_terms": mean["active"] / (2 * triplets),
             "positive_distance": mean["positive_distance"] / triplets,
             "negative_distance": mean["negative_distance"] / triplets,
