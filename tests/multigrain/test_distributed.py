@@ -24,6 +24,7 @@ def test_alone_a_process_does_everything():
     assert group.rank_and_size() == (0, 1)
     assert group.share_work(lambda share: [x * x for x in range(5)[share]]) == [0, 1, 4, 9, 16]
     assert group.on_rank_zero(lambda: "made") == "made"
+    assert group.mean_over_ranks(torch.tensor(3.5)) == 3.5
 
 
 def of_one_rank(rank, meeting):

@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from multigrain.losses.margin import (
     MarginLoss,
-    alone,
     classification_loss,
     distance,
     entropy_loss,
@@ -281,7 +280,3 @@ def test_mixup_is_the_cross_entropy_of_mixed_embeddings_with_soft_labels(seed, s
         expected -= share * math.log(probabilities[labels[row]])
         expected -= (1 - share) * math.log(probabilities[labels[other]])
     assert loss.item() == pytest.approx(expected / size)
-
-
-def test_alone_is_the_identity():
-    assert alone(doubles(3.5)).item() == 3.5

@@ -1,6 +1,7 @@
 """The MultiGrain network: trunk -> GeM -> embedding -> (descriptor, logits), after the paper."""
 
 from collections import OrderedDict
+from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
 
@@ -192,3 +193,15 @@ def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec
     network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p, spec.model.learn_p)
     network.load_state_dict(saved.part(checkpoint.AVERAGED) or saved.part(checkpoint.NETWORK))
     return network, spec
+
+
+def load_network(folder: Path) -> tuple[MultiGrain, MultiGrainSpec]:
+    """The network of the newest intact checkpoint below a folder, in evaluation mode on the CPU, and its settings.
+
+    Raises:
+        FileNotFoundError: the folder holds no intact checkpoint.
+    """
+    if (saved := checkpoint.latest(folder)) is None:
+        raise FileNotFoundError(f"{folder} must hold a checkpoint, but holds no intact one; name a training's folder")
+    network, spec = network_of(saved)
+    return network.eval(), spec

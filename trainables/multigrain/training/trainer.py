@@ -73,9 +73,7 @@ class Training:
             self.network.trunk.compile()
         encoder = _Encoder(self.network)
         self.encoder = DistributedDataParallel(encoder) if self.grouped else encoder
-        self.optimizers = build_optimizers(
-            spec.optimizer, self.network, self.loss.margin.beta, self.views_per_step
-        )
+        self.optimizers = build_optimizers(spec.optimizer, self.network, self.loss.margin.beta, self.views_per_step)
         self.autocast = autocast_type(spec.compute, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
         self.views = TrainViews(dataset.train, dataset.train_labels, spec.augment, spec.image_size, spec.seed)
