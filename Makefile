@@ -26,8 +26,9 @@ check: install  ## Lint, types, import contracts.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-schema: install  ## Write the experiment file's JSON schema for editors.
+schema: install  ## Write the JSON schema of experiment files and the page of all settings.
 	$(BIN)/grainmill schema > search_spaces/schema.json
+	$(BIN)/python docs/write_settings.py > docs/settings.md
 
 clean:  ## Remove .venv and caches; runs stay.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build

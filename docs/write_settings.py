@@ -7,16 +7,23 @@ from pydantic import BaseModel
 
 from grainmill import trainable
 from grainmill.config.experiment import Experiment
+from grainmill.config.space import Parameter
 
 METHOD, FINETUNING = trainable.find("multigrain"), trainable.find("multigrain-exponent")
 PAGES: tuple[tuple[str, type[BaseModel], str, str], ...] = (
     ("The experiment file", Experiment, "", "The sections `data` and `base` follow below; their settings depend on "
      "`trainable`."),
+    ("A parameter of `space`", Parameter, "", "Exactly one of `uniform`, `loguniform`, `int` and `choice`."),
     ("Images", METHOD.Data, "data.", "For `trainable: multigrain` and `multigrain-exponent`."),
     ("`trainable: multigrain`", METHOD.Spec, "base.", "One training of a MultiGrain network."),
     ("`trainable: multigrain-exponent`", FINETUNING.Spec, "base.", "Fine-tuning of p* of a trained network."),
     ("`grainmill evaluate --set`", METHOD.Evaluation, "", "`on` is given as `--on BENCHMARK=PATH`."),
 )  # fmt: skip
+KINDS = {"boolean": "`true`, `false`", "string": "text", "object": "mapping"}
+"""Words for types of JSON schema; the others are used as they are."""
+SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+LARGEST = 2**31
+"""Bounds beyond this, such as those of seeds, are not shown."""
 INTRODUCTION = """\
 # Every setting
 
@@ -30,7 +37,7 @@ Descriptions of the method name the source of each default:
 
 | tag | source |
 |---|---|
-| [P ...] | the paper, [arXiv:1902.05509v2](https://arxiv.org/abs/1902.05509v2), with the equation, table, figure or section |
+| [P ...] | the paper, [arXiv:1902.05509v2](https://arxiv.org/abs/1902.05509v2): equation, table, figure or section |
 | [R] | the behaviour of the authors' released code, where the paper is silent |
 | [-] | our own choice |
 
@@ -59,26 +66,28 @@ def _target(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
 
 
 def _values(field: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """Describe the values that a schema allows: `integer >= 1`, `a, b or c`."""
+    """Describe the values that a schema allows, such as `integer >= 1`."""
     field = _target(field, definitions)
     if "anyOf" in field:
         return " or ".join(_values(one, definitions) for one in field["anyOf"] if one.get("type") != "null")
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    kind = {"boolean": "`true`, `false`", "string": "text", "object": "mapping"}.get(field.get("type", ""))
-    if field.get("type") == "array":
-        items = field.get("items") or {}
-        kind = f"list of {_values(items, definitions)}" if items else "list"
-        kind = f"[{', '.join(_values(one, definitions) for one in field['prefixItems'])}]" if "prefixItems" in field else kind
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {field[key]:.4g}" for key, sign in signs.items() if key in field and abs(field[key]) < 2**31]
-    return " ".join([kind or field.get("type", ""), ", ".join(bounds)]).strip()
+    if "prefixItems" in field:
+        return f"[{', '.join(_values(one, definitions) for one in field['prefixItems'])}]"
+    if "items" in field:
+        return f"list of {_values(field['items'], definitions)}"
+    kinds = field.get("type", "")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    bounds = [f"{SIGNS[key]} {field[key]:.4g}" for key in SIGNS if key in field and abs(field[key]) < LARGEST]
+    return " ".join([" or ".join(KINDS.get(kind, kind) for kind in kinds), ", ".join(bounds)]).strip()
 
 
 def _default(value: Any) -> str:
     if value is None or isinstance(value, dict | list | tuple):
         return ""
-    return f"`{str(value).lower() if isinstance(value, bool) else f'{value:.4g}' if isinstance(value, float) else value}`"
+    return (
+        f"`{str(value).lower() if isinstance(value, bool) else f'{value:.4g}' if isinstance(value, float) else value}`"
+    )
 
 
 def page() -> str:
@@ -88,7 +97,9 @@ def page() -> str:
         schema = model.model_json_schema()
         table = [f"| `{path}` | {values} | {default} | {text} |" for path, values, default, text in
                  rows(schema, schema.get("$defs", {}), prefix)]  # fmt: skip
-        parts.append("\n".join([f"## {title}\n\n{note}\n", "| setting | values | default | |", "|---|---|---|---|", *table, ""]))
+        parts.append(
+            "\n".join([f"## {title}\n\n{note}\n", "| setting | values | default | |", "|---|---|---|---|", *table, ""])
+        )
     return "\n".join(parts)
 
 

@@ -7,14 +7,9 @@ import pytest
 from commands import ROOT, python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from pydantic import BaseModel
 
 from grainmill import trainable
-from grainmill.config.experiment import Experiment, json_schema, load
-from multigrain.config.data import DataSettings
-from multigrain.config.evaluation import Evaluation
-from multigrain.config.finetune import FinetuneSpec
-from multigrain.config.training import MultiGrainSpec
+from grainmill.config.experiment import json_schema, load
 
 
 @pytest.mark.parametrize("root", ["platform", "trainables"])
@@ -100,40 +95,3 @@ assert multigrain.MultiGrainSpec().epochs == 120
 print(sorted(heavy))
 """
     assert python("-c", code).splitlines()[-1] == "[]"
-
-
-def settings(model, prefix=""):
-    """(dotted path, field) of all settings of a model and of those in it."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from settings(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-@pytest.mark.parametrize(
-    ("model", "prefix", "heading"),
-    [
-        (Experiment, "", "## Every setting"),
-        (DataSettings, "data.", "### Images"),
-        (MultiGrainSpec, "base.", "### `trainable: multigrain`"),
-        (FinetuneSpec, "base.", "### `trainable: multigrain-exponent`"),
-        (Evaluation, "", "### `grainmill evaluate --set`"),
-    ],
-)
-def test_reference_tells_every_setting_with_its_default_and_its_description(model, prefix, heading):
-    part = (ROOT / "search_spaces" / "README.md").read_text().split(f"{heading}\n")[1].split("\n#")[0]
-    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
-    told = {row[0][3:-1]: (row[1].strip(), row[2].removesuffix(" |")) for row in rows if len(row) == 3}
-    expected = dict(settings(model, prefix))
-    assert list(told) == list(expected)
-    for path, field in expected.items():
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        said, description = told[path]
-        assert description == " ".join(field.description.split())
-        if isinstance(default, bool):
-            assert said == str(default).lower()
-        elif isinstance(default, int | float):
-            assert float(said) == pytest.approx(default, rel=1e-3)
-        else:
-            assert said == ("" if default in (None, {}, ()) else default)
