@@ -54,7 +54,7 @@ class EpochResult(Protocol):
         """After the last epoch, metrics of the trained model at other settings of its evaluation, by name."""
 
 
-class Figure(Protocol):
+class Measurement(Protocol):
     """One figure of an evaluation, and the 95 % interval around it."""
 
     name: str
@@ -66,7 +66,7 @@ class Figure(Protocol):
     """The published figure to compare with."""
 
 
-class Grid(Protocol):
+class ResultGrid(Protocol):
     """One measure at every setting of two dimensions."""
 
     title: str
@@ -78,7 +78,7 @@ class Grid(Protocol):
     rows: Mapping[str, Sequence[float]]
 
 
-class Published(Protocol):
+class PublishedResult(Protocol):
     """A published figure to compare with, of one network."""
 
     benchmark: str
@@ -98,7 +98,7 @@ class Published(Protocol):
     source: str
 
 
-class Sample(Protocol):
+class QueryScores(Protocol):
     """What a figure is the mean of."""
 
     name: str
@@ -111,13 +111,13 @@ class Sample(Protocol):
     """Whether they are of the assessment's model, and not of the one that was evaluated."""
 
 
-class Assessment(Protocol):
+class EvaluationResult(Protocol):
     """What came of an evaluation; it can be pickled."""
 
-    figures: Sequence[Figure]
-    headlines: Sequence[Figure]
+    measurements: Sequence[Measurement]
+    headlines: Sequence[Measurement]
     """Those to show."""
-    grids: Sequence[Grid]
+    grids: Sequence[ResultGrid]
     notes: Sequence[str]
     """What a reader must know to believe the figures."""
     files: Sequence[Path]
@@ -125,13 +125,13 @@ class Assessment(Protocol):
     """Folder of a model that `load` reads, to be kept for its users; None if none was asked for."""
     served: str | None
     """The setting that this model serves, such as `500/p4-whitened`; None if there is none."""
-    published: Sequence[Published]
+    published: Sequence[PublishedResult]
     """What to hold the figures against."""
-    samples: Sequence[Sample]
+    query_scores: Sequence[QueryScores]
     """Of measures that are means, as each model answers its users; to compare models by."""
 
 
-class Source(Protocol):
+class DataPart(Protocol):
     """Data that models are trained or judged on."""
 
     name: str
@@ -193,7 +193,7 @@ class Trainable(Protocol):
         """
 
     @staticmethod
-    def sources(data: Any) -> Sequence[Source]:
+    def sources(data: Any) -> Sequence[DataPart]:
         """The parts of prepared data."""
 
     @staticmethod
@@ -221,7 +221,7 @@ class Trainable(Protocol):
         """
 
     @staticmethod
-    def evaluate(folder: Path, settings: Any, out: Path) -> Assessment:
+    def evaluate(folder: Path, settings: Any, out: Path) -> EvaluationResult:
         """Evaluate the model that `fit` left in `folder`, writing files to `out`. Raises ValueError if it cannot.
 
         Called on every worker alike, with a process group if there are several; that of rank 0 is kept.

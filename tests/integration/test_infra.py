@@ -127,7 +127,7 @@ def test_the_same_calls_as_with_sqlite_register_promote_and_load_a_model(served,
         list(toy.fit(toy.Spec(height=height), toy.Data(), folder))
         run_id = tracker.start(f"run of {height}", {"height": height}, {})
         version = models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {}, CARD)
-        comparison.save(tracker.client, version, run_id, [toy.Sample("copies/map", "same", [height] * 20, False)])
+        comparison.save(tracker.client, version, run_id, [toy.QueryScores("copies/map", "same", [height] * 20, False)])
     promotion.promote(server.uri, "models:/apples@challenger", ["metric=copies/map"], print)
     assert promotion.rollback(server.uri, "apples", print).champion.number == "1"
     assert promotion.promote(server.uri, "models:/apples/2", ["metric=copies/map"], print).champion.number == "2"

@@ -56,7 +56,7 @@ class Evaluation(BaseModel):
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     name: str
     value: float
     low: float
@@ -64,7 +64,7 @@ class Figure:
     paper: float | None = None
 
 
-class Published(NamedTuple):
+class PublishedResult(NamedTuple):
     benchmark: str
     setting: str
     distractors: int
@@ -77,7 +77,7 @@ class Published(NamedTuple):
     source: str
 
 
-class Grid(NamedTuple):
+class ResultGrid(NamedTuple):
     title: str
     across: str
     down: str
@@ -85,7 +85,7 @@ class Grid(NamedTuple):
     rows: Mapping[str, Sequence[float]]
 
 
-class Sample(NamedTuple):
+class QueryScores(NamedTuple):
     name: str
     data: str
     values: list[float]
@@ -93,16 +93,16 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Assessment:
-    figures: list[Figure]
-    headlines: list[Figure]
-    grids: list[Grid]
+class EvaluationResult:
+    measurements: list[Measurement]
+    headlines: list[Measurement]
+    grids: list[ResultGrid]
     notes: list[str]
     files: list[Path]
     model: Path | None
     served: str | None
-    published: tuple[Published, ...]
-    samples: list[Sample]
+    published: tuple[PublishedResult, ...]
+    query_scores: list[QueryScores]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def prepare(data: Data, root: Path, progress: Any) -> Data:
     return data
 
 
-class Source(NamedTuple):
+class DataPart(NamedTuple):
     name: str
     role: Literal["training", "evaluation"]
     digest: str
@@ -136,8 +136,11 @@ class Source(NamedTuple):
     where: str
 
 
-def sources(data: Data) -> list[Source]:
-    return [Source("heights", "training", "a1b2", 3, "nowhere"), Source("scale", "evaluation", "c3d4", 1, "nowhere")]
+def sources(data: Data) -> list[DataPart]:
+    return [
+        DataPart("heights", "training", "a1b2", 3, "nowhere"),
+        DataPart("scale", "evaluation", "c3d4", 1, "nowhere"),
+    ]
 
 
 def fit(spec: Spec, data: Data, folder: Path, heartbeat: Callable[[], bool] = lambda: False) -> Iterator[Result]:
@@ -234,13 +237,13 @@ def export(folder: Path, out: Path) -> dict[str, Any]:
 
 
 PUBLISHED = (
-    Published("scale", "", 0, "height", 500, "Toy", 0.5, 3, 0.915, "Table 7"),
-    Published("scale", "", 0, "height", 224, "None", None, 1, 3.78, "Table 8"),
-    Published("copies", "strong", 10_000, "map", 800, "Toy", 1, 3, 0.5, "Table 9"),
+    PublishedResult("scale", "", 0, "height", 500, "Toy", 0.5, 3, 0.915, "Table 7"),
+    PublishedResult("scale", "", 0, "height", 224, "None", None, 1, 3.78, "Table 8"),
+    PublishedResult("copies", "strong", 10_000, "map", 800, "Toy", 1, 3, 0.5, "Table 9"),
 )
 
 
-def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
+def evaluate(folder: Path, settings: Evaluation, out: Path) -> EvaluationResult:
     """On several workers, rank 0 writes, and all ranks together count themselves."""
     height = json.loads((folder / "state.json").read_text())["height"]
     rank, workers = int(os.environ.get("RANK", "0")), 1.0
@@ -258,22 +261,22 @@ def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
             (out / "model").mkdir(exist_ok=True)
             (out / "model" / "state.json").write_text(json.dumps({"height": height * settings.times}))
     figures = [
-        Figure("scale/height", value, value - 0.1, value + 0.1, 0.5),
-        Figure("scale/workers", workers, 1.0, 3.0),
-        *(Figure(f"scale/extra {number}", float(number), 0.0, 0.0) for number in range(settings.extra)),
-        *([Figure(settings.odd, 0.0, 0.0, 0.0)] if settings.odd else []),
+        Measurement("scale/height", value, value - 0.1, value + 0.1, 0.5),
+        Measurement("scale/workers", workers, 1.0, 3.0),
+        *(Measurement(f"scale/extra {number}", float(number), 0.0, 0.0) for number in range(settings.extra)),
+        *([Measurement(settings.odd, 0.0, 0.0, 0.0)] if settings.odd else []),
     ]
-    return Assessment(
+    return EvaluationResult(
         figures,
         figures[:1],
-        [Grid("heights", "p*", "pixels", ["3", "inf"], {"224": [0.25, value], "500": [0.125, 3.0]})],
+        [ResultGrid("heights", "p*", "pixels", ["3", "inf"], {"224": [0.25, value], "500": [0.125, 3.0]})],
         [f"a toy, of rank {rank}"],
         [out / "figures.csv"],
         out / "model" if settings.serve else None,
         settings.serve,
         PUBLISHED if settings.paper else (),
         [
-            Sample("scale/height", f"{settings.queries} queries", _ripple(mean, settings.queries), served)
+            QueryScores("scale/height", f"{settings.queries} queries", _ripple(mean, settings.queries), served)
             for mean, served in ((value / settings.times, False), *([(value, True)] if settings.serve else []))
             if settings.queries
         ],

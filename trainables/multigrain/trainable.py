@@ -13,7 +13,7 @@ from multigrain.data import remote
 from multigrain.data.buckets import SCHEME
 from multigrain.data.cache import Cache
 from multigrain.data.dataset import Dataset
-from multigrain.data.fingerprint import Part, parts
+from multigrain.data.fingerprint import DataPart, parts
 from multigrain.data.folders import read_dataset
 from multigrain.data.intact import leave_out, write_intact
 from multigrain.data.manifest import manifest_text, read_manifest
@@ -25,7 +25,7 @@ from multigrain.models.weights import weight_problems
 if TYPE_CHECKING:
     import pandas as pd
 
-    from multigrain.benchmarks.evaluate import Assessment
+    from multigrain.benchmarks.evaluate import EvaluationResult
     from multigrain.data.image_sources import Bucket, Folder
     from multigrain.export.standalone import Model
     from multigrain.training.fit import EpochResult
@@ -151,7 +151,7 @@ def _absolute(path: str) -> str:
     return path if path.startswith(SCHEME) else str(Path(path).absolute())
 
 
-def sources(data: DataSettings) -> list[Part]:
+def sources(data: DataSettings) -> list[DataPart]:
     """The parts of prepared data, each with its digest; see `multigrain.data.fingerprint`."""
     cache = _cache(data)
     return [part._replace(where=cache.named(part.where)) for part in parts(images_of(data))]
@@ -192,11 +192,11 @@ def export(folder: Path, out: Path) -> Mapping[str, Any]:
     return export.export(folder, out)
 
 
-def evaluate(folder: Path, settings: Evaluation, out: Path) -> "Assessment":
-    """Evaluate the model that `fit` left in `folder` on benchmarks; see `multigrain.benchmarks.evaluate.evaluate`."""
-    from multigrain.benchmarks import evaluate as assess
+def evaluate(folder: Path, settings: Evaluation, out: Path) -> "EvaluationResult":
+    """Evaluate the model that `fit` left in `folder` on benchmarks; see `benchmarks.evaluate.run_benchmarks`."""
+    from multigrain.benchmarks.evaluate import run_benchmarks
 
-    return assess.evaluate(folder, settings, out)
+    return run_benchmarks(folder, settings, out)
 
 
 def example(data: DataSettings) -> "pd.DataFrame":

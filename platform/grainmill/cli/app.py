@@ -124,7 +124,7 @@ def evaluate(
             out.print(f"{key:9} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show(assessment: catalog.Assessment) -> None:
+def _show(assessment: catalog.EvaluationResult) -> None:
     """The headlines, the grids, published figures by benchmark, notes and files."""
     table = Table(Column("", overflow="fold"), "value", "95 % interval", "paper")
     for one in assessment.headlines:

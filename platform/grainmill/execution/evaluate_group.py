@@ -18,7 +18,7 @@ START_SECONDS = "10"
 died, it counts on that for a while. A cluster that grows by itself is asked to all the time, whatever this is."""
 
 
-def run_evaluation(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path) -> catalog.Assessment:
+def run_evaluation(trainable: catalog.Trainable, folder: Path, settings: Any, out: Path) -> catalog.EvaluationResult:
     """Evaluate the model in `folder` in this process.
 
     Raises:
@@ -32,7 +32,7 @@ def run_evaluation(trainable: catalog.Trainable, folder: Path, settings: Any, ou
 
 def run_evaluation_on_group(
     workers: int, trainable: catalog.Trainable, folder: Path, settings: Any, out: Path, storage: Path
-) -> catalog.Assessment:
+) -> catalog.EvaluationResult:
     """`run_evaluation` on each worker of a group, on the Ray that is there; rank 0's assessment.
 
     A worker takes one CPU and, if the cluster has one for each, a GPU.
@@ -73,7 +73,7 @@ def run_evaluation_on_group(
         torch_config=Network(),
     )
     try:
-        assessment: catalog.Assessment = ray.get(fitted(trainer)).return_value
+        assessment: catalog.EvaluationResult = ray.get(fitted(trainer)).return_value
     except ray.train.WorkerGroupError as error:
         failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
         # Where one worker gives up, the others lose their connection to it.
@@ -82,7 +82,7 @@ def run_evaluation_on_group(
     return assessment
 
 
-def _work(config: Mapping[str, Any]) -> catalog.Assessment:
+def _work(config: Mapping[str, Any]) -> catalog.EvaluationResult:
     """`run_evaluation`, on one worker."""
     if Path(config["here"]).is_dir():
         os.chdir(config["here"])  # paths in the settings may be relative, and Ray Train works elsewhere

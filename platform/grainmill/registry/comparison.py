@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from numpy.typing import NDArray
 
 from grainmill.registry.models import Version
-from grainmill.trainable import Sample
+from grainmill.trainable import QueryScores
 
 DRAWS = 2000
 """Samples of the bootstrap."""
@@ -51,7 +51,7 @@ class StoredScores(NamedTuple):
         return float(np.mean(self.values))
 
 
-def save(client: MlflowClient, version: Version, run_id: str, samples: Sequence[Sample]) -> None:
+def save(client: MlflowClient, version: Version, run_id: str, samples: Sequence[QueryScores]) -> None:
     """Keep what an evaluation has measured of a version, among the artifacts of its run."""
     for one in samples:
         text = json.dumps({"name": one.name, "data": one.data, "values": list(one.values)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grainmill.errors import hidden
-from grainmill.trainable import Source
+from grainmill.trainable import DataPart
 
 LONGEST = 5000
 """Characters of a version's description in MLflow's database."""
@@ -35,7 +35,7 @@ class ModelCard:
     """The resolved experiment, as YAML."""
     places: Mapping[str, str]
     """Search, trial, training, runs and seed, by name."""
-    data: Sequence[Source]
+    data: Sequence[DataPart]
     environment: Mapping[str, str]
     """Python, packages, commit, and whether that was dirty."""
     hardware: Mapping[str, str]
@@ -52,7 +52,7 @@ class ModelCard:
 
     def json(self) -> str:
         """All of it."""
-        parts = [{name: getattr(one, name) for name in Source.__annotations__} for one in self.data]
+        parts = [{name: getattr(one, name) for name in DataPart.__annotations__} for one in self.data]
         return hidden(json.dumps(asdict(self) | {"data": parts}, indent=1))
 
 

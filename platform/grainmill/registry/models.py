@@ -199,7 +199,7 @@ def look_up(client: MlflowClient, model: str) -> Any:
 
 
 def register_evaluated(
-    tracking_uri: str, source: RegisteredModel, folder: Path, served: str, figures: Sequence[catalog.Figure]
+    tracking_uri: str, source: RegisteredModel, folder: Path, served: str, figures: Sequence[catalog.Measurement]
 ) -> Version:
     """Store a model that an evaluation made of a registered one as a further version; the champion stays as it is.
 
@@ -228,7 +228,7 @@ def register_evaluated(
     return _log(client, run_id, name, source.trainable, folder, source.example, tags, about)
 
 
-def _input(source: catalog.Source) -> DatasetInput:
+def _input(source: catalog.DataPart) -> DatasetInput:
     profile, where = json.dumps({"rows": source.rows}), json.dumps({"uri": hidden(source.where)})
     dataset = Dataset(source.name, source.digest, "local", where, profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", source.role)])

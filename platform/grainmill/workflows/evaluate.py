@@ -25,7 +25,7 @@ from grainmill.workflows import run_folder
 class RecordedEvaluation(NamedTuple):
     """What came of an evaluation, and what became of it."""
 
-    assessment: catalog.Assessment
+    assessment: catalog.EvaluationResult
     version: models.Version | None
     """Of the assessment's model; None if there is no such model, or if the model evaluated is not registered."""
 
@@ -98,18 +98,20 @@ def _checkpoints(place: str) -> str:
     )
 
 
-def _record(tracking_uri: str, source: models.RegisteredModel, assessment: catalog.Assessment) -> models.Version | None:
+def _record(
+    tracking_uri: str, source: models.RegisteredModel, assessment: catalog.EvaluationResult
+) -> models.Version | None:
     client, now = MlflowClient(tracking_uri), int(time.time() * 1000)  # of equal times MLflow shows the larger value
     try:
-        client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.figures])
+        client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.measurements])
         for file in assessment.files:
             client.log_artifact(source.run_id, str(file), "evaluation")
-        own, served = ([one for one in assessment.samples if one.served == which] for which in (False, True))
+        own, served = ([one for one in assessment.query_scores if one.served == which] for which in (False, True))
         comparison.save(client, source.version, source.run_id, own)
         if assessment.model is None:
             return None
         assert assessment.served is not None, "a model serves a setting"
-        model, setting, figures = assessment.model, assessment.served, assessment.figures
+        model, setting, figures = assessment.model, assessment.served, assessment.measurements
         made = models.register_evaluated(tracking_uri, source, model, setting, figures)
         comparison.save(client, made, source.run_id, served)
         return made

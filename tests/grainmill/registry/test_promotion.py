@@ -47,7 +47,7 @@ class Shelf:
         made = self.client.create_model_version(self.name, f"{info.artifact_uri}/model", run_id)
         version = Version(self.name, str(made.version))
         if values:
-            comparison.save(self.client, version, run_id, [toy.Sample(metric, data, list(values), served=False)])
+            comparison.save(self.client, version, run_id, [toy.QueryScores(metric, data, list(values), served=False)])
         return version
 
     def crown(self, number):
@@ -203,7 +203,9 @@ def test_size_and_latency_are_measured_on_the_model_itself(uri, tmp_path):
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {}, {})
     models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, CARD)
-    comparison.save(tracker.client, Version("apples", "1"), run_id, [toy.Sample(METRIC, "data", spread(0.5), False)])
+    comparison.save(
+        tracker.client, Version("apples", "1"), run_id, [toy.QueryScores(METRIC, "data", spread(0.5), False)]
+    )
     gates = [*GATE, "megabytes=1e-6", "milliseconds=1e-6"]
     tracker.client.delete_registered_model_alias("apples", "champion")
     with pytest.raises(PromotionError, match=r"files must take at most 1e-06 MB, .*a row must take at most 1e-06 ms"):

@@ -51,7 +51,7 @@ def test_a_folder_with_checkpoints_or_of_a_run_is_a_model(scale, tmp_path):
     (tmp_path / "run-1" / "done.json").write_text('{"checkpoints": "trials/final-0003"}')
     for folder in (tmp_path / "run-1", tmp_path / "run-1" / "trials" / "final-0003"):
         assessment, version = run(folder, [scale, "times=3"], tmp_path)
-        assert assessment.figures[0].value == 0.25 * 2 * 3
+        assert assessment.measurements[0].value == 0.25 * 2 * 3
         assert version is None
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -123,7 +123,7 @@ def test_two_workers_evaluate_as_one_group(ray_cluster, scale, tmp_path, monkeyp
     done = evaluate.evaluate(
         "model", ["on.scale=scale.txt", "paper=true"], "toy", Path("out"), local_uri(tmp_path), workers=2
     )
-    assert {one.name: one.value for one in done.assessment.figures} == {"scale/height": 0.5, "scale/workers": 2.0}
+    assert {one.name: one.value for one in done.assessment.measurements} == {"scale/height": 0.5, "scale/workers": 2.0}
     assert done.assessment.notes == ["a toy, of rank 0"]
     assert done.assessment.published == toy.PUBLISHED
     assert os.listdir(tmp_path / "out") == ["figures.csv"]

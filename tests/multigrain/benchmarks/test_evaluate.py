@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.nn.functional import normalize
 
-from multigrain.benchmarks import evaluate as assess
-from multigrain.benchmarks import gallery, proxy, results
-from multigrain.benchmarks.evaluate import evaluate
-from multigrain.benchmarks.figures import Figure, headlines
+from multigrain.benchmarks import evaluate, gallery, proxy, results
+from multigrain.benchmarks.evaluate import run_benchmarks
+from multigrain.benchmarks.figures import Measurement, headlines
 from multigrain.config.evaluation import Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.folders import read_dataset
@@ -91,11 +90,11 @@ def roots(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def assessed(trained, roots, tmp_path_factory):
+def evaluated(trained, roots, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     on = {name: str(roots[name]) for name in ("holidays", "copydays")}
     settings = Evaluation(on=on, sizes=[24, 32], exponents=[1, 3], whiten=str(roots["white"]))
-    return evaluate(trained, settings, out), out, settings
+    return run_benchmarks(trained, settings, out), out, settings
 
 
 def slow_embeddings(trained, paths, size, p, transform="rect"):
@@ -154,10 +153,10 @@ def slow_micro(queries, database, positives):
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("p", EXPONENTS)
-def test_figures_are_those_of_whole_forward_passes(assessed, trained, roots, size, p, whitened):
+def test_figures_are_those_of_whole_forward_passes(evaluated, trained, roots, size, p, whitened):
     found = {
         (one.benchmark, one.part, one.measure): one.value
-        for one in assessed[0].figures
+        for one in evaluated[0].measurements
         if one.at == (size, p, whitened)
     }
     fitted_on = slow_embeddings(trained, sorted(roots["white"].iterdir()), size, p)[0]
@@ -189,30 +188,32 @@ def test_figures_are_those_of_whole_forward_passes(assessed, trained, roots, siz
     assert found == pytest.approx(expected, abs=1e-9)
 
 
-def test_queries_of_other_parts_do_not_count(assessed, trained, roots, tmp_path):
+def test_queries_of_other_parts_do_not_count(evaluated, trained, roots, tmp_path):
     shutil.copytree(roots["copydays"], tmp_path / "copydays", ignore=shutil.ignore_patterns("crops"))
-    alone = evaluate(trained, Evaluation(on={"copydays": str(tmp_path / "copydays")}), tmp_path / "out").figures
+    alone = run_benchmarks(
+        trained, Evaluation(on={"copydays": str(tmp_path / "copydays")}), tmp_path / "out"
+    ).measurements
     assert [one.measure for one in alone] == ["map", "map_finite", "micro_ap", "recall@p90"]
-    for mine, other in zip(alone, [one for one in assessed[0].figures if one.at == OWN][2:6], strict=True):
+    for mine, other in zip(alone, [one for one in evaluated[0].measurements if one.at == OWN][2:6], strict=True):
         assert other.part == "strong"
         assert (mine.value, mine.low, mine.high) == (other.value, other.low, other.high)
 
 
-def test_intervals_hold_their_figures(assessed):
-    assert all(0 <= one.low <= one.value <= one.high <= 1 for one in assessed[0].figures if one.measure == "map")
-    assert any(one.low < one.high for one in assessed[0].figures)
+def test_intervals_hold_their_figures(evaluated):
+    assert all(0 <= one.low <= one.value <= one.high <= 1 for one in evaluated[0].measurements if one.measure == "map")
+    assert any(one.low < one.high for one in evaluated[0].measurements)
 
 
-def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(assessed):
-    assessment, out, _ = assessed
-    assert len(assessment.figures) == 8 * (2 + 3 * 4)
-    names = [one.name for one in assessment.figures]
+def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(evaluated):
+    result, out, _ = evaluated
+    assert len(result.measurements) == 8 * (2 + 3 * 4)
+    names = [one.name for one in result.measurements]
     assert len(set(names)) == len(names)
     assert {"holidays/map/32/p3", "copydays/crops/10/micro_ap/24/p1-whitened"} <= {*names}
-    assert assessment.files[0] == out / "figures.csv"
-    with assessment.files[0].open(newline="") as file:
+    assert result.files[0] == out / "figures.csv"
+    with result.files[0].open(newline="") as file:
         rows = list(csv.DictReader(file))
-    for row, one in zip(rows, assessment.figures, strict=True):
+    for row, one in zip(rows, result.measurements, strict=True):
         assert [row[name] for name in ("benchmark", "setting", "measure")] == [one.benchmark, one.part, one.measure]
         assert (int(row["size"]), float(row["p"]), row["whitened"]) == (one.at.size, one.at.p, str(one.at.whitened))
         assert [float(row[name]) for name in ("value", "low", "high")] == [one.value, one.low, one.high]
@@ -222,28 +223,28 @@ def test_every_figure_is_in_the_table_and_has_a_name_that_mlflow_takes(assessed)
 @pytest.mark.parametrize("p", [1.0, 2.25, 3e6, math.inf])
 @pytest.mark.parametrize("measure", ["map@r", "recall@1", "mp@10", "recall@p90", "micro_ap"])
 def test_names_of_figures_have_only_characters_that_mlflow_allows(measure, p):
-    name = Figure("roxford5k", "hard", measure, Setting(500, p, True), 0.5, 0.4, 0.6).name
+    name = Measurement("roxford5k", "hard", measure, Setting(500, p, True), 0.5, 0.4, 0.6).name
     assert re.fullmatch(r"[\w\-. :/]+", name, re.ASCII)
 
 
-def test_no_name_of_a_figure_is_a_folder_of_another(assessed):
+def test_no_name_of_a_figure_is_a_folder_of_another(evaluated):
     # MLflow's file store makes a file of each name.
-    names = [one.name for one in assessed[0].figures]
+    names = [one.name for one in evaluated[0].measurements]
     assert not [(one, other) for one in names for other in names if other.startswith(f"{one}/")]
 
 
-def test_headlines_are_the_own_setting_and_the_best(assessed):
-    assessment = assessed[0]
-    for key in {(one.benchmark, one.part, one.measure) for one in assessment.figures}:
-        group = [one for one in assessment.figures if (one.benchmark, one.part, one.measure) == key]
-        told = [one for one in assessment.headlines if (one.benchmark, one.part, one.measure) == key]
+def test_headlines_are_the_own_setting_and_the_best(evaluated):
+    result = evaluated[0]
+    for key in {(one.benchmark, one.part, one.measure) for one in result.measurements}:
+        group = [one for one in result.measurements if (one.benchmark, one.part, one.measure) == key]
+        told = [one for one in result.headlines if (one.benchmark, one.part, one.measure) == key]
         assert told[0].at == OWN
         assert max(one.value for one in told) == max(one.value for one in group)
         assert len(told) == (1 if told[0].value == max(one.value for one in group) else 2)
 
 
-def test_whitenings_are_kept_for_each_size_and_exponent(assessed, trained, roots):
-    out = assessed[1]
+def test_whitenings_are_kept_for_each_size_and_exponent(evaluated, trained, roots):
+    out = evaluated[1]
     white = sorted(roots["white"].iterdir())
     for size in SIZES:
         for p in EXPONENTS:
@@ -253,54 +254,54 @@ def test_whitenings_are_kept_for_each_size_and_exponent(assessed, trained, roots
             torch.testing.assert_close(torch.cov(whitened.T), torch.eye(129, dtype=torch.double), atol=1e-2, rtol=0)
 
 
-def test_files_and_notes(assessed):
-    assessment, out, _ = assessed
+def test_files_and_notes(evaluated):
+    result, out, _ = evaluated
     pages = {"holidays.html", "copydays-strong.html", "copydays-crops-10.html", "copydays-crops-80.html"}
-    assert {path.name for path in assessment.files} == {"figures.csv", "grid.png", *pages}
-    assert all(path.parent == out and path.stat().st_size for path in assessment.files)
+    assert {path.name for path in result.files} == {"figures.csv", "grid.png", *pages}
+    assert all(path.parent == out and path.stat().st_size for path in result.files)
     for name in ("holidays", "copydays"):
-        assert any(note.startswith(f"{name} is not whole: ") for note in assessment.notes)
-    assert "holidays is not whole: the set holds 1,491 images, found 9" in assessment.notes
+        assert any(note.startswith(f"{name} is not whole: ") for note in result.notes)
+    assert "holidays is not whole: the set holds 1,491 images, found 9" in result.notes
     with Image.open(out / "grid.png") as image:
         image.load()
 
 
-def test_galleries_show_the_queries_of_their_part_at_the_own_setting(assessed):
-    page = (assessed[1] / "copydays-crops-10.html").read_text()
+def test_galleries_show_the_queries_of_their_part_at_the_own_setting(evaluated):
+    page = (evaluated[1] / "copydays-crops-10.html").read_text()
     captions = re.findall(r"<figure class=query>.*?<figcaption>(\w+\.jpg)", page)
     assert {*captions} == {"200005.jpg", "200105.jpg", "200205.jpg"}
     assert len(captions) == 6
 
 
-def test_a_second_call_reads_what_the_first_embedded(assessed, trained, monkeypatch):
-    assessment, out, settings = assessed
+def test_a_second_call_reads_what_the_first_embedded(evaluated, trained, monkeypatch):
+    result, out, settings = evaluated
 
     def computed(*_):
         raise AssertionError("the trunk ran")
 
     monkeypatch.setattr(embed, "pooled", computed)
-    assert evaluate(trained, settings, out).figures == assessment.figures
+    assert run_benchmarks(trained, settings, out).measurements == result.measurements
     with pytest.raises(AssertionError, match="the trunk ran"):
-        evaluate(trained, settings.model_copy(update={"sizes": (40,)}), out)
+        run_benchmarks(trained, settings.model_copy(update={"sizes": (40,)}), out)
 
 
-def settings_of(assessment):
-    return [one.at for one in assessment.figures if one.measure == "map"]
+def settings_of(result):
+    return [one.at for one in result.measurements if one.measure == "map"]
 
 
 def test_without_a_grid_only_the_own_setting_counts(trained, roots, tmp_path):
-    assessment = evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
-    assert settings_of(assessment) == [OWN]
-    assert not assessment.grids
-    assert assessment.headlines == assessment.figures
-    assert [path.name for path in assessment.files] == ["figures.csv", "holidays.html"]
+    result = run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    assert settings_of(result) == [OWN]
+    assert not result.grids
+    assert result.headlines == result.measurements
+    assert [path.name for path in result.files] == ["figures.csv", "holidays.html"]
 
 
 def test_the_own_setting_joins_a_grid_without_it(trained, roots, tmp_path):
     settings = Evaluation(on={"holidays": str(roots["holidays"])}, sizes=[24], exponents=[2, 5])
-    assessment = evaluate(trained, settings, tmp_path)
-    assert [at[:2] for at in settings_of(assessment)] == [(size, p) for size in (32, 24) for p in (3, 2, 5)]
-    assert assessment.headlines[0].at == OWN
+    result = run_benchmarks(trained, settings, tmp_path)
+    assert [at[:2] for at in settings_of(result)] == [(size, p) for size in (32, 24) for p in (3, 2, 5)]
+    assert result.headlines[0].at == OWN
 
 
 @pytest.mark.parametrize(("learnt", "own"), [(0.5, 1.0), (2.2, float(np.float32(2.2)))])
@@ -310,9 +311,9 @@ def test_an_exponent_that_was_learnt(trained, roots, tmp_path, learnt, own):
     model = {**saved.model, "network.pool.p": torch.tensor(learnt)}
     checkpoint.save(tmp_path / "trained", saved._replace(model=model, state={**saved.state, "spec": spec}))
     settings = Evaluation(on={"holidays": str(roots["holidays"])}, exponents=[2.2, 1])
-    assessment = evaluate(tmp_path / "trained", settings, tmp_path / "out")
-    assert {one.at.p for one in assessment.figures} == {own, *({1.0} if own > 1 else {2.2})}
-    assert assessment.headlines[0].at == Setting(32, own, False)
+    result = run_benchmarks(tmp_path / "trained", settings, tmp_path / "out")
+    assert {one.at.p for one in result.measurements} == {own, *({1.0} if own > 1 else {2.2})}
+    assert result.headlines[0].at == Setting(32, own, False)
     with torch.no_grad():
         network = network_of(checkpoint.latest(tmp_path / "trained"))[0].eval()
         path = sorted((roots["holidays"] / "jpg").iterdir())[0]
@@ -342,7 +343,7 @@ def test_classification_sees_images_as_the_network_says_at_its_own_size(
     spec = {**checkpoint.latest(trained).state["spec"], "evaluation": {"transform": transform, "size": 32}}
     folder = changed(trained, tmp_path / "trained", classes=wnids, spec=spec)
     settings = Evaluation(on={"imagenet": str(imagenet_root)}, sizes=[24], exponents=[1])
-    assessment = evaluate(folder, settings, tmp_path / "out")
+    result = run_benchmarks(folder, settings, tmp_path / "out")
     paths = sorted((imagenet_root / "val").rglob("*.png"))
     labels = [wnids.index(path.parent.name) for path in paths]
     expected = {}
@@ -353,22 +354,22 @@ def test_classification_sees_images_as_the_network_says_at_its_own_size(
             for k in (1, 5):
                 right = sum(label in row[:k] for label, row in zip(labels, order, strict=True))
                 expected[f"imagenet/top{k}/{size}/p{p:g}"] = right / len(paths)
-    assert {one.name: one.value for one in assessment.figures} == expected
+    assert {one.name: one.value for one in result.measurements} == expected
     assert len({*expected.values()}) > 2
-    assert [path.name for path in assessment.files] == ["figures.csv", "grid.png"]
+    assert [path.name for path in result.files] == ["figures.csv", "grid.png"]
 
 
 def test_a_network_of_other_classes_is_refused(trained, imagenet_root, roots, tmp_path):
     on = {"imagenet": str(imagenet_root), "holidays": str(roots["holidays"])}
     with pytest.raises(DataError, match="imagenet needs a network of its classes, but this one knows 8"):
-        evaluate(trained, Evaluation(on=on), tmp_path / "out")
+        run_benchmarks(trained, Evaluation(on=on), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_all_wrong_roots_are_told_at_once(trained, roots, tmp_path):
     on = {"holidays": str(tmp_path / "no"), "copydays": str(roots["copydays"]), "ukbench": str(roots["white"])}
     with pytest.raises(DataError) as caught:
-        evaluate(trained, Evaluation(on=on), tmp_path / "out")
+        run_benchmarks(trained, Evaluation(on=on), tmp_path / "out")
     first, second = caught.value.problems
     assert first.startswith("the root of holidays must be a folder")
     assert str(tmp_path / "no") in first
@@ -381,7 +382,7 @@ def test_without_a_checkpoint_nothing_is_evaluated(roots, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
         with pytest.raises(FileNotFoundError, match=f"needs a trained network, but .*{folder} holds no intact"):
-            evaluate(tmp_path / folder, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path / "out")
+            run_benchmarks(tmp_path / folder, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -390,22 +391,22 @@ def test_whitening_needs_images(trained, roots, tmp_path):
     (tmp_path / "white/.hidden/one.jpg").touch()
     settings = Evaluation(on={"holidays": str(roots["holidays"])}, whiten=str(tmp_path / "white"))
     with pytest.raises(DataError, match=r"whitening needs images, but there are none in .*white"):
-        evaluate(trained, settings, tmp_path / "out")
+        run_benchmarks(trained, settings, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_published_figures_of_what_was_measured_come_along(assessed, trained, imagenet_root, wnids, tmp_path):
-    found = assessed[0].published
+def test_published_figures_of_what_was_measured_come_along(evaluated, trained, imagenet_root, wnids, tmp_path):
+    found = evaluated[0].published
     assert {(row.benchmark, row.setting, row.measure) for row in found} == {
         ("holidays", "", "map"),
         ("copydays", "strong", "map"),
     }
     assert len(found) == len({*found}) == 2 * 6 * 3
     for name in ("holidays", "copydays"):
-        assert f"the paper's figures of {name} are of other images: the set is not whole here" in assessed[0].notes
-    assert all(one.paper is None for one in assessed[0].figures)
+        assert f"the paper's figures of {name} are of other images: the set is not whole here" in evaluated[0].notes
+    assert all(one.paper is None for one in evaluated[0].measurements)
     folder = changed(trained, tmp_path / "trained", classes=wnids)
-    of_classes = evaluate(folder, Evaluation(on={"imagenet": str(imagenet_root)}), tmp_path / "out").published
+    of_classes = run_benchmarks(folder, Evaluation(on={"imagenet": str(imagenet_root)}), tmp_path / "out").published
     assert {(row.benchmark, row.measure) for row in of_classes} == {("imagenet", "top1"), ("imagenet", "top5")}
     assert len(of_classes) == 8 * 2 * 2
     manifest = tmp_path / "list.csv"
@@ -413,7 +414,7 @@ def test_published_figures_of_what_was_measured_come_along(assessed, trained, im
     rows = [f"{path},a,{role},{number // 2}" for number, (path, role) in enumerate(zip(shown, "dqdq", strict=True))]
     rows = [row.replace(",d,", ",database,").replace(",q,", ",query,") for row in rows]
     manifest.write_text("\n".join(["image,class,role,instance_id", *rows]))
-    assert evaluate(trained, Evaluation(on={"manifest": str(manifest)}), tmp_path / "more").published == []
+    assert run_benchmarks(trained, Evaluation(on={"manifest": str(manifest)}), tmp_path / "more").published == []
 
 
 # The proxy task, and a model that serves
@@ -430,7 +431,7 @@ def served(trained, roots, shapes_folder, tmp_path_factory):
         proxy=str(shapes_folder),
         serve={"size": 24, "p": "proxy", "whitened": True},
     )
-    return evaluate(trained, settings, out), out, settings
+    return run_benchmarks(trained, settings, out), out, settings
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +448,7 @@ def scores(trained, shapes_folder):
 
 
 def test_the_proxy_task_chooses_for_each_size(served, scores):
-    assessment, out, _ = served
+    result, out, _ = served
     chosen = {size: max(found, key=lambda p: found[p].copy_map + found[p].top1) for size, found in scores.items()}
     with (out / "proxy.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -458,20 +459,20 @@ def test_the_proxy_task_chooses_for_each_size(served, scores):
         expected = [one.copy_map, one.top1, (one.copy_map + one.top1) / 2]
         assert [float(row[name]) for name in ("copy_map", "top1", "mean")] == pytest.approx(expected, abs=1e-6)
         assert row["chosen"] == str(p == chosen[size])
-    assert out / "proxy.csv" in assessment.files
+    assert out / "proxy.csv" in result.files
     for size, p in chosen.items():
         one = scores[size][p]
         told = f"p* = {p:g} at {size} pixels by the proxy task: mean of copy mAP {one.copy_map:.2f} and "
-        assert f"{told}top-1 {one.top1:.2f}" in assessment.notes
+        assert f"{told}top-1 {one.top1:.2f}" in result.notes
     for measure in ("map", "map_finite"):
-        best = max((one for one in assessment.figures if one.measure == measure), key=lambda one: one.value).at
+        best = max((one for one in result.measurements if one.measure == measure), key=lambda one: one.value).at
         told = [OWN, *(Setting(size, p, False) for size, p in chosen.items() if measure == "map"), best]
-        assert [one.at for one in assessment.headlines if one.measure == measure] == list(dict.fromkeys(told))
+        assert [one.at for one in result.headlines if one.measure == measure] == list(dict.fromkeys(told))
 
 
 def test_headlines_come_once():
     figures = [
-        Figure("a", "", "map", Setting(size, p, False), value, 0, 1)
+        Measurement("a", "", "map", Setting(size, p, False), value, 0, 1)
         for size, p, value in [(32, 3.0, 0.1), (32, 1.0, 0.9), (24, 3.0, 0.2)]
     ]
     own, chosen, other = figures
@@ -487,9 +488,9 @@ def test_a_whitening_keeps_the_dimension_that_is_asked_for(served):
 
 
 def test_the_model_that_serves_answers_as_it_was_measured(served, scores, trained, roots):
-    assessment, out, _ = served
+    result, out, _ = served
     p = max(scores[24], key=lambda p: scores[24][p].mean)
-    assert (assessment.model, assessment.served) == (out / "model", f"24/p{p:g}-whitened")
+    assert (result.model, result.served) == (out / "model", f"24/p{p:g}-whitened")
     paths = sorted((roots["holidays"] / "jpg").iterdir())
     answers = inference.load(out / "model")(pd.DataFrame({"image": [path.read_bytes() for path in paths]}))
     embeddings, logits = slow_embeddings(trained, paths, 24, p)
@@ -501,27 +502,27 @@ def test_the_model_that_serves_answers_as_it_was_measured(served, scores, traine
     groups = [path.stem[:4] for path in paths]
     heads = [index for index, path in enumerate(paths) if path.stem.endswith("00")]
     truths = [({i for i, group in enumerate(groups) if group == groups[q] and i != q}, {q}) for q in heads]
-    measured = [one.value for one in assessment.figures if one.at.name == assessment.served]
+    measured = [one.value for one in result.measurements if one.at.name == result.served]
     assert slow_maps(found[heads], found, truths) == pytest.approx(measured, abs=1e-6)
 
 
 def served_at(trained, roots, out, **serve):
-    return evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}, serve=serve), out)
+    return run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}, serve=serve), out)
 
 
 def test_the_setting_to_serve_joins_the_grid(trained, roots, tmp_path):
-    assessment = served_at(trained, roots, tmp_path, size=40, p=2.5)
-    assert settings_of(assessment) == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
-    assert assessment.served == "40/p2.5"
-    served = inference.read(assessment.model)
+    result = served_at(trained, roots, tmp_path, size=40, p=2.5)
+    assert settings_of(result) == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
+    assert result.served == "40/p2.5"
+    served = inference.read(result.model)
     assert (served.answers.network.pool.p, served.p, served.size, served.transform) == (2.5, 2.5, 40, "rect")
     assert not served.answers.whitened
 
 
 def test_one_that_is_there_is_not_there_twice(trained, roots, tmp_path):
-    assessment = served_at(trained, roots, tmp_path, size=32, p=3)
-    assert settings_of(assessment) == [OWN]
-    assert inference.read(assessment.model).transform == "crop"
+    result = served_at(trained, roots, tmp_path, size=32, p=3)
+    assert settings_of(result) == [OWN]
+    assert inference.read(result.model).transform == "crop"
 
 
 def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_path):
@@ -535,8 +536,8 @@ def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_
     step = f"step-{saved.state['steps'] + 1:08d}"
     assert {path.name for path in (tmp_path / "model").iterdir()} == {step, "serving.json", "serving.safetensors"}
     # Without anything to serve, it stays.
-    assessment = evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
-    assert (assessment.model, assessment.served) == (None, None)
+    result = run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    assert (result.model, result.served) == (None, None)
     assert inference.read(tmp_path / "model").size == 24
 
 
@@ -557,7 +558,7 @@ def test_what_is_no_model_is_not_replaced(trained, roots, tmp_path):
     with pytest.raises(DataError, match=r"a model to serve goes to .*model, but something else is there; move it"):
         served_at(trained, roots, tmp_path, size=32, p=3)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
     assert (tmp_path / "model/thesis.txt").exists()
 
 
@@ -582,7 +583,7 @@ def results_before(trained, roots, tmp_path):
         whiten=str(roots["white"]),
         serve={"size": 32, "p": 1},
     )
-    evaluate(trained, settings, out)
+    run_benchmarks(trained, settings, out)
     return out, everything(out), settings
 
 
@@ -600,16 +601,16 @@ def test_an_evaluation_that_fails_leaves_the_results_before_it(
     module, name = {
         "figures": (results, "write_figures"),
         "page": (gallery, "page"),
-        "whitening": (assess, "save_file"),
+        "whitening": (evaluate, "save_file"),
         "heat map": (gallery, "heat_map"),
         "model": (served_setting, "write"),
     }[step]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, full)
         with pytest.raises(OSError, match="no space left"):
-            evaluate(trained, other, out)
+            run_benchmarks(trained, other, out)
     assert everything(out) == before
-    evaluate(trained, other, out)
+    run_benchmarks(trained, other, out)
     after = everything(out)
     assert after[Path("figures.csv")] != before[Path("figures.csv")]
     # Nothing of the set that was left out remains.
@@ -630,10 +631,10 @@ def test_what_is_half_in_place_has_no_table(trained, results_before, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", cut)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(trained, settings, out)
+            run_benchmarks(trained, settings, out)
     assert not (out / "figures.csv").exists()
     assert not (out / ".draft").exists()
-    evaluate(trained, settings, out)
+    run_benchmarks(trained, settings, out)
     assert everything(out).keys() == before.keys()
 
 
@@ -641,7 +642,7 @@ def test_files_of_others_stay(trained, roots, tmp_path):
     names = ("report.html", "holidaysnap.html", "notes.csv", "draft", "whitening.txt")
     for name in names:
         (tmp_path / name).touch()
-    evaluate(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
+    run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*names, "figures.csv", "holidays.html", "embeddings"}
 
 
@@ -650,7 +651,7 @@ def test_too_few_images_for_a_whitening_are_refused_before_anything_is_embedded(
     draw(tmp_path / "white", *(f"{number}.png" for number in range(129)))
     settings = Evaluation(on={"holidays": str(roots["holidays"])}, whiten=str(tmp_path / "white"))
     with pytest.raises(DataError, match="more images than dimensions, got 129 for 129"):
-        evaluate(trained, settings, tmp_path / "out")
+        run_benchmarks(trained, settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -667,11 +668,11 @@ def of_one_rank(rank, meeting, trained, settings):
     ranking.ranks = lambda queries, *rest: asked.append(len(queries)) or ranks(queries, *rest)
     if rank:
         places = [(results, "write_figures"), (results, "write_proxy"), (results, "put_in_place"), (gallery, "page")]
-        places += [(gallery, "heat_map"), (served_setting, "write"), (assess, "save_file"), (ranking, "pairs")]
+        places += [(gallery, "heat_map"), (served_setting, "write"), (evaluate, "save_file"), (ranking, "pairs")]
         for module, name in places:
             setattr(module, name, None)  # calling it is an error
-    assessment = evaluate(Path(trained), Evaluation(**settings), Path(meeting) / "out")
-    torch.save([assessment, asked], Path(meeting) / f"{rank}.pt")
+    result = run_benchmarks(Path(trained), Evaluation(**settings), Path(meeting) / "out")
+    torch.save([result, asked], Path(meeting) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -688,7 +689,7 @@ def test_two_ranks_assess_what_one_process_does(trained, roots, shapes_folder, t
     )
     multiprocessing.spawn(of_one_rank, (str(tmp_path), str(trained), settings.model_dump()), nprocs=2)
     (one, of_first), (two, of_second) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    alone = evaluate(trained, settings, tmp_path / "alone")
+    alone = run_benchmarks(trained, settings, tmp_path / "alone")
     assert one == two
     shared, single = tmp_path / "out", tmp_path / "alone"
     assert [shared / path.relative_to(single) for path in alone.files] == one.files
@@ -712,24 +713,24 @@ def means(samples, served):
     return {one.name: sum(one.values) / len(one.values) for one in samples if one.served == served}
 
 
-def figures_at(assessment, at):
+def figures_at(result, at):
     """Those that are means of a value for each query, by name without the setting."""
     pairs = ("micro_ap", "recall@p90")
-    found = {one.name.removesuffix(f"/{at.name}"): one for one in assessment.figures if one.at == at}
+    found = {one.name.removesuffix(f"/{at.name}"): one for one in result.measurements if one.at == at}
     return {name: pytest.approx(one.value) for name, one in found.items() if one.measure not in pairs}
 
 
-def test_samples_are_what_the_own_figures_are_means_of(assessed):
-    found, _, _ = assessed
-    assert means(found.samples, served=False) == figures_at(found, OWN)
-    assert means(found.samples, served=True) == {}
-    by_data = {(one.name.rpartition("/")[0], one.data) for one in found.samples}
+def test_samples_are_what_the_own_figures_are_means_of(evaluated):
+    found, _, _ = evaluated
+    assert means(found.query_scores, served=False) == figures_at(found, OWN)
+    assert means(found.query_scores, served=True) == {}
+    by_data = {(one.name.rpartition("/")[0], one.data) for one in found.query_scores}
     assert len(by_data) == len({part for part, _ in by_data}) == len({data for _, data in by_data})
 
 
 def test_samples_of_the_model_that_serves_are_those_of_its_setting(trained, roots, tmp_path):
     found = served_at(trained, roots, tmp_path / "out", size=24, p=2.0)
-    assert means(found.samples, served=True) == figures_at(found, Setting(24, 2.0, False))
-    assert means(found.samples, served=False) == figures_at(found, OWN)
-    again = evaluate(found.model, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path / "again")
-    assert again.samples == []  # it does not answer at the setting of its network
+    assert means(found.query_scores, served=True) == figures_at(found, Setting(24, 2.0, False))
+    assert means(found.query_scores, served=False) == figures_at(found, OWN)
+    again = run_benchmarks(found.model, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path / "again")
+    assert again.query_scores == []  # it does not answer at the setting of its network

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from multigrain.benchmarks.base import Benchmark, indices
-from multigrain.benchmarks.figures import Figure, grids
+from multigrain.benchmarks.figures import Measurement, grids
 from multigrain.benchmarks.gallery import BEST, FOUND, SIDE, WORST, heat_map, page
 from multigrain.data.picture import Picture
 from multigrain.evaluation.embed import Setting
@@ -147,7 +147,9 @@ def test_thumbnails_are_what_the_network_was_shown(tmp_path):
 
 
 def grid_of(name, part, values, whitened=False, measure="map"):
-    return [Figure(name, part, measure, Setting(size, p, whitened), value, 0, 1) for (size, p), value in values.items()]
+    return [
+        Measurement(name, part, measure, Setting(size, p, whitened), value, 0, 1) for (size, p), value in values.items()
+    ]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view
 from multigrain.evaluation import embed
 from multigrain.evaluation import held_out as module
-from multigrain.evaluation.held_out import METRICS, evaluate, evaluate_grid
+from multigrain.evaluation.held_out import METRICS, held_out_grid, held_out_metrics
 from multigrain.models.multigrain import MultiGrain
 from multigrain.models.pooling import GeM
 
@@ -75,7 +75,7 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
         paint((0, 0, 255), (255, 255, 255), (0, 255, 255)), paint((100, 255, 255), (0, 0, 120)), truth=(1, 0)
     )
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN, YELLOW), (0, 0, 1, 1), copies)
-    metrics = evaluate(colours(), data, spec(16), CPU)
+    metrics = held_out_metrics(colours(), data, spec(16), CPU)
     assert metrics == pytest.approx(
         {
             "top1": 0.75,  # yellow is more red than green
@@ -89,12 +89,12 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
 
 def test_metrics_without_truth_are_left_out(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, GREEN), (0, 1), None)
-    assert evaluate(colours(), data, spec(16), CPU) == {"top1": 1.0}
+    assert held_out_metrics(colours(), data, spec(16), CPU) == {"top1": 1.0}
 
 
 def test_a_class_with_one_image_is_no_query(paint):
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN), (0, 0, 1), None)
-    assert evaluate(colours(), data, spec(16), CPU) == {"top1": 1.0, "class_map": 1.0}
+    assert held_out_metrics(colours(), data, spec(16), CPU) == {"top1": 1.0, "class_map": 1.0}
 
 
 def slow_metrics(network, data, size, transform, whitened_on=()):
@@ -132,20 +132,20 @@ def slow_metrics(network, data, size, transform, whitened_on=()):
 def test_metrics_of_a_network_are_those_of_slow_loops(shapes_folder, size, transform):
     data, network = read_dataset(shapes_folder), small_network()
     expected = slow_metrics(network, data, size, transform)
-    assert evaluate(network, data, spec(size, transform), CPU) == pytest.approx(expected, abs=1e-6)
+    assert held_out_metrics(network, data, spec(size, transform), CPU) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["copy_map"] < 1
 
 
 def test_the_size_of_training_crops_is_that_of_evaluation_unless_told(shapes_folder):
     data, network = read_dataset(shapes_folder), small_network()
     untold = MultiGrainSpec.model_validate({"image_size": 40})
-    assert evaluate(network, data, untold, CPU) == evaluate(network, data, spec(40), CPU)
+    assert held_out_metrics(network, data, untold, CPU) == held_out_metrics(network, data, spec(40), CPU)
 
 
 def test_evaluation_neither_trains_nor_depends_on_training_mode(shapes_folder):
     data, network = read_dataset(shapes_folder), small_network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    metrics = [evaluate(network.train(mode), data, spec(32), CPU) for mode in (False, True)]
+    metrics = [held_out_metrics(network.train(mode), data, spec(32), CPU) for mode in (False, True)]
     assert metrics[0] == metrics[1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -153,17 +153,17 @@ def test_evaluation_neither_trains_nor_depends_on_training_mode(shapes_folder):
 
 def test_batches_and_loaders_change_nothing(shapes_folder, monkeypatch):
     data, network = read_dataset(shapes_folder), small_network()
-    expected = evaluate(network, data, spec(32), CPU)
+    expected = held_out_metrics(network, data, spec(32), CPU)
     monkeypatch.setattr(loading, "BATCH_PIXELS", 3 * 32 * 32)
     for loaders in (0, 2):
-        assert evaluate(network, data, spec(32), CPU, loaders) == pytest.approx(expected, abs=1e-6)
+        assert held_out_metrics(network, data, spec(32), CPU, loaders) == pytest.approx(expected, abs=1e-6)
 
 
 def test_metrics_are_computed_in_fp32_whatever_surrounds_it(shapes_folder):
     data, network = read_dataset(shapes_folder), small_network()
-    expected = evaluate(network, data, spec(32), CPU)
+    expected = held_out_metrics(network, data, spec(32), CPU)
     with torch.autocast("cpu", torch.bfloat16):
-        assert evaluate(network, data, spec(32), CPU) == expected
+        assert held_out_metrics(network, data, spec(32), CPU) == expected
 
 
 # Variants
@@ -191,11 +191,11 @@ def shown(monkeypatch):
 def test_each_variant_is_what_a_network_of_that_exponent_finds_at_that_size(shapes_folder, transform):
     data = read_dataset(shapes_folder)
     wanted = variants(sizes=[48, 32, 24], exponents=[1.0, 5.3, 3.0, np.inf])
-    own, found = evaluate_grid(small_network(), data, spec(32, transform), wanted, CPU)
+    own, found = held_out_grid(small_network(), data, spec(32, transform), wanted, CPU)
     # At another size images are whole: of square ones, a crop would show 7/8.
     settings = {32: spec(32, transform), 48: spec(48, "rect"), 24: spec(24, "rect")}
     expected = {
-        f"s{size}-p{p:g}": evaluate(with_exponent(p), data, settings[size], CPU)
+        f"s{size}-p{p:g}": held_out_metrics(with_exponent(p), data, settings[size], CPU)
         for size in settings
         for p in (1.0, 5.3, 3.0, np.inf)
     }
@@ -233,7 +233,7 @@ def test_whitened_variants_are_those_of_slow_loops(shapes_folder, monkeypatch, m
         data.val_labels,
         data.copies,
     )
-    own, found = evaluate_grid(network, data, spec(32), variants(sizes=[48], exponents=[1], whiten=True), CPU)
+    own, found = held_out_grid(network, data, spec(32), variants(sizes=[48], exponents=[1], whiten=True), CPU)
     training = turn_by_turn(data, most)
     assert len(training) == min(most, 20)
     assert len(found) == 7
@@ -255,7 +255,7 @@ def test_with_more_images_than_channels_a_whitening_keeps_all_directions(paint):
     )
     for count in (4, 5, 10):
         few = Dataset(("a", "b"), files[:count], labels[:count], data.val, data.val_labels, data.copies)
-        _, found = evaluate_grid(colours(), few, spec(16), variants(whiten=True), CPU)
+        _, found = held_out_grid(colours(), few, spec(16), variants(whiten=True), CPU)
         assert found == {
             "s16-p1-whitened": pytest.approx(slow_metrics(colours(), few, 16, "crop", few.train), abs=1e-6)
         }
@@ -268,9 +268,9 @@ def test_no_variants_cost_nothing(shapes_folder, shown):
         update={"evaluation": settings.evaluation.model_copy(update={"variants": variants(sizes=[48], whiten=True)})}
     )
     held_out = len(data.val) + len(data.copies.database) + len(data.copies.queries)
-    metrics = evaluate(small_network(), data, settings, CPU)
+    metrics = held_out_metrics(small_network(), data, settings, CPU)
     assert shown == [(held_out, 3, 32, 32)]
-    assert evaluate_grid(small_network(), data, settings, variants(), CPU) == (metrics, {})
+    assert held_out_grid(small_network(), data, settings, variants(), CPU) == (metrics, {})
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -278,15 +278,15 @@ def test_each_image_passes_through_the_trunk_once_for_each_size(shapes_folder, s
     data = read_dataset(shapes_folder)
     count = len(data.val) + len(data.copies.database) + len(data.copies.queries) + whiten * len(data.train)
     wanted = variants(sizes=[48, 32, 48, 24], exponents=[1, 3, 4.7, 1], whiten=whiten)
-    _, found = evaluate_grid(small_network(), data, spec(32), wanted, CPU)
+    _, found = held_out_grid(small_network(), data, spec(32), wanted, CPU)
     assert shown == [(count, 3, size, size) for size in (32, 48, 24)]
     assert len(found) == 3 * 3 * (1 + whiten) - 1
 
 
 def test_whitening_alone_is_a_variant_of_the_networks_own_setting(shapes_folder):
     data, network = read_dataset(shapes_folder), small_network()
-    own, found = evaluate_grid(network, data, spec(32), variants(whiten=True), CPU)
-    assert own == evaluate(network, data, spec(32), CPU)
+    own, found = held_out_grid(network, data, spec(32), variants(whiten=True), CPU)
+    assert own == held_out_metrics(network, data, spec(32), CPU)
     assert list(found) == ["s32-p3-whitened"]
 
 
@@ -295,9 +295,9 @@ def test_an_exponent_that_was_learnt_is_the_networks_own_once(shapes_folder, p, 
     data = read_dataset(shapes_folder)
     network = small_network()
     network.pool = GeM(p, learnable=True)
-    own, found = evaluate_grid(network, data, spec(32), variants(exponents=[max(1.0, p), 4]), CPU)
+    own, found = held_out_grid(network, data, spec(32), variants(exponents=[max(1.0, p), 4]), CPU)
     assert float(network.pool.p.detach()) != p
-    assert own == pytest.approx(evaluate(with_exponent(float(named)), data, spec(32), CPU), abs=1e-6)
+    assert own == pytest.approx(held_out_metrics(with_exponent(float(named)), data, spec(32), CPU), abs=1e-6)
     assert list(found) == ["s32-p4"]
 
 
@@ -306,7 +306,7 @@ def test_a_network_that_maps_all_to_one_point_has_no_whitened_variants(shapes_fo
     network.trunk = nn.Conv2d(3, 128, 1)
     nn.init.zeros_(network.trunk.weight)
     with pytest.warns(UserWarning, match="no metrics of whitened descriptors: .* embeddings that differ"):
-        own, found = evaluate_grid(network, data, spec(32), variants(sizes=[24], whiten=True), CPU)
+        own, found = held_out_grid(network, data, spec(32), variants(sizes=[24], whiten=True), CPU)
     assert found == {"s24-p3": own}
 
 
@@ -320,7 +320,7 @@ def of_one_rank(rank, meeting, folder):
         "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     data, network = read_dataset(Path(folder)), small_network()
-    found = evaluate(network, data, spec(32), CPU), evaluate_grid(network, data, spec(32), GRID, CPU)
+    found = held_out_metrics(network, data, spec(32), CPU), held_out_grid(network, data, spec(32), GRID, CPU)
     torch.save(found, Path(meeting) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -330,8 +330,8 @@ def test_two_ranks_find_what_one_process_finds(shapes_folder, tmp_path):
     multiprocessing.spawn(of_one_rank, (str(tmp_path), str(shapes_folder)), nprocs=2)
     data, network = read_dataset(shapes_folder), small_network()
     expected, (own, others) = (
-        evaluate(network, data, spec(32), CPU),
-        evaluate_grid(network, data, spec(32), GRID, CPU),
+        held_out_metrics(network, data, spec(32), CPU),
+        held_out_grid(network, data, spec(32), GRID, CPU),
     )
     for rank in range(2):
         metrics, (of_own, of_others) = torch.load(tmp_path / f"{rank}.pt", weights_only=False)

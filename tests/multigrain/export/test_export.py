@@ -15,7 +15,7 @@ from multigrain.export import inference, standalone
 from multigrain.export.export import export
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import MultiGrain
-from multigrain.models.served_setting import Serving, write
+from multigrain.models.served_setting import ServedSetting, write
 
 SHAPES = [(1, 32, 32), (3, 33, 47), (2, 96, 160)]
 
@@ -37,7 +37,7 @@ def whitened(tmp_path_factory):
     """A network that serves p* = 4 at 48 pixels, whitened to 20 dimensions, and its export."""
     folder, network = tmp_path_factory.mktemp("whitened"), made(5)
     save(folder / "run", 1, network=network)
-    write(folder / "served", checkpoint.latest(folder / "run"), Serving(48, 4.0, whitening_of(20)))
+    write(folder / "served", checkpoint.latest(folder / "run"), ServedSetting(48, 4.0, whitening_of(20)))
     return network, folder / "served", folder / "model", export(folder / "served", folder / "model")
 
 
@@ -108,7 +108,7 @@ def test_the_facts_are_told_and_written(plain, whitened):
 
 def test_an_infinite_exponent_is_written_as_json_has_it(tmp_path):
     save(tmp_path / "run", 1, network=made(5))
-    write(tmp_path / "served", checkpoint.latest(tmp_path / "run"), Serving(32, float("inf"), None))
+    write(tmp_path / "served", checkpoint.latest(tmp_path / "run"), ServedSetting(32, float("inf"), None))
     assert export(tmp_path / "served", tmp_path / "model")["p"] == "inf"
     json.loads((tmp_path / "model/model.json").read_text(), parse_constant=pytest.fail)
 

@@ -17,7 +17,7 @@ from multigrain.data.transforms import evaluation_view
 from multigrain.export import inference
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import MultiGrain
-from multigrain.models.served_setting import Serving, read, write
+from multigrain.models.served_setting import ServedSetting, read, write
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def model_that_serves(folder, settings=SETTINGS, **serving):
     """Written beside a checkpoint of another folder; returns the network and its predictor."""
     network = made(1)
     save(folder / "trained", 3, settings, network=network)
-    write(folder / "model", checkpoint.latest(folder / "trained"), Serving(**serving))
+    write(folder / "model", checkpoint.latest(folder / "trained"), ServedSetting(**serving))
     return network, inference.load(folder / "model")
 
 
@@ -215,7 +215,7 @@ def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, image_files):
     network = MultiGrain("narrow", 3, 2.5, learn_p=True).eval()
     settings = {**SETTINGS, "model": {"trunk": "narrow", "p": 2.5, "learn_p": True}}
     save(tmp_path / "trained", 1, settings, network=network)
-    write(tmp_path / "model", checkpoint.latest(tmp_path / "trained"), Serving(32, 1.5, None))
+    write(tmp_path / "model", checkpoint.latest(tmp_path / "trained"), ServedSetting(32, 1.5, None))
     predictor = inference.load(tmp_path / "model")
     assert predictor.facts["p"] == inference.read(tmp_path / "model").answers.network.pool.p == 1.5
     assert predictor(table(image_files[:1]))["embedding"][0] != described(network, image_files[0])
@@ -224,13 +224,13 @@ def test_a_learnt_exponent_gives_way_to_the_one_to_serve(tmp_path, image_files):
 def test_a_whitening_is_kept_in_fp64_and_none_is_kept_as_none(tmp_path):
     whitening = whitening_of()
     saved = checkpoint.Checkpoint({"network.x": torch.zeros(1)}, {}, {"steps": 1})
-    write(tmp_path / "white", saved, Serving(500, 2.2, whitening))
+    write(tmp_path / "white", saved, ServedSetting(500, 2.2, whitening))
     found = read(tmp_path / "white")
     assert found[:2] == (500, 2.2)
     for name, tensor in whitening.state_dict().items():
         assert found.whitening.state_dict()[name].dtype == torch.float64
         assert torch.equal(found.whitening.state_dict()[name], tensor)
-    write(tmp_path / "plain", saved, Serving(224, math.inf, None))
+    write(tmp_path / "plain", saved, ServedSetting(224, math.inf, None))
     assert read(tmp_path / "plain") == (224, math.inf, None)
     with safe_open(tmp_path / "plain/serving.safetensors", "pt") as file:
         assert [*file.keys()] == []

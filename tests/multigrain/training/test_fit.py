@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing, nn
 
 from multigrain.data.folders import read_dataset
 from multigrain.evaluation import embed
-from multigrain.evaluation.held_out import METRICS, evaluate, evaluate_grid
+from multigrain.evaluation.held_out import METRICS, held_out_grid, held_out_metrics
 from multigrain.losses.joint import JointLoss
 from multigrain.models import checkpoint, multigrain
 from multigrain.models.multigrain import network_of
@@ -112,7 +112,7 @@ def cut_short(settings, data, folder, step=0, evaluation=0):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "_train_step", until("step", Training._train_step, False))
-        patch.setattr(module, "evaluate_grid", until("evaluation", evaluate_grid, True))
+        patch.setattr(module, "held_out_grid", until("evaluation", held_out_grid, True))
         with pytest.raises(Interrupted):
             results.extend(fit(settings, data, folder, CPU))  # it keeps those before the interruption
     return results
@@ -153,7 +153,7 @@ def test_what_is_evaluated_and_kept_is_the_average(uninterrupted, data):
         network, _ = network_of(last)
         averaged = "ema." if name != "plain" else "network."
         assert all(torch.equal(tensor, last.model[averaged + key]) for key, tensor in network.state_dict().items())
-        expected = evaluate(network, data, spec(**changes), CPU)
+        expected = held_out_metrics(network, data, spec(**changes), CPU)
         assert {metric: results[-1].metrics[metric] for metric in METRICS} == expected
     assert not torch.equal(last.model["ema.classifier.weight"], last.model["network.classifier.weight"])
 
@@ -166,7 +166,7 @@ def test_variants_come_after_the_last_epoch_if_they_are_asked_for(uninterrupted,
     own = f"{network.pool.p.item():g}"
     grid = {f"s{size}-p{p}{white}" for size in (32, 24) for p in (own, "1", "inf") for white in ("", "-whitened")}
     assert set(last.variants) == grid - {f"s32-p{own}"}
-    _, expected = evaluate_grid(network, data, settings, settings.evaluation.variants, CPU)
+    _, expected = held_out_grid(network, data, settings, settings.evaluation.variants, CPU)
     assert last.variants == expected
     assert all(set(metrics) == set(METRICS) for metrics in expected.values())
 
@@ -177,9 +177,9 @@ def test_what_is_evaluated_is_what_the_checkpoint_keeps(data, tmp_path, monkeypa
 
     def recorded(network, *args):
         evaluated.append(copy.deepcopy(network.state_dict()))
-        return evaluate_grid(network, *args)
+        return held_out_grid(network, *args)
 
-    monkeypatch.setattr(module, "evaluate_grid", recorded)
+    monkeypatch.setattr(module, "held_out_grid", recorded)
     for result in fit(spec(optimizer={"ema": ema}), data, tmp_path, CPU):
         kept = network_of(checkpoint.latest(tmp_path))[0].state_dict()
         assert len(evaluated) == result.epoch
@@ -561,8 +561,10 @@ def test_metrics_of_two_ranks_are_those_of_the_saved_network(two_ranks, data):
     (one, _), folder = two_ranks
     network, settings = network_of(checkpoint.latest(folder / "0"))
     metrics = one["runs"][0][1][-1].metrics
-    assert {name: metrics[name] for name in METRICS} == pytest.approx(evaluate(network, data, settings, CPU), abs=1e-6)
-    _, variants = evaluate_grid(network, data, settings, settings.evaluation.variants, CPU)
+    assert {name: metrics[name] for name in METRICS} == pytest.approx(
+        held_out_metrics(network, data, settings, CPU), abs=1e-6
+    )
+    _, variants = held_out_grid(network, data, settings, settings.evaluation.variants, CPU)
     found = one["runs"][0][1][-1].variants
     assert found.keys() == variants.keys()
     assert all(found[name] == pytest.approx(metrics, abs=1e-6) for name, metrics in variants.items())

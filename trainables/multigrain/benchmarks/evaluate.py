@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from multigrain import distributed
 from multigrain.benchmarks import gallery, proxy, published, results
 from multigrain.benchmarks.base import Benchmark
-from multigrain.benchmarks.figures import Figure, Grid, grids, headlines
+from multigrain.benchmarks.figures import Measurement, ResultGrid, grids, headlines
 from multigrain.benchmarks.inputs import Inputs, inputs
-from multigrain.benchmarks.published import Published
-from multigrain.benchmarks.samples import Sample, digests
+from multigrain.benchmarks.published import PublishedResult
+from multigrain.benchmarks.samples import QueryScores, digests
 from multigrain.config.evaluation import PROXY, Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.loading import Source
@@ -37,15 +37,15 @@ Result = tuple[float, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Assessment:
+class EvaluationResult:
     """What came of an evaluation."""
 
-    figures: Sequence[Figure]
+    measurements: Sequence[Measurement]
     """All of the grid."""
-    headlines: Sequence[Figure]
+    headlines: Sequence[Measurement]
     """For each measure the figures at the network's own setting, for a benchmark's first one also those at the exponent
     that the proxy task chose for each size, not whitened; and the best. Each once."""
-    grids: Sequence[Grid]
+    grids: Sequence[ResultGrid]
     """The first measure of each benchmark at every setting; none if there is but one size and one exponent."""
     notes: Sequence[str]
     """What a reader must know to believe the figures."""
@@ -54,14 +54,14 @@ class Assessment:
     """Folder of the model that serves `Evaluation.serve`, which `predict.load` reads."""
     served: str | None
     """The name of its setting."""
-    published: Sequence[Published]
+    published: Sequence[PublishedResult]
     """All the paper's figures of what was measured, to compare with."""
-    samples: Sequence[Sample]
+    query_scores: Sequence[QueryScores]
     """What the measures are means of, where they are: of the network at its own setting, unless it serves another, and
     of `model`."""
 
 
-def evaluate(folder: Path, settings: Evaluation, out: Path) -> Assessment:
+def run_benchmarks(folder: Path, settings: Evaluation, out: Path) -> EvaluationResult:
     """Evaluate the newest intact checkpoint below a training folder.
 
     Images pass through the trunk once for each size; retrieval sees them whole (`rect`), classification as the
@@ -132,7 +132,7 @@ class _Run:
         self.answers: Setting | None = None
         """The setting at which the network answers its users, if that is measured here."""
         self.served: Setting | None = None
-        self.samples: list[Sample] = []
+        self.query_scores: list[QueryScores] = []
         self.data: dict[str, dict[str, str]] = {}
         """SHA-256 of each part of a benchmark, by the benchmark's name."""
 
@@ -158,7 +158,7 @@ class _Run:
         rest = (self.exponents, self.device, self.settings.loaders)
         return [proxy.score(self.network, dataset, self.spec.augment, size, *rest) for size in self.sizes[share]]
 
-    def at_size(self, size: int) -> Iterator[Figure]:
+    def at_size(self, size: int) -> Iterator[Measurement]:
         """The figures of one size: every image passes through the trunk once."""
         whitenings = self._whitenings(size)
         for benchmark in self.found.benchmarks:
@@ -191,7 +191,7 @@ class _Run:
                 save_file(found[p].state_dict(), self._whitening_file(size, p))
         return found
 
-    def _of_parts(self, benchmark: Benchmark, descriptors: Embeddings, at: Setting) -> Iterator[Figure]:
+    def _of_parts(self, benchmark: Benchmark, descriptors: Embeddings, at: Setting) -> Iterator[Measurement]:
         count = len(benchmark.database)
         database, queries = descriptors[:count], descriptors[count:]
         for part, truths in benchmark.truth.items():
@@ -220,7 +220,7 @@ class _Run:
     ) -> list[NDArray[np.int64]]:
         return ranking.ranks(rows[share], database, truth[share], self.device)
 
-    def _of_classes(self, benchmark: Benchmark, embeddings: Embeddings, at: Setting) -> Iterator[Figure]:
+    def _of_classes(self, benchmark: Benchmark, embeddings: Embeddings, at: Setting) -> Iterator[Measurement]:
         logits = self.network.head(torch.from_numpy(embeddings).to(self.device)).logits.cpu().numpy()
         for name in benchmark.measures:
             values = MEASURES[name].values(logits, np.array(benchmark.labels))
@@ -234,16 +234,18 @@ class _Run:
             if at == setting:
                 if benchmark.name not in self.data:
                     self.data[benchmark.name] = digests(benchmark)
-                name = Figure(benchmark.name, part, measure, at, 0, 0, 0).name.removesuffix(f"/{at.name}")
-                self.samples.append(Sample(name, self.data[benchmark.name][part], tuple(values.tolist()), served))
+                name = Measurement(benchmark.name, part, measure, at, 0, 0, 0).name.removesuffix(f"/{at.name}")
+                self.query_scores.append(
+                    QueryScores(name, self.data[benchmark.name][part], tuple(values.tolist()), served)
+                )
 
     def _figure(
         self, benchmark: Benchmark, part: str, measure: str, at: Setting, value: float, ends: tuple[float, float]
-    ) -> Figure:
+    ) -> Measurement:
         paper = published.paper(benchmark, part, measure, at.size, self.spec)
-        return Figure(benchmark.name, part, measure, at, value, *ends, paper)
+        return Measurement(benchmark.name, part, measure, at, value, *ends, paper)
 
-    def finish(self, figures: Sequence[Figure], saved: checkpoint.Checkpoint) -> Assessment:
+    def finish(self, figures: Sequence[Measurement], saved: checkpoint.Checkpoint) -> EvaluationResult:
         """Write what is left to write, and put all results in place."""
         results.write_figures(self.draft / "figures.csv", figures)
         files = ["figures.csv"]
@@ -257,10 +259,10 @@ class _Run:
         if at := self.served:
             state = load_file(self._whitening_file(at.size, at.p)) if at.whitened else None
             whitening = Whitening.from_state(state) if state else None
-            served_setting.write(self.draft / "model", saved, served_setting.Serving(at.size, at.p, whitening))
+            served_setting.write(self.draft / "model", saved, served_setting.ServedSetting(at.size, at.p, whitening))
         results.put_in_place(self.draft, self.out)
         chosen = [Setting(size, p, False) for size, p in self.chosen.items()]
-        return Assessment(
+        return EvaluationResult(
             figures,
             headlines(figures, [self.own, *chosen]),
             shown,
@@ -269,10 +271,10 @@ class _Run:
             self.out / "model" if self.served else None,
             self.served.name if self.served else None,
             [row for row, _ in self._published()],
-            self.samples,
+            self.query_scores,
         )
 
-    def _published(self) -> list[tuple[Published, Benchmark]]:
+    def _published(self) -> list[tuple[PublishedResult, Benchmark]]:
         return [
             (row, benchmark)
             for benchmark in self.found.benchmarks

@@ -8,7 +8,7 @@ from multigrain.evaluation.embed import Setting
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measure of one benchmark at one setting."""
 
     benchmark: str
@@ -30,7 +30,7 @@ class Figure:
         return "/".join(part for part in parts if part).replace("@", "-at-").replace("+", "")  # MLflow's rules
 
 
-class Grid(NamedTuple):
+class ResultGrid(NamedTuple):
     """One measure at every size and exponent."""
 
     title: str
@@ -42,7 +42,7 @@ class Grid(NamedTuple):
     rows: Mapping[str, Sequence[float]]
 
 
-def grids(figures: Sequence[Figure]) -> list[Grid]:
+def grids(figures: Sequence[Measurement]) -> list[ResultGrid]:
     """For each part of each benchmark, whitened or not, its first measure: sizes down, exponents across."""
 
     first = {figure.benchmark: figure.measure for figure in reversed(figures)}
@@ -55,17 +55,17 @@ def grids(figures: Sequence[Figure]) -> list[Grid]:
         sizes, exponents = sorted({size for size, _ in value}), sorted({p for _, p in value})
         title = " ".join(filter(None, (name, part, first[name]))) + (", whitened" if whitened else "")
         rows = {str(size): [value[size, p] for p in exponents] for size in sizes}
-        found.append(Grid(title, "p*", "s*, pixels", [f"{p:.3g}" for p in exponents], rows))
+        found.append(ResultGrid(title, "p*", "s*, pixels", [f"{p:.3g}" for p in exponents], rows))
     return found
 
 
-def headlines(figures: Sequence[Figure], settings: Sequence[Setting]) -> list[Figure]:
+def headlines(figures: Sequence[Measurement], settings: Sequence[Setting]) -> list[Measurement]:
     """For each measure the figures at some settings, in that order, and the best of all; each once.
 
     At the settings after the first there is only a benchmark's first measure.
     """
     first = {figure.benchmark: figure.measure for figure in reversed(figures)}
-    chosen: list[Figure] = []
+    chosen: list[Measurement] = []
     for key in dict.fromkeys((figure.benchmark, figure.part, figure.measure) for figure in figures):
         group = [figure for figure in figures if (figure.benchmark, figure.part, figure.measure) == key]
         some = settings if group[0].measure == first[group[0].benchmark] else settings[:1]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from multigrain.benchmarks.base import Benchmark
-from multigrain.benchmarks.figures import Grid
+from multigrain.benchmarks.figures import ResultGrid
 from multigrain.data.loading import read
 from multigrain.data.picture import Picture
 from multigrain.retrieval import ranking
@@ -93,7 +93,7 @@ def _thumbnail(picture: Picture, kind: str, note: str) -> str:
     return f"<figure class={kind}>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
-def heat_map(path: Path, grids: Sequence[Grid]) -> Path:
+def heat_map(path: Path, grids: Sequence[ResultGrid]) -> Path:
     """Write a picture of grids, a panel for each."""
     from matplotlib.figure import Figure as Canvas
 

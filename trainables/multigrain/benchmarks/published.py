@@ -7,7 +7,7 @@ from multigrain.benchmarks.base import Benchmark
 from multigrain.config.training import MultiGrainSpec
 
 
-class Published(NamedTuple):
+class PublishedResult(NamedTuple):
     """One figure of one network."""
 
     benchmark: str
@@ -55,30 +55,30 @@ _CLASSIFICATION = (
 )
 
 
-def _rows() -> Iterator[Published]:
+def _rows() -> Iterator[PublishedResult]:
     for method, weight, p, holidays, ukbench, copydays in _RETRIEVAL:
         for size, map_, ukb, copies in zip(SIZES, holidays, ukbench, copydays, strict=True):
             setup, source = (size, method, weight, p), "Table D.1"
-            yield Published("holidays", "", 0, "map", *setup, round(map_ / 100, 3), source)
-            yield Published("ukbench", "", 0, "ukb", *setup, ukb, source)
-            yield Published("copydays", "strong", 10_000, "map", *setup, round(copies / 100, 3), source)
+            yield PublishedResult("holidays", "", 0, "map", *setup, round(map_ / 100, 3), source)
+            yield PublishedResult("ukbench", "", 0, "ukb", *setup, ukb, source)
+            yield PublishedResult("copydays", "strong", 10_000, "map", *setup, round(copies / 100, 3), source)
     for method, weight, size, *by_p in _CLASSIFICATION:
         for p, (top1, top5) in zip((1, 3), by_p, strict=True):
             for measure, share in (("top1", top1), ("top5", top5)):
                 setup = (size, method, weight, p)
-                yield Published("imagenet", "", 0, measure, *setup, round(share / 100, 3), "Table 2")
+                yield PublishedResult("imagenet", "", 0, measure, *setup, round(share / 100, 3), "Table 2")
 
 
 PUBLISHED = tuple(_rows())
 
 
-def rows(benchmark: Benchmark, part: str, measure: str) -> list[Published]:
+def rows(benchmark: Benchmark, part: str, measure: str) -> list[PublishedResult]:
     """All the paper's figures of one measure, whatever the network and the size."""
     wanted = (benchmark.name, part, measure)
     return [row for row in PUBLISHED if (row.benchmark, row.setting, row.measure) == wanted]
 
 
-def difference(benchmark: Benchmark, row: Published) -> str:
+def difference(benchmark: Benchmark, row: PublishedResult) -> str:
     """In which way a figure is of other images than those here; empty if it is of the same."""
     if not benchmark.whole:
         return "the set is not whole here"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from multigrain.benchmarks.base import Benchmark
-from multigrain.benchmarks.figures import Figure
+from multigrain.benchmarks.figures import Measurement
 from multigrain.benchmarks.proxy import Score
 from multigrain.config.evaluation import BENCHMARKS
 
@@ -16,7 +16,7 @@ _RESULTS = (
 )
 
 
-def write_figures(path: Path, figures: Sequence[Figure]) -> None:
+def write_figures(path: Path, figures: Sequence[Measurement]) -> None:
     """Write a row for each figure."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

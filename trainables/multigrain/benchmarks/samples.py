@@ -12,7 +12,7 @@ from multigrain.benchmarks.base import Benchmark
 
 
 @dataclass(frozen=True)
-class Sample:
+class QueryScores:
     """The values of one measure on one benchmark at the setting at which a network answers."""
 
     name: str

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from multigrain.data.dataset import Dataset
 
 
-class Part(NamedTuple):
+class DataPart(NamedTuple):
     """Images with one role."""
 
     name: str
@@ -24,7 +24,7 @@ class Part(NamedTuple):
     """Folder above all files of the data set."""
 
 
-def parts(dataset: Dataset) -> list[Part]:
+def parts(dataset: Dataset) -> list[DataPart]:
     """The parts of a data set: `train`, `val` and, if there are copies, `copies`.
 
     Raises:
@@ -32,10 +32,10 @@ def parts(dataset: Dataset) -> list[Part]:
     """
     where = os.path.commonpath([path.absolute().parent for path in dataset.paths])
 
-    def part(name: str, role: Literal["training", "evaluation"], images: Iterable[tuple[Path, object]]) -> Part:
+    def part(name: str, role: Literal["training", "evaluation"], images: Iterable[tuple[Path, object]]) -> DataPart:
         lines = [f"{path.absolute().relative_to(where)}\0{path.stat().st_size}\0{shows}\n" for path, shows in images]
         content = "".join(lines).encode(errors="surrogateescape")
-        return Part(name, role, hashlib.sha256(content).hexdigest()[:32], len(lines), where)
+        return DataPart(name, role, hashlib.sha256(content).hexdigest()[:32], len(lines), where)
 
     labels = [dataset.classes[label] for label in dataset.train_labels]
     held_out = [dataset.classes[label] for label in dataset.val_labels]

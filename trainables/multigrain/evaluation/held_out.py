@@ -33,7 +33,7 @@ WHITENED = 20_000
 Metrics = dict[str, float]
 
 
-def evaluate(
+def held_out_metrics(
     network: MultiGrain,
     dataset: Dataset,
     spec: MultiGrainSpec,
@@ -42,11 +42,11 @@ def evaluate(
     heartbeat: Heartbeat = no_heartbeat,
 ) -> Metrics:
     """The `METRICS` that the data set has truth for, at the network's own setting."""
-    return evaluate_grid(network, dataset, spec, VariantSettings(), device, loaders, heartbeat)[0]
+    return held_out_grid(network, dataset, spec, VariantSettings(), device, loaders, heartbeat)[0]
 
 
 @torch.no_grad()
-def evaluate_grid(
+def held_out_grid(
     network: MultiGrain,
     dataset: Dataset,
     spec: MultiGrainSpec,

@@ -74,7 +74,7 @@ def read(folder: Path) -> Served:
     if setting is None:
         p = network.pool.p
         learnt = max(1.0, p.item()) if isinstance(p, Tensor) else p  # as it counts
-        setting = served_setting.Serving(own, learnt, None)
+        setting = served_setting.ServedSetting(own, learnt, None)
     network.pool = GeM(setting.p)
     return Served(
         Answers(network, setting.whitening).eval(),

@@ -19,7 +19,7 @@ from multigrain.models.whitening import Whitening
 CONTENT, SEAL = "serving.safetensors", "serving.json"
 
 
-class Serving(NamedTuple):
+class ServedSetting(NamedTuple):
     """How a model answers."""
 
     size: int
@@ -29,7 +29,7 @@ class Serving(NamedTuple):
     whitening: Whitening | None
 
 
-def write(folder: Path, saved: checkpoint.Checkpoint, serving: Serving) -> None:
+def write(folder: Path, saved: checkpoint.Checkpoint, serving: ServedSetting) -> None:
     """Write a model to a folder that holds none yet; it cannot be trained on."""
     checkpoint.save(folder, saved._replace(optimizer={}))
     state = serving.whitening.state_dict() if serving.whitening else {}
@@ -50,7 +50,7 @@ def is_served(folder: Path) -> bool:
     return (folder / CONTENT).exists() or (folder / SEAL).exists()
 
 
-def read(folder: Path) -> Serving | None:
+def read(folder: Path) -> ServedSetting | None:
     """The setting that the model in a folder serves; None if it has none of its own.
 
     Raises:
@@ -66,7 +66,7 @@ def read(folder: Path) -> Serving | None:
         raise ValueError(f"{CONTENT} must match {SEAL}, but does not in {folder}; evaluate again with the same `serve`")
     with safe_open(folder / CONTENT, framework="pt") as file:
         told, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Serving(int(told["size"]), float(told["p"]), Whitening.from_state(state) if state else None)
+    return ServedSetting(int(told["size"]), float(told["p"]), Whitening.from_state(state) if state else None)
 
 
 def _digest(folder: Path) -> str:

@@ -18,7 +18,7 @@ from multigrain.data.dataset import Dataset, first_of_each_class
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_pixels, scale
 from multigrain.distributed import StopSignal
-from multigrain.evaluation.held_out import evaluate
+from multigrain.evaluation.held_out import held_out_metrics
 from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import network_of
@@ -50,7 +50,7 @@ def fit(
         device: the current GPU, if there is one, by default.
         heartbeat: where it is True on any rank, all save a checkpoint at most a step later, and end.
     Yields:
-        One result an epoch, the same on every rank: `evaluate.METRICS`, `p`, and `loss`, the mean over the steps.
+        One result an epoch, the same on every rank: `held_out.METRICS`, `p`, and `loss`, the mean over the steps.
     Raises:
         FileNotFoundError: there is no intact checkpoint to begin with.
         TrainingError: loss or p leave their range.
@@ -225,5 +225,7 @@ class _Tuning:
     def result(self, saved: checkpoint.Checkpoint, heartbeat: Heartbeat = no_heartbeat) -> EpochResult:
         """What the network that is left is worth."""
         network, settings = network_of(saved)
-        metrics = evaluate(network.to(self.device), self.dataset, settings, self.device, self.loaders, heartbeat)
+        metrics = held_out_metrics(
+            network.to(self.device), self.dataset, settings, self.device, self.loaders, heartbeat
+        )
         return EpochResult(saved.state["epochs"], {**metrics, "p": settings.model.p, "loss": saved.state["loss"]})

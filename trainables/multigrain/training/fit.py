@@ -13,7 +13,7 @@ import torch
 
 from multigrain.config.training import MultiGrainSpec, VariantSettings
 from multigrain.data.dataset import Dataset
-from multigrain.evaluation.held_out import evaluate_grid
+from multigrain.evaluation.held_out import held_out_grid
 from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
 from multigrain.training.trainer import Training
@@ -26,9 +26,9 @@ class EpochResult:
     epoch: int
     """Epochs finished, from 1."""
     metrics: dict[str, float]
-    """`evaluate.METRICS`, and the course of the training, over all ranks."""
+    """`held_out.METRICS`, and the course of the training, over all ranks."""
     variants: Mapping[str, dict[str, float]] = field(default_factory=dict)
-    """After the last epoch, `evaluate.METRICS` at each of `evaluation.variants`, by its name."""
+    """After the last epoch, `held_out.METRICS` at each of `evaluation.variants`, by its name."""
 
 
 def fit(
@@ -71,7 +71,7 @@ def fit(
                 return
             wanted = spec.evaluation.variants if epoch + 1 == spec.epochs else VariantSettings()
             try:
-                own, variants = evaluate_grid(
+                own, variants = held_out_grid(
                     training.result_network, dataset, spec, wanted, device, training.loaders, heartbeat
                 )
             except EndedError:  # the next start evaluates again
