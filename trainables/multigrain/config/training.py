@@ -1,8 +1,8 @@
-"""Every setting of a MultiGrain training run, each default with its source.
+"""Settings of a MultiGrain training run; each description names the source of the default.
 
-Sources: [P] the paper, arXiv:1902.05509v2, with the equation, table or figure; [R] the behaviour
-of the authors' released code where the paper is silent; [-] our own choice.
-The defaults together are *the paper's setting*: lambda 0.5, p 3, three copies, `full` augmentation.
+Sources: [P] the paper, arXiv:1902.05509v2, with the equation, table or figure; [R] the authors' released code where the
+paper does not say; [-] our own choice. The defaults together are *the paper's setting*: lambda 0.5, p 3, three copies
+of each image, `full` augmentation.
 """
 
 import difflib
@@ -23,13 +23,13 @@ TRUNKS = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
     *("wide_resnet50_2", "wide_resnet101_2"),
 )
-"""Trunks besides those of timm."""
+"""Names of the trunks that need no further library."""
 TIMM = "timm/"
-"""Prefix of the trunks that the library timm builds."""
+"""Prefix of the names of trunks that the library timm builds."""
 
 
 class Settings(BaseModel):
-    """A frozen group of settings: unknown keys, wrong types and NaN are errors."""
+    """Base of all groups of settings: frozen; unknown keys, wrong types and NaN are errors."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -69,20 +69,21 @@ def _weights(source: str) -> str:
 
 
 class ModelSettings(Settings):
-    """The network."""
+    """Settings of the network."""
 
     trunk: Annotated[str, AfterValidator(_trunk)] = "resnet50"
-    """Network before the pooling [P Table 2: resnet50]: `narrow` for 32-pixel images, a ResNet, ResNeXt or Wide
-    ResNet of torchvision, or `timm/<name>` for a convolutional network of timm."""
+    """Network that computes the feature map: `narrow` for images of about 32 pixels, a ResNet, ResNeXt or Wide ResNet
+    of torchvision, or `timm/<name>` for a convolutional network of timm [P Table 2: resnet50]."""
     weights: Annotated[str, AfterValidator(_weights)] = "random"
-    """The trunk's first weights: `random` [R], `zoo` for the published ImageNet weights, or a file (safetensors, or a
-    state dict that torch loads without running code)."""
+    """Initial weights of the trunk: `random` [R], `zoo` for the published ImageNet weights, or the path of a file
+    (safetensors, or a state dict that torch loads without running code)."""
     p: Exponent = 3.0
-    """GeM exponent while training, up to 100, or .inf for the maximum [P eq. 1, Table 2: 1 or 3]."""
+    """GeM pooling exponent in training, from 1 (average) to 100, or .inf (maximum) [P eq. 1, Table 2: 1 or 3]."""
     learn_p: bool = False
-    """Whether p learns with the network [P: fixed]."""
+    """If true, p is learnt together with the weights, starting from `model.p` [P: fixed]."""
     batchnorm: Literal["local", "sync", "frozen"] = "local"
-    """Statistics of batch normalisation: each worker's own [R], of all workers, or those that `weights` brought."""
+    """Statistics of batch normalisation: `local` to each worker [R], `sync` over all workers (needs GPUs), or `frozen` at
+    those that `weights` brought."""
 
     @model_validator(mode="after")
     def _learnable(self) -> Self:
@@ -92,44 +93,44 @@ class ModelSettings(Settings):
 
 
 class LossSettings(Settings):
-    """The two losses and their mix."""
+    """Settings of the two losses and their weights."""
 
     weight: Probability = 0.5
-    """lambda, the weight of cross-entropy; the margin loss gets 1 - lambda [P eq. 5, Fig. 2]."""
+    """lambda, the weight of cross-entropy, from 0 to 1; the margin loss has the weight 1 - lambda [P eq. 5, Fig. 2]."""
     margin: Positive = 0.2
-    """alpha, half the gap asked for between positive and negative distances [P Table B.1]."""
+    """alpha: copies should lie closer than beta - alpha, other images farther than beta + alpha [P Table B.1]."""
     beta: Positive = 1.2
-    """Starting value of the learnable boundary between positive and negative distances [P Table B.1]."""
+    """Initial value of beta, the learnable boundary between distances of copies and of other images [P Table B.1]."""
     normalise: Literal["active", "triplets", "pairs"] = "active"
-    """What the margin terms are divided by: the terms above zero [after Wu et al.], the triplets that have one
-    [R on torch 1.2 and newer], or all terms [P eq. 5]."""
+    """Count that the sum of the margin terms is divided by: terms above zero (`active`) [after Wu et al.], triplets
+    with such a term [R on torch 1.2 and newer], or all terms (`pairs`) [P eq. 5]."""
     negatives: Literal["distance_weighted", "uniform", "reference"] = "distance_weighted"
-    """How the negative of a pair is drawn among the other images [P, after Wu et al.]. `reference` does so in the
-    released code's arithmetic, which underflows to `uniform` in wide networks [R]."""
+    """Distribution from which the negative of a pair is drawn [P, after Wu et al.]. `reference` is `distance_weighted`
+    in the released code's arithmetic, which underflows to `uniform` in networks with many channels [R]."""
     negatives_from: Literal["step", "rank"] = "step"
-    """The views that a negative is drawn from: all of the step, so that the number of workers changes nothing [-], or
-    those on the same worker [R]."""
+    """Views from which a negative is drawn: all views of the `step`, so that the number of workers makes no difference
+    [-], or the views on the same worker (`rank`) [R]."""
     cutoff: Positive = 0.5
-    """Distances below this weigh as if they were this [R]."""
+    """Distance below which `distance_weighted` no longer raises the weight of a negative [R]."""
     nonzero_loss_cutoff: Positive = 1.4
-    """Negatives farther than this are not drawn while nearer ones exist [R]."""
+    """Largest distance at which a negative is drawn, as long as there are nearer ones [R]."""
     dimension: int = Field(0, ge=0)
-    """Dimension of the sphere whose distances `distance_weighted` evens out: lower is softer; 0: the descriptor's."""
+    """Dimension of the sphere that `distance_weighted` assumes; a lower one spreads the draws; 0: the descriptor's."""
     entropy: NotNegative = 0.0
-    """Weight of the entropy regulariser, which spreads descriptors evenly for copy detection [-, after SSCD]."""
+    """Weight of the entropy loss, which spreads descriptors evenly for copy detection; 0 is off [-, after SSCD]."""
 
 
 class BatchSettings(Settings):
-    """Repeated-augmentation batches."""
+    """Settings of the repeated-augmentation batches."""
 
     size: int = Field(504, ge=1)
-    """Views in one step over all workers. The paper's 512 does not hold whole groups of 3; 504 does."""
+    """Number of views in one step over all workers. The paper's 512 is not a multiple of 3 copies; 504 is."""
     repeats: int = Field(3, ge=1)
-    """m, the augmented copies of each image in its batch [P: 3]."""
+    """m, the number of augmented copies of each image in its batch [P: 3]."""
     length_factor: Positive = 2.0
-    """Views in one epoch, as a multiple of the number of images [R: 2]."""
+    """Number of views in one epoch, as a multiple of the number of training images [R: 2]."""
     accumulate: int = Field(1, ge=1)
-    """Parts in which a step passes through the network, to save memory; pairs are drawn from all of the step [-]."""
+    """Number of parts in which a step passes the network, to save memory; pairs come from the whole step [-]."""
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:
@@ -143,62 +144,64 @@ class BatchSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    """The random transform of a training view."""
+    """Settings of the random transform of a training view."""
 
     policy: Literal["full", "autoaugment", "senet", "torch", "copy"] = "full"
-    """`torch`: crop and flip. `full`: also jitter and lighting. `senet`: as `full` with two thirds of the jitter.
-    `autoaugment`: `torch` and AutoAugment [P Table C.1]. `copy`: `full`, rotation, blur and JPEG [-]."""
+    """Set of transforms. `torch`: crop and flip. `full`: `torch`, colour jitter and lighting. `senet`: `full` with two
+    thirds of the jitter. `autoaugment`: `torch` and AutoAugment [P Table C.1]. `copy`: `full`, rotation, blur and JPEG
+    compression [-]."""
     crop: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of the image's area that a random crop keeps [P Table C.1: 0.08]."""
+    """Smallest share of the image's area that a random crop keeps, up to 1 [P Table C.1: 0.08]."""
     ratio: Annotated[float, Field(ge=1)] = 4 / 3
-    """Largest aspect ratio of a random crop; its inverse is the smallest [P Table C.1]."""
+    """Largest aspect ratio of a random crop, from 1; the smallest is its inverse [P Table C.1]."""
     flip: Probability = 0.5
     """Probability of a horizontal flip [P Table C.1]."""
     brightness: Strength = 0.3
-    """Strength of brightness jitter, in `full`, `senet` and `copy` [P Table C.1: 0.3]."""
+    """Strength of brightness jitter from 0 to 1, in `full`, `senet` and `copy` [P Table C.1: 0.3]."""
     contrast: Strength = 0.3
-    """Strength of contrast jitter, likewise [P Table C.1: 0.3]."""
+    """Strength of contrast jitter from 0 to 1, in `full`, `senet` and `copy` [P Table C.1: 0.3]."""
     saturation: Strength = 0.3
-    """Strength of saturation jitter, likewise [P Table C.1: 0.3]."""
+    """Strength of saturation jitter from 0 to 1, in `full`, `senet` and `copy` [P Table C.1: 0.3]."""
     lighting: Probability = 0.1
     """Standard deviation of the PCA lighting noise, in `full`, `senet` and `copy` [P Table C.1: 0.1]."""
     grey: Probability = 0.0
-    """Probability of a grey view, in every policy [-]."""
+    """Probability that a view is turned grey, in every policy [-]."""
     randaugment: int = Field(0, ge=0, le=30)
-    """Magnitude of RandAugment's two operations, in every policy; 0 is off [-]."""
+    """Magnitude of RandAugment (two operations), from 1 to 30, in every policy; 0 is off [-]."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
-    """Largest rotation in degrees, either way, in `copy` [-]."""
+    """Largest rotation in either direction, in degrees, in `copy` [-]."""
     blur: Probability = 0.3
-    """Probability of a Gaussian blur, in `copy` [-]."""
+    """Probability of Gaussian blur, in `copy` [-]."""
     jpeg: Probability = 0.3
-    """Probability of a JPEG compression, in `copy` [-]."""
+    """Probability of JPEG compression, in `copy` [-]."""
     mixup: NotNegative = 0.0
-    """alpha of mixup between the embeddings that the classifier reads; the margin loss does not; 0 is off [-]."""
+    """alpha of mixup between the embeddings that the classifier reads, not those of the margin loss; 0 is off [-]."""
 
 
 class OptimizerSettings(Settings):
-    """SGD or AdamW, and the schedule of the rates."""
+    """Settings of the optimizer and the schedule of the learning rates."""
 
     algorithm: Literal["sgd", "adamw"] = "sgd"
-    """Of the network [R: sgd]; beta always has SGD."""
+    """Optimizer of the network [R: sgd]; beta is always optimized by SGD."""
     rate: Positive = 0.2
-    """Learning rate for 512 views a step; scaled with the batch size [R]. For `adamw`, 0.001 or so."""
+    """Learning rate for 512 views in a step; it is scaled by `batch.size` / 512 [R]. For `adamw` about 0.001."""
     beta_rate: Positive = 0.1
-    """Learning rate of beta for 512 views a step [P Table B.1]."""
+    """Learning rate of beta for 512 views in a step, scaled likewise [P Table B.1]."""
     momentum: Strength = 0.9
-    """Of SGD, and AdamW's first moment [R]."""
+    """Momentum of SGD, or decay of AdamW's first moment, from 0 to 1 [R]."""
     weight_decay: NotNegative = 1e-4
-    """On every parameter of the network [R], but neither on p nor on beta."""
+    """Weight decay of all parameters of the network [R], except p; beta has none."""
     decay_all: bool = True
-    """Whether normalisation layers and biases decay too [R]."""
+    """If false, the weights of normalisation layers and the biases do not decay [R: they do]."""
     schedule: Literal["step", "cosine"] = "step"
-    """`step`: a tenth at 1/4, 1/2 and 3/4 of the epochs [P Fig. A.1: at 30, 60, 90 of 120]. `cosine`: down to 0 [-]."""
+    """Course of the learning rates. `step`: divided by 10 at 1/4, 1/2 and 3/4 of the epochs [P Fig. A.1: at 30, 60 and
+    90 of 120]. `cosine`: falling to 0 [-]."""
     warmup: NotNegative = 0.0
-    """Epochs in which the rates climb from 0 [R: none]."""
+    """Number of epochs at the start in which the learning rates rise from 0 [R: none]."""
     clip: NotNegative = 0.0
-    """Largest norm of the network's gradient; 0 is off [-]."""
+    """Largest norm to which the network's gradient is clipped; 0 is off [-]."""
     ema: Strength = 0.0
-    """Decay, a step, of the averaged weights that are evaluated and kept; 0 is off [-]."""
+    """Decay per step of a running average of the weights, which then is evaluated and saved; 0 is off [-]."""
 
     @model_validator(mode="after")
     def _rate_suits(self) -> Self:
@@ -210,49 +213,49 @@ class OptimizerSettings(Settings):
 
 
 class VariantSettings(Settings):
-    """A grid of other settings at which a trained network is evaluated, at the end: they cost no training."""
+    """Grid of further settings at which the trained network is evaluated after the last epoch."""
 
     sizes: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(strict=False)] = ()
-    """s*, in pixels, beside the network's own; at these, images are shown whole [P Table 2: 224, 500, 800]."""
+    """Further values of s*, in pixels; images are then shown whole (`rect`) [P Table 2: 224, 500, 800]."""
     exponents: Annotated[tuple[Exponent, ...], Field(strict=False)] = ()
-    """p*, beside the network's own [P section 3.5: 3 to 5]."""
+    """Further values of p*, the pooling exponent [P section 3.5: 3 to 5]."""
     whiten: bool = False
-    """Whether each is measured with whitened descriptors, too; fitted on 20,000 training images or fewer [R]."""
+    """If true, each setting is also measured with whitened descriptors, fitted on up to 20,000 training images [R]."""
 
 
 class EvaluationSettings(Settings):
-    """How held-out images are shown to the network, after each epoch and by the trained model."""
+    """Settings of the evaluation after each epoch, which the trained model uses too."""
 
     transform: Literal["crop", "rect"] = "crop"
-    """`crop`: the central square after scaling the smaller side to 256/224 of it. `rect`: the whole image, its larger
-    side scaled to the size [R]."""
+    """Part of an image that the network is shown. `crop`: central square, after scaling the smaller side to 256/224 of
+    the size. `rect`: whole image, its larger side scaled to the size [R]."""
     size: int | None = Field(None, ge=16)
-    """s*, in pixels; `image_size` by default [P Table 2: 224, 500, 800]."""
+    """s*, image size in evaluation, in pixels; `image_size` by default [P Table 2: 224, 500, 800]."""
     variants: VariantSettings = VariantSettings()
 
 
 class ComputeSettings(Settings):
-    """How the machine is used; the method is the same."""
+    """Settings of the hardware use, which do not change the method."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the trunk while training. `auto`: bf16 where the hardware multiplies it fast, else fp32."""
+    """Number format of the trunk while training. `auto`: bf16 if the hardware multiplies it fast, else fp32."""
     compile: bool = False
-    """Whether torch compiles the network: a minute or more at the start, faster steps then."""
+    """If true, torch compiles the network, which takes a minute or more at the start and makes steps faster."""
     loaders: int | None = Field(None, ge=0)
-    """Processes of a worker that read images; as many as its CPUs where a GPU computes, none otherwise by default."""
+    """Number of image-reading processes of a worker; by default as many as its CPUs if it has a GPU, else none."""
     checkpoint_steps: int = Field(1000, ge=1)
-    """Steps between checkpoints inside an epoch; there is one after every epoch, too."""
+    """Number of steps between checkpoints within an epoch; there is one after every epoch, too."""
 
 
 class MultiGrainSpec(Settings):
-    """One training run of MultiGrain."""
+    """Settings of a MultiGrain training run."""
 
     image_size: int = Field(224, ge=16)
     """s, side of the square training crops, in pixels [P Table 2: 224]."""
     epochs: int = Field(120, ge=1)
-    """Passes; each holds `batch.length_factor` times as many views as there are images [P Fig. A.1: 120]."""
+    """Number of epochs; each has `batch.length_factor` times as many views as there are images [P Fig. A.1: 120]."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the weights, the batches, the augmentation and the sampled negatives [-]."""
+    """Random seed of the weights, the batches, the augmentation and the sampled negatives [-]."""
     model: ModelSettings = ModelSettings()
     loss: LossSettings = LossSettings()
     batch: BatchSettings = BatchSettings()
@@ -280,7 +283,7 @@ class MultiGrainSpec(Settings):
 
     @property
     def evaluation_size(self) -> int:
-        """s*, in pixels."""
+        """Image size in evaluation, s*, in pixels."""
         return self.evaluation.size or self.image_size
 
 
@@ -289,7 +292,7 @@ def _nearest_multiple(size: int, unit: int) -> int:
 
 
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
-    """What keeps `spec` from running on `workers` ranks, in words; empty if nothing does."""
+    """Return messages on what keeps `spec` from running on `workers` ranks; empty if nothing does."""
     batch = spec.batch
     unit = batch.repeats * batch.accumulate * workers
     if batch.size % unit == 0:
