@@ -82,8 +82,8 @@ class ModelSettings(Settings):
     learn_p: bool = False
     """If true, p is learnt together with the weights, starting from `model.p` [P: fixed]."""
     batchnorm: Literal["local", "sync", "frozen"] = "local"
-    """Statistics of batch normalisation: `local` to each worker [R], `sync` over all workers (needs GPUs), or `frozen` at
-    those that `weights` brought."""
+    """Statistics of batch normalisation: `local` to each worker [R], `sync` over all workers (needs GPUs), or `frozen`
+    to those that `weights` brought."""
 
     @model_validator(mode="after")
     def _learnable(self) -> Self:
