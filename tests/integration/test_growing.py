@@ -13,7 +13,7 @@ from commands import PYTHON_PATH
 
 from grainmill.cluster.shape import Cluster, NodeType
 from grainmill.config.experiment import experiment_model
-from grainmill.workflows import earlier, forecast
+from grainmill.workflows import forecast
 from grainmill.workflows.forecast import Pace
 
 ISOLATED = ["unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
@@ -48,7 +48,7 @@ def seen(folder, settings):
         f"asked for {found['asked']} at once; nodes came at {came}, went at {went}, the end at {found['ended']:.1f}"
     ]
     wave = settings["nodes"] * settings["cpus"] // settings["workers"]
-    epoch = earlier.epoch_seconds(folder)
+    epoch = forecast.epoch_seconds(folder)
     starts = sorted(when - epoch for when, _, _, at in found["trials"] if at == 1)
     told += [f"first trials at {rounded(starts[:wave])}, {epoch:.2f} seconds an epoch"]
     worker = NodeType("worker", {"CPU": settings["cpus"]}, settings["nodes"])

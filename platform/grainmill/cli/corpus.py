@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from grainmill.cli.console import FAILURE, clear_errors, err, out, prepare_process, show_progress, tracking_uri
+from grainmill import api
+from grainmill.cli.console import FAILURE, Address, clear_errors, complain, print_table, say
+from grainmill.progress import out
 
 Model = Annotated[str, typer.Argument(help="models:/name@alias or models:/name/version.")]
 Folder = Annotated[Path, typer.Argument(help="Folder that `grainmill embed` wrote.", metavar="INDEX")]
@@ -18,33 +19,26 @@ def embed(
         str, typer.Argument(help="A folder, a manifest (.csv with a column image) or s3://bucket/prefix.")
     ],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the index.")],
-    workers: Annotated[int, typer.Option(min=1, help="That each hold the model, on an equal share of the CPUs.")] = 1,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray cluster to use, such as auto; a local Ray is started by default. Its nodes must see the images "
-            "and the tracking server.",
-            envvar="RAY_ADDRESS",
-        ),
-    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that each hold the model, on an equal share of the CPUs.")
+    ] = 1,
+    address: Address = None,
 ) -> None:
     """Embed all images of a corpus into an index of Parquet files.
 
-    Started again, it carries on where it was cut short, and adds images that are new. Files that are no images are
-    listed in skipped.csv, and tried again the next time.
+    Started again, the command carries on where it was cut short, and adds images that are new. Files that are no
+    images are listed in skipped.csv, and tried again the next time. A cluster at --address must see the images and
+    the tracking server.
+
+    Example: grainmill embed models:/demo@champion photos --out index --workers 2
     """
     with clear_errors():
-        prepare_process()
-        from grainmill.corpus import embed as corpus
-
-        done = corpus.embed(tracking_uri(), model, images, folder, workers, address, show_progress)
-        told = f"{done.images:,} images in {folder.absolute()}, {done.before:,} of them from before"
-        out.print(told, markup=False, highlight=False, soft_wrap=True)
+        done = api.embed(model, images, folder, workers=workers, address=address)
+        say(f"{done.images:,} images in {folder.absolute()}, {done.before:,} of them from before")
         if done.steady:
-            out.print(f"{done.steady / done.seconds:.1f} images a second", highlight=False)
+            say(f"{done.steady / done.seconds:.1f} images a second")
         if done.skipped:
-            told = f"{done.faults:,} skipped, listed in {done.skipped.absolute()}"
-            err.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            complain(f"{done.faults:,} skipped, listed in {done.skipped.absolute()}", "yellow")
 
 
 def find(
@@ -56,23 +50,23 @@ def find(
 ) -> None:
     """Find the images of an index that are nearest to others, with scores and a page of pictures.
 
-    Scores are dot products of unit vectors, at most 1. Every image is compared.
+    Scores are dot products of unit vectors, at most 1. Every image of the index is compared.
+
+    Example: grainmill find models:/demo@champion index query.jpg --count 5
     """
     with clear_errors():
-        prepare_process()
-        from grainmill.corpus import query
-
-        found = query.find(tracking_uri(), model, folder, queries, count, page)
-        table = Table("query", "score", "image")
-        for one in found:
-            for number, (score, name) in enumerate(zip(one.scores, one.ids, strict=True)):
-                table.add_row("" if number else one.query, f"{score:.4f}", name)
-        out.print(table)
-        out.print(str(page.absolute()), markup=False, highlight=False, soft_wrap=True)
-        wrong = [f"{one.query} is no image: {one.error}" for one in found if one.error]
-        for line in wrong:
-            err.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
-        if wrong:
+        results = api.find(model, folder, queries, count=count, page=page)
+        rows = [
+            ("" if number else one.query, f"{score:.4f}", name)
+            for one in results
+            for number, (score, name) in enumerate(zip(one.scores, one.ids, strict=True))
+        ]
+        print_table(("query", "score", "image"), rows)
+        say(str(page.absolute()))
+        for one in results:
+            if one.error:
+                complain(f"{one.query} is no image: {one.error}")
+        if any(one.error for one in results):
             raise typer.Exit(FAILURE)
 
 
@@ -90,29 +84,29 @@ def duplicates(
 ) -> None:
     """List pairs of images of an index that are copies of each other.
 
-    All pairs are compared. The precision is estimated from the index alone: of each image, the 6th to 50th nearest
-    neighbours are taken for different images. How fast their number grows with the distance, scaled so that it explains
-    the nearest neighbour of the median image, tells how many pairs of different images score as high as those that are
-    listed; the others count as copies. The estimate is meant to be too low rather than too high, but a
-    short series of nearly equal pictures counts as copies.
+    All pairs are compared. The precision is estimated from the index alone. The 6th to 50th nearest neighbours of
+    each image are taken for different images. The growth of their number with the distance, scaled to explain the
+    nearest neighbour of the median image, gives the expected number of pairs of different images among the listed
+    ones; the other pairs count as copies. The estimate is rather too low than too high, but a short series of nearly
+    equal pictures counts as copies.
+
+    Example: grainmill duplicates index --precision 0.95
     """
     with clear_errors():
-        prepare_process()
-        from grainmill.corpus import query
-
-        found = query.duplicates(folder, precision, threshold, place or folder)
-        table = Table("score", "precision", "first", "second")
-        sure = ["unknown" if estimate is None else f"{estimate:.1%}" for estimate in found.precision]
-        for score, told, pair in list(zip(found.scores, sure, found.pairs, strict=True))[: max(1, out.height - 12)]:
-            table.add_row(f"{score:.4f}", told, *pair)
-        if found.pairs:
-            out.print(table)
-            rule = f"{len(found.pairs):,} pairs score {found.scores[-1]:.4f} or more"
-            out.print(f"{rule}; estimated precision {sure[-1]}", highlight=False)
+        found = api.duplicates(folder, precision=precision, threshold=threshold, out=place)
+        estimates = ["unknown" if estimate is None else f"{estimate:.1%}" for estimate in found.precision]
+        rows = [
+            (f"{score:.4f}", estimate, *pair)
+            for score, estimate, pair in zip(found.scores, estimates, found.pairs, strict=True)
+        ]
+        if rows:
+            print_table(("score", "precision", "first", "second"), rows[: max(1, out.height - 12)])
+            rule = f"{len(rows):,} pairs score {found.scores[-1]:.4f} or more"
+            say(f"{rule}; estimated precision {estimates[-1]}")
         else:
             rule = f"an estimated precision of {precision:.0%}" if threshold is None else f"{threshold:g}"
-            out.print(f"no pairs reach {rule}", highlight=False)
+            say(f"no pairs reach {rule}")
         if found.more:
-            err.print("there are more, which score less: raise --threshold to see a list that is whole", style="yellow")
+            complain("there are more, which score less: raise --threshold to see a list that is whole", "yellow")
         for file in found.files:
-            out.print(str(file.absolute()), markup=False, highlight=False, soft_wrap=True)
+            say(str(file.absolute()))

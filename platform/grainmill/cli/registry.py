@@ -1,44 +1,39 @@
-"""Commands that say which version of a model is for users: `grainmill promote` and `grainmill rollback`."""
+"""Commands that choose the version of a model that users get: `grainmill promote` and `grainmill rollback`."""
 
 from typing import Annotated
 
 import typer
 
-from grainmill.cli.console import clear_errors, out, prepare_process, tracking_uri
+from grainmill import api
+from grainmill.cli.console import clear_errors, say
 
 
 def promote(
     model: Annotated[str, typer.Argument(help="models:/name/version or models:/name@alias.", metavar="MODEL_VERSION")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a gate of the experiment file, such as metric=NAME. Repeatable."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a gate, such as metric=NAME. Repeatable."),
     ] = None,
 ) -> None:
-    """Make a version the champion, if it passes the gates and beats the champion beyond the bootstrap interval.
+    """Make a version the champion, if it passes the gates and beats the champion.
 
-    Both must have been evaluated on the same data. The champion before it becomes `previous`.
+    The gates are in the section promotion of the experiment file. The version must be better by more than the
+    bootstrap interval, on the data on which the champion was evaluated. The champion before it becomes previous.
+
+    Example: grainmill promote models:/demo@challenger --set metric=copydays/strong/map
     """
     with clear_errors():
-        prepare_process()
-        from grainmill.registry import promotion
-
-        done = promotion.promote(tracking_uri(), model, overrides or (), _note)
-        out.print(f"{done.champion.uri} is the champion: {done.why}", markup=False, highlight=False, soft_wrap=True)
+        decision = api.promote(model, overrides or ())
+        say(f"{decision.champion.uri} is the champion: {decision.why}")
 
 
 def rollback(
     name: Annotated[str, typer.Argument(help="Name of the registered model.", metavar="NAME")],
 ) -> None:
-    """Make the version the champion again of which the champion took the place."""
+    """Make the version champion again that the present champion replaced.
+
+    Example: grainmill rollback demo
+    """
     with clear_errors():
-        prepare_process()
-        from grainmill.registry import promotion
-
-        done = promotion.rollback(tracking_uri(), name, _note)
-        out.print(f"{done.champion.uri} is the champion: {done.why}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _note(message: str) -> None:
-    out.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
+        decision = api.rollback(name)
+        say(f"{decision.champion.uri} is the champion: {decision.why}")

@@ -1,7 +1,6 @@
 """The report of a run: one self-contained HTML page, and its pictures as files beside it."""
 
 import base64
-import math
 from collections.abc import Sequence
 from html import escape
 from itertools import zip_longest
@@ -233,10 +232,7 @@ def _hours(seconds: float) -> str:
 
 def _estimated(candidate: Candidate, name: str) -> str:
     """Mean and half the width of the 95 % interval."""
-    found = candidate.estimates.get(name)
-    if found is None:
-        return ""
-    return f"{found.mean:.4f}" if math.isinf(found.half) else f"{found.mean:.4f} ± {found.half:.4f}"
+    return str(candidate.estimates.get(name, ""))
 
 
 def metric_names(experiment: Experiment, candidate: Candidate) -> list[str]:

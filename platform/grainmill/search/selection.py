@@ -33,6 +33,9 @@ class Estimate:
     half: float
     """Half the width of its 95 % interval; inf where nothing was trained twice."""
 
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if math.isinf(self.half) else f"{self.mean:.4f} ± {self.half:.4f}"
+
     @property
     def low(self) -> float:
         """The interval's lower end."""
@@ -44,7 +47,7 @@ class Estimate:
         return self.mean + self.half
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Candidate:
     """One of the best trials, and what came of its setting from fresh seeds."""
 
@@ -54,6 +57,11 @@ class Candidate:
     """Those that ran to their end."""
     estimates: Mapping[str, Estimate]
     """Of every metric that all trainings of all candidates have."""
+
+    def __repr__(self) -> str:
+        source = f"trial {self.trial.number}" if self.trial else "base settings"
+        values = ", ".join(f"{name} {estimate}" for name, estimate in self.estimates.items())
+        return f"Candidate({source}, {len(self.trainings)} trainings, {values})"
 
 
 def best(experiment: Experiment, records: Sequence[TrialRecord]) -> list[TrialRecord]:

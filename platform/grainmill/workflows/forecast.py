@@ -6,18 +6,24 @@ Trials go through the rungs of the real asha, with values drawn at random, for h
 import heapq
 import math
 import random
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 from grainmill.cluster.shape import Cluster, NodeType, trials_that_fit
 from grainmill.config.experiment import Experiment
 from grainmill.config.resources import Need
 from grainmill.config.space import Scalar
+from grainmill.errors import StorageError
 from grainmill.search.asha import ASHA
 from grainmill.search.records import TrialRecord
 
+STUDY = "trial"
+"""Name of the study of a search in the database of its run."""
 LEARNING = 0.15
 """Of a sampler that learns: trial n is better by so much times log(1 + n), where trials without it spread evenly from 0
 to 1. Fitted to the searches of `tests/benchmarks/forecast.py`, whose epochs it meets within 10 % in the median. More
@@ -299,3 +305,36 @@ def play(experiment: Experiment, cluster: Cluster, pace: Pace, seed: int) -> Cou
     waiting = sum(node.seconds - node.booting - node.leaving - node.busy / node.size for node in fleet.nodes)
     times, epochs = (ended, last - ended), (search.epochs, rest.epochs)
     return Course(*times, epochs, (search.busy, rest.busy), nodes, booting, waiting, leaving)
+
+
+def epoch_seconds(folder: Path) -> float:
+    """The median time of an epoch over a search, between the reports of two after another.
+
+    Args:
+        folder: of a run, such as `grainmill-runs/demo/run-1`.
+    Raises:
+        StorageError: there is no study, or no trial in it has two epochs.
+    """
+    import optuna
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    file = folder / "study.db"
+    if not file.is_file():
+        raise StorageError(
+            f"an earlier run has its study in its folder, but there is no {file.absolute()}; name one such as "
+            "grainmill-runs/demo/run-1, or give --epoch-seconds"
+        )
+    try:
+        study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(f"sqlite:///{file.absolute()}"))
+        histories = [trial.user_attrs.get("history", ()) for trial in study.get_trials(deepcopy=False)]
+    except (KeyError, RuntimeError, StorageInternalError, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"{file} must hold a search, but cannot be read ({reason}); give --epoch-seconds") from error
+    times = [after["at"] - before["at"] for rows in histories for before, after in pairwise(rows)]
+    if not times:
+        raise StorageError(
+            f"the time of an epoch is taken between two reports of a trial, but in {folder} no trial has two; give "
+            "--epoch-seconds"
+        )
+    return statistics.median(times) / 1000

@@ -36,23 +36,30 @@ FOLDER = "grainmill.folder"
 """The tag of a parent run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
-    """What came of a run."""
+    """Result of a run."""
 
     records: Sequence[TrialRecord]
     """The trials of the search; empty after `train`."""
     candidates: Sequence[Candidate]
-    """The best of them, trained again; after `train`, the one setting."""
+    """The best trials with their new trainings; after `train`, the base settings with theirs."""
     winner: Candidate
-    """The one that was chosen."""
+    """The candidate that was chosen."""
     final: TrialRecord
     """The training whose model is registered."""
     version: models.Version
+    """The registered version."""
     champion: bool
-    """Whether it is for users already, or a challenger of the one that is."""
+    """True if users get the version already; False if it is a challenger of the present champion."""
     report: str
-    """Its path, or its URL in S3."""
+    """Path or S3 URL of the report."""
+    tracking_uri: str
+    """URI of the MLflow in which the version is registered."""
+
+    def __repr__(self) -> str:
+        alias = "champion" if self.champion else "challenger"
+        return f"Outcome({self.version.uri!r}, {alias}, {len(self.records)} trials, {self.winner!r}, {self.report!r})"
 
 
 def tune(
@@ -228,7 +235,9 @@ class _Run:
             for owner in (self.parent, run_id):
                 self.tracker.attach_file(owner, picture, "report")
         where = f"{self.home.place}/{page.name}"
-        outcome = Outcome(search.records if search else (), found, chosen, final, version, champion, where)
+        outcome = Outcome(
+            search.records if search else (), found, chosen, final, version, champion, where, self.tracker.uri
+        )
         of_model = {"checkpoints": trained.removeprefix(f"{self.home.place}/")}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
         self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on

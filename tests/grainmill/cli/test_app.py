@@ -11,7 +11,7 @@ import yaml
 from commands import left_behind, start
 from PIL import Image
 
-from grainmill.cli import console
+from grainmill import environment
 from grainmill.errors import TrackingError
 from grainmill.tracking.mlflow_runs import local_uri
 
@@ -134,20 +134,22 @@ def test_password_in_the_address_of_the_server_is_nowhere_to_be_seen(file, tmp_p
 def test_a_user_and_a_password_go_where_mlflow_reads_them(monkeypatch):
     variables = {"MLFLOW_TRACKING_URI": "https://me:p%40ss@host:5000/path"}
     monkeypatch.setattr(os, "environ", variables)
-    assert console.tracking_uri() == "https://host:5000/path"
+    assert environment.tracking_uri() == "https://host:5000/path"
     assert (variables["MLFLOW_TRACKING_USERNAME"], variables["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
-    assert "MLFLOW_TRACKING_URI" not in variables  # where what is started from here would see them
-    assert console.tracking_uri("http://other", "runs") == "http://other"
-    assert console.tracking_uri(storage="/runs") == "sqlite:////runs/mlflow.db"
+    assert variables["MLFLOW_TRACKING_URI"] == "https://host:5000/path"  # all that child processes see
+    assert environment.tracking_uri() == "https://host:5000/path"  # a second call finds the server, too
+    assert environment.tracking_uri("http://other", "runs") == "http://other"
+    del variables["MLFLOW_TRACKING_URI"]
+    assert environment.tracking_uri(storage="/runs") == "sqlite:////runs/mlflow.db"
 
 
 def test_storage_in_s3_needs_a_tracking_server(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(TrackingError, match=r"none is named; set tracking\.uri or MLFLOW_TRACKING_URI"):
-        console.tracking_uri(storage="s3://bucket/runs")
-    assert console.tracking_uri("http://host", "s3://bucket/runs") == "http://host"
+        environment.tracking_uri(storage="s3://bucket/runs")
+    assert environment.tracking_uri("http://host", "s3://bucket/runs") == "http://host"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
-    assert console.tracking_uri(storage="s3://bucket/runs") == "http://other"
+    assert environment.tracking_uri(storage="s3://bucket/runs") == "http://other"
 
 
 def test_images_that_will_be_left_out_are_told_when_a_file_is_checked(tmp_path):

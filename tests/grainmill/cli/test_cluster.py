@@ -15,7 +15,7 @@ from grainmill.cli.app import app
 from grainmill.config.experiment import experiment_model
 from grainmill.errors import StorageError
 from grainmill.search.study import Study
-from grainmill.workflows import earlier
+from grainmill.workflows import forecast
 
 AWS = Path(__file__).parents[3] / "infra" / "aws" / "cluster.yaml"
 
@@ -111,7 +111,7 @@ def studied(folder, reports):
 
 def test_an_earlier_run_tells_the_median_time_of_an_epoch(tmp_path):
     studied(tmp_path, [[10, 12, 15], [11], [100, 104, 1104]])  # 2, 3, 4, and 1000 with a pause
-    assert earlier.epoch_seconds(tmp_path) == 3.5
+    assert forecast.epoch_seconds(tmp_path) == 3.5
     done = plan(*files(tmp_path), "--like", str(tmp_path))
     assert "3.5 seconds an epoch" in done.output
 
@@ -119,10 +119,10 @@ def test_an_earlier_run_tells_the_median_time_of_an_epoch(tmp_path):
 def test_an_earlier_run_without_two_epochs_is_refused(tmp_path):
     studied(tmp_path, [[10], [11]])
     with pytest.raises(StorageError, match="no trial has two; give --epoch-seconds"):
-        earlier.epoch_seconds(tmp_path)
+        forecast.epoch_seconds(tmp_path)
     (tmp_path / "study.db").write_text("no database")
     with pytest.raises(StorageError, match=r"cannot be read .* give --epoch-seconds"):
-        earlier.epoch_seconds(tmp_path)
+        forecast.epoch_seconds(tmp_path)
 
 
 def test_neither_ray_nor_torch_is_loaded_and_nothing_is_written(tmp_path):
