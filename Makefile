@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test check schema clean
+.PHONY: help install demo quick test check schema clean
 
 help:  ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -16,6 +16,9 @@ install: .venv/installed  ## Make .venv with everything in it.
 
 demo: install  ## Search, train, evaluate and register on real handwritten digits, offline.
 	$(BIN)/grainmill tune search_spaces/demo.yaml
+
+quick: check  ## Run the checks and all tests that start neither Ray nor a server.
+	$(BIN)/python -m pytest -n 2 --ignore tests/integration
 
 test: check  ## Run the checks and the whole test suite.
 	$(BIN)/python -m pytest

@@ -8,9 +8,8 @@ os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # as the command does
 os.environ["OMP_NUM_THREADS"] = "1"  # on images this small, threads cost more than they save
 
 from image_files import image_files, shapes_folder  # noqa: F401
-from ray_support import ray_cluster  # noqa: F401
 from s3_servers import botocore_loader, bucket, door, moto, place, proxy, waits  # noqa: F401
-from servers import postgres, server  # noqa: F401
+from toy_files import gated_file  # noqa: F401
 from umpire import observer, umpire  # noqa: F401
 
 

@@ -236,7 +236,7 @@ class Trainable(Protocol):
         """A small table that a `Predictor` takes."""
 
 
-_MEMBERS = (
+MEMBERS = (
     *("Spec", "Data", "Evaluation"),
     *("metrics", "data_problems", "worker_problems", "prepare", "sources", "fit"),
     *("load", "export", "evaluate", "images", "example"),
@@ -266,6 +266,6 @@ def find(name: str) -> Trainable:
         raise LookupError(
             f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}"
         ) from None
-    if missing := [needed for needed in _MEMBERS if not hasattr(module, needed)]:
-        raise LookupError(f"a trainable must have {', '.join(_MEMBERS)}; the module {name} lacks {', '.join(missing)}")
+    if missing := [needed for needed in MEMBERS if not hasattr(module, needed)]:
+        raise LookupError(f"a trainable must have {', '.join(MEMBERS)}; the module {name} lacks {', '.join(missing)}")
     return module  # type: ignore[return-value]

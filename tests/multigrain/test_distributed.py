@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import distributed, multiprocessing
 
@@ -44,7 +43,6 @@ def of_one_rank(rank, meeting):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_share_the_work_and_have_the_whole(tmp_path):
     multiprocessing.spawn(of_one_rank, (str(tmp_path),), nprocs=2)
     expected = [[0, 1, 4, 9, 16], [0, 1], [0], []]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import toy
 
 from grainmill.config.experiment import experiment_model
@@ -84,3 +85,8 @@ class Arena(Bench):
         twice = {line: count for line, count in computed.items() if count > 1}
         assert twice.keys() <= set(repeated)
         assert all(count == 2 for count in twice.values())
+
+
+@pytest.fixture
+def arena(tmp_path, ray_cluster, umpire, observer):
+    return Arena(tmp_path, umpire, observer)

@@ -1,9 +1,10 @@
 """Small networks, their settings and checkpoints, and what tests compare them by."""
 
 import torch
+from torch import nn
 
 from multigrain.config.training import MultiGrainSpec
-from multigrain.models import checkpoint
+from multigrain.models import checkpoint, multigrain
 from multigrain.models.checkpoint import Checkpoint
 from multigrain.models.multigrain import MultiGrain
 from multigrain.models.whitening import Whitening
@@ -86,3 +87,14 @@ def slow_average_precision(scores, positive):
             total += (found / rank if rank else 1.0) / 2 + (found + 1) / (rank + 1) / 2
             found += 1
     return total / found
+
+
+def with_dropout(patch):
+    """Give networks a trunk that draws random numbers, by a monkeypatch."""
+    build = multigrain.build_trunk
+
+    def dropping(name):
+        trunk = build(name)
+        return trunk._replace(module=nn.Sequential(*trunk.module, nn.Dropout2d(0.3)))
+
+    patch.setattr(multigrain, "build_trunk", dropping)

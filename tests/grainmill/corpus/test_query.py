@@ -152,4 +152,4 @@ def test_a_small_corpus_has_no_estimate(world, tmp_path, monkeypatch):
 
 
 def test_the_stand_in_has_what_a_trainable_needs():
-    assert all(hasattr(shades, member) for member in trainable._MEMBERS)
+    assert all(hasattr(shades, member) for member in trainable.MEMBERS)

@@ -1,75 +1,21 @@
 """Who is the champion: only what is shown to be better, whoever else promotes, wherever a process dies."""
 
-import os
 import random
 import shutil
-import subprocess
-import sys
-import textwrap
 import threading
 
 import mlflow
 import numpy as np
 import pytest
 import toy
-from commands import PYTHON_PATH
 from mlflow import MlflowClient
+from shelf import GATE, METRIC, Shelf, spread
 from toy_settings import CARD
 
 from grainmill.errors import ExperimentError, PromotionError, TrackingError
 from grainmill.registry import comparison, models, promotion, promotion_lock
 from grainmill.registry.models import Version
-from grainmill.tracking.mlflow_runs import PARENT, Tracker, local_uri
-
-METRIC = "copies/map"
-GATE = [f"metric={METRIC}"]
-
-
-class Shelf:
-    """A registered model whose versions have evidence, but no files."""
-
-    name = "apples"
-
-    def __init__(self, uri):
-        self.uri, self.notes, self.client = uri, [], MlflowClient(uri)
-
-    @classmethod
-    def new(cls, uri):
-        self = cls(uri)
-        self.client.create_registered_model(self.name)
-        self.experiment = self.client.create_experiment("runs")
-        return self
-
-    def add(self, *values, data="the same", metric=METRIC, parent=None):
-        """A version with so many values a query."""
-        info = self.client.create_run(self.experiment, tags={PARENT: parent} if parent else {}).info
-        run_id = info.run_id
-        made = self.client.create_model_version(self.name, f"{info.artifact_uri}/model", run_id)
-        version = Version(self.name, str(made.version))
-        if values:
-            comparison.save(self.client, version, run_id, [toy.QueryScores(metric, data, list(values), served=False)])
-        return version
-
-    def crown(self, number):
-        self.client.set_registered_model_alias(self.name, "champion", number)
-
-    def promote(self, number, gates=GATE):
-        return promotion.promote(self.uri, f"models:/{self.name}/{number}", gates, self.notes.append)
-
-    def rollback(self):
-        return promotion.rollback(self.uri, self.name, self.notes.append)
-
-    def aliases(self):
-        return {key: int(one) for key, one in self.client.get_registered_model(self.name).aliases.items()}
-
-    def history(self, number):
-        """Decisions on a version, the oldest first."""
-        tags = self.client.get_model_version(self.name, str(number)).tags
-        return [tags[key] for key in sorted(tags) if key.startswith("promotion.0")]
-
-
-def spread(mean, count=40, seed=0):
-    return np.random.default_rng(seed).normal(mean, 0.1, count).clip(0, 1).tolist()
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +202,6 @@ def mortal(monkeypatch, at):
         deadly(name)
 
 
-@pytest.mark.slow
 def test_a_process_may_die_anywhere_in_a_promotion_or_a_rollback(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(promotion_lock, "EXPIRES_SECONDS", 0.01)  # what a dead process holds is taken over at once
     right = promotion_lock.PromotionLock.check
@@ -320,66 +265,6 @@ def test_a_lease_is_one_holders_until_it_is_given_back_or_expires(shelf, monkeyp
     assert active == []
     with pytest.raises(mlflow.MlflowException):
         lost.__exit__(None, None, None)
-
-
-RACER = """
-    import sys
-    from grainmill.registry import promotion
-    from grainmill.errors import PromotionError
-    uri, number = sys.argv[1:]
-    print("ready", flush=True)
-    sys.stdin.readline()
-    try:
-        promotion.promote(uri, f"models:/apples/{number}", ["metric=copies/map"], lambda message: None)
-        print("promoted")
-    except PromotionError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_others_are_told(server):
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
-    shelf = Shelf.new(server.uri)
-    order = random.Random(4).sample(range(1, 7), 6)  # of the versions 2 to 7, from the worst to the best
-    shelf.add(*spread(0.2))
-    for place in order:
-        shelf.add(*spread(0.2 + 0.1 * place, seed=place))
-    shelf.crown(1)
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RACER), server.uri, str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in range(2, 8)
-    ]
-    for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    said = {number: racer.communicate()[0].strip() for number, racer in enumerate(racers, start=2)}
-    best = order.index(6) + 2
-    promoted = [number for number, text in said.items() if text == "promoted"]
-    assert best in promoted
-    for number, text in said.items():
-        assert number in promoted or f"models:/apples/{number} does not become the champion: it must be better" in text
-    # In turn, each better than the one before; `previous` is the last but one.
-    crowned = sorted(
-        (int(key[-6:]), number)
-        for number in range(2, 8)
-        for key, text in shelf.client.get_model_version("apples", str(number)).tags.items()
-        if text.startswith("promoted: ")
-    )
-    means = [order[number - 2] for _, number in crowned]
-    assert sorted(number for _, number in crowned) == sorted(promoted)
-    assert means == sorted(means)
-    chain = [1, *(number for _, number in crowned)]
-    assert shelf.aliases() == {"champion": chain[-1], "previous": chain[-2]}
-    assert chain[-1] == best
 
 
 def false_promotions(draw, rounds):

@@ -4,46 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
 import pytest
 import toy
 from commands import PYTHON_PATH
+from toy_models import registered, run, trained
 from toy_settings import CARD
 
-from grainmill.errors import EvaluationError, ExperimentError, ResourceError, TrackingError
+from grainmill.errors import EvaluationError, ExperimentError, TrackingError
 from grainmill.registry import comparison, models, promotion
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
-from grainmill.workflows import evaluate
-
-
-@pytest.fixture
-def scale(tmp_path):
-    (tmp_path / "scale.txt").write_text("2")
-    return f"on.scale={tmp_path / 'scale.txt'}"
-
-
-on_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data")  # Ray Train's use of it
-
-
-def trained(folder):
-    list(toy.fit(toy.Spec(height=0.25), toy.Data(), folder))
-    return folder
-
-
-def run(model, overrides, tmp_path, trainable="toy", **workers):
-    return evaluate.evaluate(str(model), overrides, trainable, tmp_path / "out", local_uri(tmp_path), **workers)
-
-
-def registered(tmp_path):
-    """A tracker, and the run of the toy that is models:/apples@champion there."""
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
-    run_id = tracker.start("first", {}, {})
-    folder = trained(tmp_path / "model")
-    models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {"score": "0.25"}, CARD)
-    return tracker, run_id
+from grainmill.tracking.mlflow_runs import local_uri
 
 
 def test_a_folder_with_checkpoints_or_of_a_run_is_a_model(scale, tmp_path):
@@ -113,51 +85,6 @@ def test_a_figure_that_mlflow_does_not_take_is_told(scale, tmp_path):
     registered(tmp_path)
     with pytest.raises(TrackingError, match=r"must take the figures of run .*scale/extra\?"):
         run("models:/apples@champion", [scale, "odd=scale/extra?"], tmp_path)
-
-
-@pytest.mark.slow
-@on_ray
-def test_two_workers_evaluate_as_one_group(ray_cluster, scale, tmp_path, monkeypatch):
-    trained(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    done = evaluate.evaluate(
-        "model", ["on.scale=scale.txt", "paper=true"], "toy", Path("out"), local_uri(tmp_path), workers=2
-    )
-    assert {one.name: one.value for one in done.assessment.measurements} == {"scale/height": 0.5, "scale/workers": 2.0}
-    assert done.assessment.notes == ["a toy, of rank 0"]
-    assert done.assessment.published == toy.PUBLISHED
-    assert os.listdir(tmp_path / "out") == ["figures.csv"]
-
-
-@pytest.mark.slow
-@on_ray
-def test_what_a_worker_finds_wrong_is_told_as_if_there_were_one(ray_cluster, tmp_path):
-    # Rank 0 waits for rank 1, which ends with the error.
-    (tmp_path / "scale-0.txt").write_text("2")
-    registered(tmp_path)
-    with pytest.raises(EvaluationError) as caught:
-        run("models:/apples/1", [f"on.scale={tmp_path}/scale-{{rank}}.txt"], tmp_path, workers=2)
-    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/scale-1.txt'"
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_more_workers_than_cpus_are_refused(ray_cluster, scale, tmp_path):
-    trained(tmp_path / "model")
-    with pytest.raises(ResourceError, match=r"3 workers needs 3 CPU .*cluster has 2; lower --workers"):
-        run(tmp_path / "model", [scale], tmp_path, workers=3)
-
-
-@on_ray
-@pytest.mark.parametrize(("gpus", "each"), [(0, 0), (1, 0), (2, 1), (3, 1)])
-def test_a_worker_takes_a_cpu_and_a_gpu_if_each_can_have_one(ray_cluster, scale, tmp_path, monkeypatch, gpus, each):
-    def trainer(function, *, scaling_config, **rest):
-        taken = scaling_config.num_workers, scaling_config.num_cpus_per_worker, scaling_config.num_gpus_per_worker
-        return SimpleNamespace(fit=lambda: SimpleNamespace(return_value=taken))
-
-    trained(tmp_path / "model")
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)})
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
-    assert run(tmp_path / "model", [scale], tmp_path, workers=2).assessment == (2, 1, each)
 
 
 def test_one_worker_does_without_ray(scale, tmp_path):

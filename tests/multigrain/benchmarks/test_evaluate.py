@@ -676,7 +676,6 @@ def of_one_rank(rank, meeting, trained, settings):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_assess_what_one_process_does(trained, roots, shapes_folder, tmp_path):
     settings = Evaluation(
         on={name: str(roots[name]) for name in ("holidays", "copydays")},

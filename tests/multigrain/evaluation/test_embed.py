@@ -330,7 +330,6 @@ def of_one_rank(rank, meeting, pictures):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds(pictures, tmp_path):
     multiprocessing.spawn(of_one_rank, (str(tmp_path), pictures), nprocs=2)
     for rank in range(2):

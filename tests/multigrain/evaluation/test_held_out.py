@@ -325,7 +325,6 @@ def of_one_rank(rank, meeting, folder):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds(shapes_folder, tmp_path):
     multiprocessing.spawn(of_one_rank, (str(tmp_path), str(shapes_folder)), nprocs=2)
     data, network = read_dataset(shapes_folder), small_network()

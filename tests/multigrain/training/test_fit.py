@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import EPOCHS, STEPS, spec
-from torch import distributed, multiprocessing, nn
+from networks import EPOCHS, STEPS, spec, with_dropout
+from torch import distributed, multiprocessing
 
 from multigrain.data.folders import read_dataset
 from multigrain.evaluation import embed
 from multigrain.evaluation.held_out import METRICS, held_out_grid, held_out_metrics
 from multigrain.losses.joint import JointLoss
-from multigrain.models import checkpoint, multigrain
+from multigrain.models import checkpoint
 from multigrain.models.multigrain import network_of
 from multigrain.training import fit as module
 from multigrain.training import trainer as training_module
@@ -47,17 +47,6 @@ RUNS = {
     "rarely": RARELY,
     "rarely, loaders": {**RARELY, "compute": {"checkpoint_steps": 1000, "loaders": 2}},
 }
-
-
-def with_dropout(patch):
-    """Networks get a trunk that draws random numbers."""
-    narrow = multigrain._narrow_trunk
-
-    def dropping():
-        trunk = narrow()
-        return trunk._replace(module=nn.Sequential(*trunk.module, nn.Dropout2d(0.3)))
-
-    patch.setattr(multigrain, "_narrow_trunk", dropping)
 
 
 @pytest.fixture(autouse=True)

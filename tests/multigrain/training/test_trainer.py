@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import merged
+from networks import merged, with_dropout
 from safetensors.torch import save_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, multiprocessing
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,7 +23,6 @@ from multigrain.data.transforms import colour
 from multigrain.losses import joint
 from multigrain.losses.joint import JointLoss
 from multigrain.losses.triplets import draw_triplets
-from multigrain.models import multigrain
 from multigrain.models.multigrain import build_trunk
 from multigrain.training import trainer as module
 from multigrain.training.trainer import Training, TrainingError, autocast_type
@@ -291,17 +290,6 @@ def test_statistics_of_batch_normalisation_see_each_part_once(data, parts):
     assert counters == 7
 
 
-def with_dropout(patch):
-    """Networks get a trunk that draws random numbers."""
-    narrow = multigrain._narrow_trunk
-
-    def dropping():
-        trunk = narrow()
-        return trunk._replace(module=nn.Sequential(*trunk.module, nn.Dropout2d(0.3)))
-
-    patch.setattr(multigrain, "_narrow_trunk", dropping)
-
-
 def test_a_part_passes_a_second_time_as_it_did_the_first(data, monkeypatch):
     with_dropout(monkeypatch)
     training = Training(spec(batch={"accumulate": 2}), data, CPU)
@@ -484,7 +472,6 @@ def test_precision_is_bf16_where_the_hardware_multiplies_it_fast(monkeypatch, fa
         assert autocast_type(ComputeSettings(precision=name), CPU) is wanted
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch compiles C++ on a CPU")
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_a_compiled_run_is_the_plain_one(data):

@@ -99,7 +99,6 @@ def far(tmp_path, moto):
     )
 
 
-@pytest.mark.slow
 def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, umpire, ray_cluster, observer):
     content = {
         "name": "far",
@@ -144,7 +143,6 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
     assert sorted((run.info.run_name, run.info.status) for run in runs) == sorted((name, "FINISHED") for name in names)
 
 
-@pytest.mark.slow
 def test_a_group_trains_on_built_in_images_with_nothing_but_a_bucket(tmp_path, far):
     content = {
         "name": "far",

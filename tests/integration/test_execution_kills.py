@@ -15,7 +15,6 @@ import optuna
 import pytest
 import ray
 import yaml
-from arena import Arena
 from commands import PYTHON_PATH, left_behind, run_whole
 from umpire import kill, once
 
@@ -27,12 +26,6 @@ KILLS = 2
 """Of one and the same command, one after the other."""
 
 
-@pytest.fixture
-def arena(tmp_path, ray_cluster, umpire, observer):
-    return Arena(tmp_path, umpire, observer)
-
-
-@pytest.mark.slow
 def test_training_that_is_killed_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 0), kill)
     records = arena.run(arena.grid([0.25, 0.75]), concurrent=1)
@@ -41,7 +34,6 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(arena):
     assert [record.interruptions for record in records][:2] == [(), ("in epoch 3: its process died",)]
 
 
-@pytest.mark.slow
 def test_group_that_loses_a_worker_goes_on_from_its_checkpoint(arena):
     arena.umpire.rule = once(("trial-0001", 3, 1), kill)
     records = arena.run(arena.grid([0.25]), workers=2)
@@ -50,7 +42,6 @@ def test_group_that_loses_a_worker_goes_on_from_its_checkpoint(arena):
     assert [record.interruptions for record in records] == [(), ("in epoch 3: its workers began again",)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "why"),
     [("ImplicitFunc", "its process died"), ("TrainController", "its workers began again")],
@@ -72,7 +63,6 @@ def test_group_that_loses_its_head_goes_on_from_its_checkpoint(arena, who, why):
     assert [record.interruptions for record in records] == [(), (f"in epoch 3: {why}",)]
 
 
-@pytest.mark.slow
 def test_training_that_dies_too_often_fails_and_the_others_go_on(arena):
     deaths = []
 
@@ -166,7 +156,6 @@ NO_DASHBOARD = """
 """Two searches, one after the other, each with a group that needs all CPUs: the first one's must be free again."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", [NODE_DIES, NO_DASHBOARD], ids=["node dies", "no dashboard"])
 def test_cluster_of_its_own_loses_nothing(tmp_path, script, ray_cluster):  # beside another Ray on this machine
     run_whole(script, tmp_path)
@@ -189,7 +178,6 @@ MORTAL = """
 """The command, which dies when it is about to write into its databases for so many times."""
 
 
-@pytest.mark.slow
 def test_command_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, umpire):
     content = {
         "name": "mortal",

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import ROOT
 from PIL import Image
 from torch import distributed, multiprocessing
 from typer.testing import CliRunner
@@ -39,7 +40,7 @@ from multigrain.training.finetune import fit, rate
 from multigrain.training.trainer import TrainingError
 
 CPU = torch.device("cpu")
-PRESET = Path(__file__).parents[2] / "search_spaces" / "exponent.yaml"
+PRESET = ROOT / "search_spaces" / "exponent.yaml"
 SIZE = 24
 SHAPES = [(40, 30), (20, 40), (32, 32), (48, 24)]
 """Widths and heights of the files: at 24 pixels, maps of 24 x 18, 12 x 24, 24 x 24 and 24 x 12 pixels."""
@@ -436,7 +437,6 @@ def of_one_rank(rank, meeting, folder, settings):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_ranks_do_what_one_process_does(data, folder, spec, tmp_path):
     settings = spec()  # 9 images in steps of 4, 4 and 1: the second rank has none of the last
     multiprocessing.spawn(of_one_rank, (str(tmp_path), str(folder), settings.model_dump()), nprocs=2)
@@ -461,7 +461,7 @@ def validate(data, checkpoint_folder):
 
 def test_the_mill_knows_it_by_name():
     assert trainable.find("multigrain-exponent") is trainable_finetune
-    assert all(hasattr(trainable_finetune, member) for member in trainable._MEMBERS)
+    assert all(hasattr(trainable_finetune, member) for member in trainable.MEMBERS)
 
 
 def test_the_preset_is_right_but_for_its_folders(folder, trained, tmp_path):

@@ -163,7 +163,6 @@ def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, observ
     assert parent.info.status == "FAILED"
 
 
-@pytest.mark.slow
 def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_path, observer):
     tune.train(experiment(tmp_path / "runs"), server.uri, None, observer, catalog.no_progress)
     client = mlflow.MlflowClient(server.uri)
@@ -177,7 +176,6 @@ def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_p
     assert model.predict(pd.DataFrame({"x": [2.0]}))["y"].tolist() == [1.0]
 
 
-@pytest.mark.slow
 def test_multigrain_from_images_to_the_same_descriptors_in_a_new_process(tmp_path, observer):
     base = {"image_size": 32, "epochs": 1, "model": {"trunk": "narrow"}, "batch": {"size": 24, "length_factor": 1.0}}
     checked = experiment(

@@ -8,7 +8,6 @@ from grainmill.execution import watchdog, worker_group
 from grainmill.execution.training_job import StudySetup, TrainingJob
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray Data, which Train imports
 def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path, ray_cluster, umpire):
     """One group for all of it: a whole job, one that is stopped, a whole one, a broken one, a whole one."""

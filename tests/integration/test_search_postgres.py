@@ -1,65 +1,13 @@
 """The study in a PostgreSQL of its own, and databases that fail."""
 
-import shutil
 import subprocess
 import sys
 
 import pytest
-import sqlalchemy
-from toy_settings import experiment
+from studies import searched, told
 
 from grainmill.errors import StorageError
 from grainmill.search import study as module
-from grainmill.search.study import Study
-
-RANDOM = {"sampler": "random"}
-
-
-@pytest.fixture
-def prompt(monkeypatch):
-    """Attempts follow each other at once."""
-    monkeypatch.setattr(module, "PATIENCE", (0.01,) * 3)
-
-
-@pytest.fixture
-def opened():
-    """Opens studies, and closes their connections in the end."""
-    studies = []
-
-    def open_study(url, name="trial", trials=4, **changes):
-        checked = experiment(**{"search": RANDOM, **changes})
-        studies.append(Study(url, name, checked, checked.first, trials))
-        return studies[-1]
-
-    yield open_study
-    for study in studies:
-        engine(study).dispose()
-
-
-def engine(study):
-    return study._study._storage._backend.engine
-
-
-def searched(study):
-    """What comes of a study without Ray: high ones run two of four epochs, low ones all."""
-    for record in study.records:
-        if record.state == "running":
-            trained(study, record)
-    while record := study.ask():
-        trained(study, record)
-    return told(study)
-
-
-def trained(study, record):
-    for epoch in range(1, 5 if record.setting["height"] < 0.6 else 3):
-        score = record.setting["height"] * epoch
-        study.report(record.number, {"epoch": epoch, "score": score, "cost": 1.0})
-    study.note(record.number, "cost", {"cpu_seconds": 3.0})
-    study.close(record.number, failed=False)
-
-
-def told(study):
-    return [(record.number, record.state, record.setting, record.history, record.cost) for record in study.records]
 
 
 def test_study_in_postgresql_is_the_one_in_sqlite(postgres, tmp_path, opened):
@@ -93,32 +41,6 @@ def test_other_tools_of_optuna_read_the_study_of_a_search(postgres, opened):
     best = max((row for row in expected if row[1] == "complete"), key=lambda row: row[3][-1]["score"])[0]
     kinds = [f"{'COMPLETE' if row[1] == 'complete' else 'PRUNED'} {len(row[3])}" for row in expected]
     assert found.stdout.splitlines() == [f"['score'] {best}", *(f"{n} {kind}" for n, kind in enumerate(kinds))]
-
-
-class Outage:
-    """The database answers no commit from the `first` on, so many times."""
-
-    def __init__(self, study, first, times):
-        self.seen, self.first, self.times = 0, first, times
-        sqlalchemy.event.listen(engine(study), "commit", self._commit)
-
-    def _commit(self, connection):
-        self.seen += 1
-        if self.first <= self.seen < self.first + self.times:
-            raise sqlalchemy.exc.OperationalError("COMMIT", None, Exception("gone"))
-
-
-@pytest.mark.slow
-def test_no_commit_that_fails_once_loses_or_doubles_anything(tmp_path, prompt, opened):
-    opened(f"sqlite:///{tmp_path / 'new.db'}", trials=2)  # making the tables takes longest
-    count = Outage(calm := opened(f"sqlite:///{shutil.copy(tmp_path / 'new.db', tmp_path / '0.db')}", trials=2), 0, 0)
-    expected = sorted(map(str, (row[2:] for row in searched(calm))))
-    assert count.seen > 30
-    for number in range(1, count.seen + 1):
-        study = opened(f"sqlite:///{shutil.copy(tmp_path / 'new.db', tmp_path / f'{number}.db')}", trials=2)
-        Outage(study, number, 1)
-        # Numbers may differ, and what stands before the others.
-        assert sorted(map(str, (row[2:] for row in searched(study)))) == expected, f"commit {number} of {count.seen}"
 
 
 def test_database_that_stops_in_the_middle_and_comes_back_loses_nothing(postgres, opened, tmp_path, monkeypatch):
@@ -166,20 +88,3 @@ def test_database_that_stays_away_is_named_without_its_password_and_the_search_c
         assert "secret" not in message
         assert "the same command carries on" in message
     assert searched(opened(url, "away")) == expected
-
-
-def test_search_that_is_carried_on_draws_what_it_would_have_drawn(tmp_path, opened):
-    calm = searched(opened(f"sqlite:///{tmp_path / 'calm.db'}"))
-    for _ in range(3):
-        study = opened(f"sqlite:///{tmp_path / 'cut.db'}")
-        trained(study, study.ask())
-    assert searched(opened(f"sqlite:///{tmp_path / 'cut.db'}")) == calm
-    assert len({record[2]["height"] for record in calm}) == 4
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "qmc", "random"])
-def test_search_that_is_carried_on_draws_nothing_twice(tmp_path, opened, sampler):
-    for count in range(1, 7):
-        study = opened(f"sqlite:///{tmp_path / 'study.db'}", trials=12, search={"sampler": sampler})
-        study.ask(), study.ask()
-        assert len({record.setting["height"] for record in study.records}) == 2 * count

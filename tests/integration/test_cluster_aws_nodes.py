@@ -4,17 +4,16 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import boto3
 import pytest
+from commands import ROOT
 from launching import Launcher
 from servers import free_port
 
 from grainmill.config.yaml_document import read_plain
 
-pytestmark = pytest.mark.slow
-FILE = Path(__file__).parents[2] / "infra" / "aws" / "cluster.yaml"
+FILE = ROOT / "infra" / "aws" / "cluster.yaml"
 
 
 @pytest.fixture

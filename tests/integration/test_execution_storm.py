@@ -96,7 +96,6 @@ def machines():
             made.close()
 
 
-@pytest.mark.slow
 def test_search_in_a_storm_ends_as_a_calm_one(tmp_path, umpire, server, machines):
     content = {
         "name": "storm",

@@ -28,7 +28,6 @@ def permitted():
 
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         not permitted(), reason="needs namespaces of its own, by unshare and ip, which are not permitted"
     ),

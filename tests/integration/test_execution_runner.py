@@ -1,12 +1,10 @@
 """Trials of the toy on real Ray: alone in a process, and as a group of two."""
 
-import http.server
 import os
 import re
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,8 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from grainmill.cluster import capacity
-from grainmill.cluster.session import _check_head
 from grainmill.errors import ResourceError
-from grainmill.execution import evaluate_group, runner, trial_callback
+from grainmill.execution import evaluate_group, trial_callback
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -43,6 +40,9 @@ class Taker:
         taken = placement_group([{"CPU": cpus}])
         ray.get(taken.ready())
         return taken
+
+    def id(self):
+        return ray.get_runtime_context().get_actor_id()
 
     def die(self):
         os._exit(0)
@@ -71,7 +71,7 @@ def test_room_that_the_dead_have_taken_is_given_back_and_no_other():
     assert states() == ["CREATED"] * 3  # Ray keeps it
     evaluate_group.release()
     assert states() == ["REMOVED", "CREATED", "CREATED"]
-    evaluate_group.release(alive._actor_id.binary())
+    evaluate_group.release(bytes.fromhex(ray.get(alive.id.remote())))
     assert states() == ["REMOVED", "REMOVED", "CREATED"]
     remove_placement_group(own)
 
@@ -149,7 +149,6 @@ def test_finished_study_is_not_run_again(bench):
     assert bench.computed() == before
 
 
-@pytest.mark.slow
 def test_two_workers_train_as_one_group_on_as_many_cpus_as_there_are(bench):
     (record,) = bench.run(bench.study(1), workers=2)
     assert record.state == "complete"
@@ -158,7 +157,6 @@ def test_two_workers_train_as_one_group_on_as_many_cpus_as_there_are(bench):
     assert bench.computed() == [f"trial-0000 {epoch}" for epoch in (1, 2, 3, 4)]
 
 
-@pytest.mark.slow
 def test_group_whose_worker_raises_fails_with_its_cause(bench):
     (record,) = bench.run(bench.study(1, space={}, base={"kind": "broken"}), workers=2)
     assert record.state == "failed"
@@ -214,14 +212,13 @@ def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
     assert told.endswith("3 nodes for its workers (1 there)")
 
 
-@pytest.mark.slow
 def test_local_ray_heeds_our_sigterm_and_leaves_no_process():
     script = textwrap.dedent("""
         import signal, ray
-        from grainmill.execution.runner import cluster
+        from grainmill.cluster.session import connect
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            with cluster(None):
+            with connect(None):
                 print(ray.get_runtime_context().get_node_id(), flush=True)
                 print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
                 signal.pause()
@@ -242,9 +239,9 @@ def test_cluster_of_other_versions_is_refused_with_both():
         import sys, ray
         ray.__version__ = "2.59.1"  # what the driver says of itself
         from grainmill.errors import ResourceError
-        from grainmill.execution.runner import cluster
+        from grainmill.cluster.session import connect
         try:
-            with cluster(sys.argv[1]):
+            with connect(sys.argv[1]):
                 print("in")
         except ResourceError as error:
             print(error)
@@ -259,43 +256,6 @@ def test_cluster_of_other_versions_is_refused_with_both():
         f"a cluster must have the versions of this command, Ray 2.59.1 and Python {python}, but the one at {address} "
         f"has {theirs}; install those here, or these there\nFalse\n"
     )
-
-
-class Page(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture(params=["nothing", "a dashboard"])
-def no_head(request):
-    """An address where no head answers."""
-    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
-    if request.param == "nothing":
-        server.server_close()
-        yield f"127.0.0.1:{server.server_port}"
-        return
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_address_where_no_head_answers_is_refused_soon(no_head, monkeypatch):
-    monkeypatch.setattr(runner, "HEAD_SECONDS", 1)
-    with pytest.raises(
-        ResourceError, match=rf"must answer at \S+:{no_head.partition(':')[2]} within 1 seconds, but did"
-    ):
-        _check_head(no_head)
-
-
-@pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265"])
-def test_address_that_is_none_is_refused(address):
-    script = "import sys; from grainmill.execution.runner import cluster\nwith cluster(sys.argv[1]): pass"
-    command = [sys.executable, "-c", script, address]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert f"ResourceError: Ray must let this command in at {address}, but said: Invalid" in told.stderr
 
 
 def test_losers_that_pause_go_on_from_their_checkpoint_or_are_stopped_in_the_end(bench):

@@ -51,7 +51,6 @@ def raylets(machines):
     return {pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith(b"/raylet")}
 
 
-@pytest.mark.slow
 def test_new_head_takes_over_the_machines_and_the_same_command_carries_on(tmp_path, umpire, machines):
     content = {
         "name": "head",

@@ -1,17 +1,15 @@
 """The tracking server of infra/mlflow: its files fit together, and its command serves from PostgreSQL and S3."""
 
-import re
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import boto3
 import mlflow
 import pandas as pd
 import pytest
 import toy
-import yaml
+from mlflow_compose import COMPOSE, FOLDER, environment
 from moto.server import ThreadedMotoServer
 from servers import TrackingServer
 from toy_settings import CARD
@@ -19,52 +17,6 @@ from toy_settings import CARD
 from grainmill.errors import TrackingError
 from grainmill.registry import comparison, models, promotion
 from grainmill.tracking.mlflow_runs import Tracker
-
-FOLDER = Path(__file__).parents[2] / "infra" / "mlflow"
-COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
-SECRETS = {
-    "MLFLOW_ADMIN": "chief",
-    "MLFLOW_ADMIN_PASSWORD": "very-secret-admin",
-    "MLFLOW_SECRET_KEY": "very-secret-key",
-    "POSTGRES_PASSWORD": "very-secret-base",
-    "S3_USER": "key",
-    "S3_PASSWORD": "very-secret-store",
-    "ALLOWED_HOSTS": "mill.example:*,127.0.0.1:*",
-}
-
-
-def environment(service):
-    """Of a service, with the variables filled in as compose does."""
-    return {
-        name: re.sub(r"\$\{(\w+):\?\}", lambda found: SECRETS[found[1]], value)
-        for name, value in COMPOSE["services"][service]["environment"].items()
-    }
-
-
-def test_every_variable_is_in_the_example_and_no_secret_has_a_value():
-    used = set(re.findall(r"\$\{?(\w+)", (FOLDER / "compose.yaml").read_text()))
-    lines = (FOLDER / ".env.example").read_text().splitlines()
-    told = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    assert used == told.keys() == SECRETS.keys()
-    assert all(not told[name] for name in told if "PASSWORD" in name or "SECRET" in name)
-    for service in COMPOSE["services"].values():
-        for name, value in service.get("environment", {}).items():
-            assert "$" in value or not re.search("PASSWORD|SECRET|_KEY", name), name
-
-
-def test_services_volumes_and_files_that_are_named_are_there():
-    services = COMPOSE["services"]
-    for service in services.values():
-        for other, condition in service.get("depends_on", {}).items():
-            assert condition == {"condition": "service_completed_successfully"} or "healthcheck" in services[other]
-        for volume in service.get("volumes", []):
-            assert volume.partition(":")[0] in COMPOSE["volumes"]
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-        assert ("image" in service) != ("build" in service)
-    copied = re.search(r"COPY (\S+) (\S+)", (FOLDER / "Dockerfile").read_text())
-    assert (FOLDER / copied[1]).is_file()
-    assert environment("mlflow")["MLFLOW_AUTH_CONFIG_PATH"] == copied[2]
-    assert f"ARG MLFLOW={mlflow.__version__}\n" in (FOLDER / "Dockerfile").read_text()
 
 
 @pytest.fixture
@@ -109,7 +61,6 @@ def status(uri, host):
             return error.code
 
 
-@pytest.mark.slow
 def test_the_same_calls_as_with_sqlite_register_promote_and_load_a_model(served, tmp_path, monkeypatch):
     pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
     server, s3 = served

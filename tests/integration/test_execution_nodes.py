@@ -114,7 +114,6 @@ NODES = """
 """
 
 
-@pytest.mark.slow
 def test_workers_are_where_they_should_and_go_on_when_nodes_die_and_come(tmp_path):
     run_whole(NODES, tmp_path)
 
@@ -149,7 +148,6 @@ HOSTS = """
 """
 
 
-@pytest.mark.slow
 def test_group_on_two_hosts_trains_over_their_cable(tmp_path, shapes_folder):
     if not hosts.permitted():
         pytest.skip("two hosts on one machine need the right to make network namespaces, unshare and ip")

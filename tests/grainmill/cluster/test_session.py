@@ -1,0 +1,48 @@
+"""Addresses where no Ray lets a command in."""
+
+import http.server
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from grainmill.cluster import session
+from grainmill.errors import ResourceError
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=["nothing", "a dashboard"])
+def no_head(request):
+    """An address where no head answers."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
+    if request.param == "nothing":
+        server.server_close()
+        yield f"127.0.0.1:{server.server_port}"
+        return
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_address_where_no_head_answers_is_refused_soon(no_head, monkeypatch):
+    monkeypatch.setattr(session, "HEAD_SECONDS", 1)
+    with pytest.raises(
+        ResourceError, match=rf"must answer at \S+:{no_head.partition(':')[2]} within 1 seconds, but did"
+    ):
+        session._check_head(no_head)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265"])
+def test_address_that_is_none_is_refused(address):
+    script = "import sys; from grainmill.cluster.session import connect\nwith connect(sys.argv[1]): pass"
+    command = [sys.executable, "-c", script, address]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"ResourceError: Ray must let this command in at {address}, but said: Invalid" in told.stderr

@@ -1,0 +1,3 @@
+"""Fixtures of the tests of studies."""
+
+from studies import opened, prompt  # noqa: F401

@@ -1,0 +1,91 @@
+"""The application on real Ray Serve: answers, bad images, a change of champion."""
+
+import io
+import json
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import shades
+from PIL import Image
+from servers import free_port
+
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
+
+
+def picture(seed):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(url, content=None):
+    """Status and answer; a GET without content."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, content), timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.fixture
+def service(ray_cluster, tmp_path):
+    """What registers a version and makes it champion, and the URL of the application that serves the champion."""
+    from ray import serve
+
+    from grainmill.serve import app
+
+    tracker = Tracker(local_uri(tmp_path), "shades", tmp_path)
+    shades.register(tracker, tmp_path / "1", 1)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    arguments = {"model": "models:/shades@champion", "tracking_uri": tracker.uri, "poll_seconds": 0.2}
+    serve.run(app.application(arguments), name="champion", route_prefix="/")
+    yield tracker, f"http://127.0.0.1:{port}/"
+    serve.shutdown()
+
+
+def test_images_are_answered_bad_ones_refused_and_a_new_champion_takes_over(service, tmp_path):
+    tracker, url = service
+    contents = [picture(seed) if seed % 4 else b"<html>" for seed in range(16)]
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda content: ask(url, content), contents))
+    (tmp_path / "1" / "state.json").write_text(json.dumps({"bias": 1}))
+    expected = shades.load(tmp_path / "1")(pd.DataFrame({"image": contents}))
+    for (status, answer), (_, row) in zip(answers, expected.iterrows(), strict=True):
+        assert answer["model"] == "models:/shades/1"
+        if row["error"]:
+            assert (status, answer["error"]) == (400, "is not an image")
+        else:
+            assert (status, answer["class_name"], answer["class_id"], answer["score"]) == (200, "shade", 0, 0.5)
+            assert answer["embedding"] == pytest.approx(row["embedding"], abs=1e-6)
+
+    # A champion that is no model leaves the one that is there; the next good one takes over, and nobody waits.
+    empty = tracker.client.create_model_version("shades", str(tmp_path / "nowhere")).version
+    tracker.client.set_registered_model_alias("shades", "champion", empty)
+    seen, failed, stop = set(), [], threading.Event()
+
+    def keep_asking():
+        while not stop.is_set():
+            status, answer = ask(url, contents[1])
+            seen.add(answer["model"])
+            if status != 200:
+                failed.append(answer)
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    second = shades.register(tracker, tmp_path / "2", 2)
+    while ask(url)[1]["model"] != second:
+        assert not failed
+    stop.set()
+    asking.join()
+    assert seen <= {"models:/shades/1", second}
+    assert not failed
+    status, answer = ask(url, contents[1])
+    expected = shades.load(tmp_path / "2")(pd.DataFrame({"image": contents[1:2]}))
+    assert (status, answer["model"]) == (200, second)
+    assert answer["embedding"] == pytest.approx(expected["embedding"][0], abs=1e-6)

@@ -1,0 +1,38 @@
+"""Models of `shades` in a registry, and indexes that they make."""
+
+import json
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import shades
+
+from grainmill import trainable
+from grainmill.corpus import embed as corpus
+from grainmill.corpus import index
+from grainmill.tracking.mlflow_runs import Tracker, local_uri
+
+
+@pytest.fixture(scope="session")
+def shades_registry(tmp_path_factory):
+    """Two versions of a model that embeds, and the tracking URI."""
+    folder = tmp_path_factory.mktemp("registry")
+    tracker = Tracker(local_uri(folder), "shades", folder)
+    return tracker.uri, [shades.register(tracker, folder / str(bias), bias) for bias in (1, 2)]
+
+
+def embed(registered, images, out, version=0, workers=1):
+    return corpus.embed(registered[0], registered[1][version], str(images), out, workers, None, trainable.no_progress)
+
+
+def rows(out):
+    return pa.concat_tables([pq.read_table(path) for path in index.parts(out)]).to_pylist()
+
+
+def expected(folder, name, bias=1):
+    """The embedding of one image, by the predictor itself."""
+    state = folder / "state"
+    state.mkdir(exist_ok=True)
+    (state / "state.json").write_text(json.dumps({"bias": bias}))
+    return shades.load(state)(pd.DataFrame({"image": [name.read_bytes()]}))["embedding"][0]

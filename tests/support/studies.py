@@ -1,0 +1,57 @@
+"""Studies that are searched without Ray."""
+
+import pytest
+import sqlalchemy
+from toy_settings import experiment
+
+from grainmill.search import study as module
+from grainmill.search.study import Study
+
+RANDOM = {"sampler": "random"}
+
+
+@pytest.fixture
+def prompt(monkeypatch):
+    """Attempts follow each other at once."""
+    monkeypatch.setattr(module, "PATIENCE", (0.01,) * 3)
+
+
+@pytest.fixture
+def opened():
+    """A function that opens a study with random settings. Its database connections are closed after the test."""
+    engines = set()
+
+    def open_study(url, name="trial", trials=4, **changes):
+        checked = experiment(**{"search": RANDOM, **changes})
+        return Study(url, name, checked, checked.first, trials)
+
+    def collect(connection):
+        engines.add(connection.engine)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "engine_connect", collect)
+    yield open_study
+    sqlalchemy.event.remove(sqlalchemy.Engine, "engine_connect", collect)
+    for engine in engines:
+        engine.dispose()
+
+
+def searched(study):
+    """What comes of a study without Ray: high ones run two of four epochs, low ones all."""
+    for record in study.records:
+        if record.state == "running":
+            trained(study, record)
+    while record := study.ask():
+        trained(study, record)
+    return told(study)
+
+
+def trained(study, record):
+    for epoch in range(1, 5 if record.setting["height"] < 0.6 else 3):
+        score = record.setting["height"] * epoch
+        study.report(record.number, {"epoch": epoch, "score": score, "cost": 1.0})
+    study.note(record.number, "cost", {"cpu_seconds": 3.0})
+    study.close(record.number, failed=False)
+
+
+def told(study):
+    return [(record.number, record.state, record.setting, record.history, record.cost) for record in study.records]
