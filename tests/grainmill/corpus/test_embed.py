@@ -57,7 +57,7 @@ def test_what_cannot_be_embedded_is_told_before_anything_starts(shades_registry,
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused(monkeypatch):
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     with pytest.raises(ResourceError, match="3 workers need 3 CPU"):
         corpus._share(3)
     assert [corpus._share(workers) for workers in (1, 2)] == [
