@@ -3,7 +3,8 @@
 GrainmillError
 ├── ExperimentError    the experiment file, or what it names, is wrong; holds every problem
 ├── NameTakenError     the name belongs to a run with other settings
-├── StorageError       the storage folder cannot be written
+├── StorageError       the storage folder cannot be written, or S3 cannot be read
+│   └── SourceError    the same in what a trainable reads; also a ValueError
 ├── BusyError          another process works in the same folder
 ├── ResourceError      Ray cannot give what a trial asks for
 ├── TrackingError      MLflow cannot be reached
@@ -52,7 +53,14 @@ class NameTakenError(GrainmillError):
 
 
 class StorageError(GrainmillError):
-    """A run needs a folder to write to."""
+    """A run needs a folder to write to. Each argument is one problem."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+
+class SourceError(StorageError, ValueError):
+    """Data in S3 cannot be read; also a ValueError, since a trainable knows no other error of its caller."""
 
 
 class BusyError(GrainmillError):

@@ -1,7 +1,7 @@
 """Trainables by name: what the mill knows of what it mills."""
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -36,6 +36,59 @@ class Heartbeat(Protocol):
 def no_heartbeat() -> bool:
     """The `Heartbeat` of a training that nobody watches."""
     return False
+
+
+Pin = tuple[int, str]
+"""Size in bytes and ETag: the only version of an object in S3 that will do."""
+
+
+class Objects(Protocol):
+    """Objects in S3, read one by one; can be pickled. Methods raise ValueError if S3 cannot be read."""
+
+    def names(self) -> Sequence[str]:
+        """List the objects; names are relative to the prefix."""
+
+    def read(self, name: str) -> bytes:
+        """Read an object, in any thread."""
+
+
+class Mirror(Protocol):
+    """Copies of `s3://` sources on this machine's disk.
+
+    Methods raise ValueError if something cannot be read or stored; its arguments are the problems, a sentence each.
+    """
+
+    def fetch(self, source: str, progress: Progress) -> Path:
+        """Return the local path of a file or folder; what is in S3 and not yet on this machine is read first."""
+
+    def fetch_objects(self, wanted: Mapping[str, Pin | None], progress: Progress) -> None:
+        """Read single objects by URL, some of them pinned; afterwards objects that do not exist have no file."""
+
+    def path(self, url: str) -> Path:
+        """Return the local path of an object."""
+
+    def url(self, path: Path) -> str | None:
+        """Return the URL of the object at a local path; None if the file is no copy of an object."""
+
+    def named(self, text: str) -> str:
+        """Replace local paths of objects in a text by URLs."""
+
+    def pins(self, paths: Iterable[Path]) -> Mapping[Path, tuple[str, Pin]]:
+        """Return URL and version of those files that are copies of objects."""
+
+
+class Files(Protocol):
+    """Access to data in S3, which the platform hands to a trainable; one instance for each run."""
+
+    @property
+    def listings(self) -> MutableMapping[Any, Any]:
+        """What a trainable has listed, by its settings: kept here, data are listed once in a run."""
+
+    def mirror(self, cache: str, limit: float | None) -> Mirror:
+        """Return the copies below the folder `cache`, which may take `limit` GB, by default half of the disk."""
+
+    def objects(self, source: str) -> Objects:
+        """Return the objects below `s3://bucket/prefix`. Raises ValueError if that is not a valid URL."""
 
 
 class EpochResult(Protocol):
@@ -174,11 +227,11 @@ class Trainable(Protocol):
     """On what, and how, a trained model is evaluated."""
 
     @staticmethod
-    def metrics(data: Any) -> Mapping[str, Direction]:
+    def metrics(data: Any, files: Files) -> Mapping[str, Direction]:
         """The metrics that an objective can name, and which way is better. Raises ValueError if they do not tell."""
 
     @staticmethod
-    def data_problems(data: Any, progress: Progress) -> list[str]:
+    def data_problems(data: Any, progress: Progress, files: Files) -> list[str]:
         """What is wrong with the data on disk, one sentence each."""
 
     @staticmethod
@@ -186,18 +239,18 @@ class Trainable(Protocol):
         """What keeps a valid spec from running on so many workers, one sentence each."""
 
     @staticmethod
-    def prepare(data: Any, root: Path, progress: Progress) -> Any:
+    def prepare(data: Any, root: Path, progress: Progress, files: Files) -> Any:
         """Write built-in data below `root`; returns the settings to train with. Called once, before all trials.
 
         Where the storage is in S3, a setting that names something below `root` then gets its `s3://` URL.
         """
 
     @staticmethod
-    def sources(data: Any) -> Sequence[DataPart]:
+    def sources(data: Any, files: Files) -> Sequence[DataPart]:
         """The parts of prepared data."""
 
     @staticmethod
-    def fit(spec: Any, data: Any, folder: Path, heartbeat: Heartbeat = no_heartbeat) -> Iterator[EpochResult]:
+    def fit(spec: Any, data: Any, folder: Path, heartbeat: Heartbeat, files: Files) -> Iterator[EpochResult]:
         """Train, on every worker alike; goes on from the checkpoints in `folder`, an epoch's result that is kept first.
 
         Ends before its last epoch, with all steps kept, where `heartbeat` says so on any worker.
@@ -221,18 +274,18 @@ class Trainable(Protocol):
         """
 
     @staticmethod
-    def evaluate(folder: Path, settings: Any, out: Path) -> EvaluationResult:
+    def evaluate(folder: Path, settings: Any, out: Path, files: Files) -> EvaluationResult:
         """Evaluate the model that `fit` left in `folder`, writing files to `out`. Raises ValueError if it cannot.
 
         Called on every worker alike, with a process group if there are several; that of rank 0 is kept.
         """
 
     @staticmethod
-    def images(source: str) -> Images:
+    def images(source: str, files: Files) -> Images:
         """The images of a corpus. Raises ValueError if `source` names none."""
 
     @staticmethod
-    def example(data: Any) -> Any:
+    def example(data: Any, files: Files) -> Any:
         """A small table that a `Predictor` takes."""
 
 

@@ -38,7 +38,7 @@ from grainmill import cli
 _fit = fit
 
 
-def fit(spec, data, folder, heartbeat):
+def fit(spec, data, folder, heartbeat, files):
     Path(data.diary).with_name("place").write_text(cli.__file__)
     yield from _fit(spec, data, folder, heartbeat)
 """

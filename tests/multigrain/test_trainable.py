@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from s3_servers import SECRET
 
+from grainmill.storage import s3
+from grainmill.storage.mirror import S3Files
 from multigrain import trainable
 from multigrain.config.data import DataSettings
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data import remote
 from multigrain.data.folders import read_dataset
 from multigrain.data.manifest import read_manifest
 from multigrain.errors import SHOWN, DataError
@@ -318,35 +319,35 @@ def relative(paths, root):
 
 def test_training_from_a_bucket_gives_the_metrics_of_the_folder_to_the_last_bit(stored, tmp_path, proxy):
     here, data = DataSettings(folder=str(tmp_path / "here")), there(stored, tmp_path)
-    assert trainable.data_problems(data, no_progress) == []
-    assert trainable.metrics(data) == trainable.metrics(here) == ALL
-    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
+    assert trainable.data_problems(data, no_progress, S3Files()) == []
+    assert trainable.metrics(data, S3Files()) == trainable.metrics(here, S3Files()) == ALL
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress, S3Files())
     assert len(proxy.got()) == len(read_dataset(tmp_path / "here").paths)
     assert set(proxy.got().values()) == {1}
     # Another node has nothing yet.
     results = [
-        next(trainable.fit(SPEC, source, tmp_path / f"run-{number}"))
+        next(trainable.fit(SPEC, source, tmp_path / f"run-{number}", files=S3Files()))
         for number, source in enumerate((here, prepared, prepared.model_copy(update={"cache": str(tmp_path / "b")})))
     ]
     first, *others = ({name: value for name, value in one.metrics.items() if name not in TIMES} for one in results)
     assert set(ALL) < set(first)
     assert others == [first, first]
     assert set(proxy.got().values()) == {2}
-    told = [part._replace(where="") for part in trainable.sources(here)]
-    assert [part._replace(where="") for part in trainable.sources(prepared)] == told
-    assert {part.where for part in trainable.sources(prepared)} == {stored.url}
-    examples = [list(trainable.example(source)["image"]) for source in (here, prepared)]
+    told = [part._replace(where="") for part in trainable.sources(here, S3Files())]
+    assert [part._replace(where="") for part in trainable.sources(prepared, S3Files())] == told
+    assert {part.where for part in trainable.sources(prepared, S3Files())} == {stored.url}
+    examples = [list(trainable.example(source, S3Files())["image"]) for source in (here, prepared)]
     assert examples[0] == examples[1]
 
 
 def test_what_a_node_has_is_listed_at_most(stored, tmp_path, proxy):
     data = there(stored, tmp_path)
-    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress, S3Files())
     proxy.seen.clear()
-    again = trainable.images_of(data)
+    again = trainable.images_of(data, S3Files())
     assert {path for path, _ in proxy.seen} == {f"/{stored.name}"}
     proxy.seen.clear()
-    pinned = trainable.images_of(prepared)
+    pinned = trainable.images_of(prepared, S3Files())
     assert proxy.seen == []
     assert (pinned.train, pinned.val, pinned.copies) == (again.train, again.val, again.copies)
     assert relative(pinned.paths, tmp_path / "cache" / stored.name / "set") == relative(
@@ -365,7 +366,7 @@ def test_progress_of_the_first_reading_is_shown(stored, tmp_path):
         shown.append((title, length, count))
 
     for _ in range(2):
-        trainable.data_problems(there(stored, tmp_path), progress)
+        trainable.data_problems(there(stored, tmp_path), progress, S3Files())
     assert shown == [(f"reading {stored.url}", 22, 22), *[("checking images", 22, 22)] * 2]
 
 
@@ -377,17 +378,17 @@ def test_a_manifest_names_objects_beside_it_and_of_other_buckets(stored, tmp_pat
     text = "\n".join(["image,class,role", *rows])
     stored.put(**{"set/list.csv": text.encode()})
     data = there(stored, tmp_path, manifest=f"{stored.url}/list.csv")
-    assert trainable.data_problems(data, no_progress) == []
+    assert trainable.data_problems(data, no_progress, S3Files()) == []
     keys = [f"{stored.name}/set/{name}" for name in ("list.csv", "a/0.png", "a/1.png")]
     assert proxy.got() == {f"/{key}": 1 for key in (*keys, f"{other}/x/0.png")}
     mirror = tmp_path / "cache"
     expected = (mirror / keys[1], mirror / other / "x/0.png"), (mirror / keys[2], tmp_path / "here/b/1.png")
-    prepared = trainable.prepare(data, tmp_path / "data", no_progress)
+    prepared = trainable.prepare(data, tmp_path / "data", no_progress, S3Files())
     for source in (data, prepared):
-        dataset = trainable.images_of(source)
+        dataset = trainable.images_of(source, S3Files())
         assert (dataset.train, dataset.val, dataset.classes) == (*expected, ("a", "b"))
     (tmp_path / "mine.csv").write_text(text.replace("\na/", f"\n{stored.url}/a/").replace("/../a", ""))
-    assert trainable.images_of(there(stored, tmp_path, manifest=str(tmp_path / "mine.csv"))) == dataset
+    assert trainable.images_of(there(stored, tmp_path, manifest=str(tmp_path / "mine.csv")), S3Files()) == dataset
 
 
 def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored, tmp_path):
@@ -396,7 +397,9 @@ def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored,
     rows = [f"{stored.url}/a/0.png,a,,", "a/0.png,a,,", f"{stored.url}/a/99.png,a,,", f"s3://me:{SECRET}@x/y,a,,"]
     rows += [f"{stored.url}/b/{number}.png,b,{pin}" for number, pin in enumerate(pins)]
     (tmp_path / "list.csv").write_text("\n".join(["image,class,size,etag", *rows]))
-    problems = trainable.data_problems(there(stored, tmp_path, manifest=str(tmp_path / "list.csv")), no_progress)
+    problems = trainable.data_problems(
+        there(stored, tmp_path, manifest=str(tmp_path / "list.csv")), no_progress, S3Files()
+    )
     told = {
         "line 3": f"there is no file {tmp_path}/a/0.png",
         "line 4": f"there is no file {stored.url}/a/99.png",
@@ -409,48 +412,48 @@ def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored,
 
 def test_a_broken_object_is_told_by_its_url_and_left_out_by_choice(stored, tmp_path):
     stored.put(**{"set/a/3.png": b"", "set/a/4.png": b"<html>"})
-    problems = trainable.data_problems(there(stored, tmp_path), no_progress)
+    problems = trainable.data_problems(there(stored, tmp_path), no_progress, S3Files())
     assert [f"{stored.url}/a/{number}.png is" in one for number, one in zip((3, 4), problems, strict=True)] == [
         True
     ] * 2
     data = there(stored, tmp_path, skip_broken=True)
     with pytest.warns(UserWarning, match="2 of 22 images will be left out") as warned:
-        assert trainable.data_problems(data, no_progress) == []
+        assert trainable.data_problems(data, no_progress, S3Files()) == []
     assert f"{stored.url}/a/3.png is empty" in str(warned[0].message)
     with pytest.warns(UserWarning, match="2 of 22 images left out, listed in ") as warned:
-        prepared = trainable.prepare(data, tmp_path / "data", no_progress)
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress, S3Files())
     listed = Path(str(warned[0].message).rpartition("listed in ")[2]).read_text()
     assert listed.splitlines()[0] == f"{stored.url}/a/3.png\tis empty"
     node = prepared.model_copy(update={"cache": str(tmp_path / "b")})
     expected = {*relative(read_dataset(tmp_path / "here").paths, tmp_path / "here")} - {"a/3.png", "a/4.png"}
-    assert {*relative(trainable.images_of(node).paths, tmp_path / "b" / stored.name / "set")} == expected
+    assert {*relative(trainable.images_of(node, S3Files()).paths, tmp_path / "b" / stored.name / "set")} == expected
     assert not (tmp_path / "b" / stored.name / "set/a/3.png").exists()
 
 
 @pytest.mark.parametrize("change", ["other", "gone"])
 def test_an_object_that_changes_in_mid_search_is_refused_where_it_must_be_read(stored, tmp_path, proxy, change):
-    prepared = trainable.prepare(there(stored, tmp_path), tmp_path / "data", no_progress)
-    before = trainable.images_of(prepared)
+    prepared = trainable.prepare(there(stored, tmp_path), tmp_path / "data", no_progress, S3Files())
+    before = trainable.images_of(prepared, S3Files())
     key = f"set/{relative(before.train, tmp_path / 'cache' / stored.name / 'set')[0]}"
     content = before.train[0].read_bytes()
     if change == "other":
         stored.put(**{key: content[:-1] + b"x", "set/a/new.png": b"as long as before, and one more"})
     else:
         stored.delete(key)
-    assert trainable.images_of(prepared) == before
+    assert trainable.images_of(prepared, S3Files()) == before
     assert before.train[0].read_bytes() == content
     with pytest.raises(DataError) as caught:
-        trainable.images_of(prepared.model_copy(update={"cache": str(tmp_path / "b")}))
+        trainable.images_of(prepared.model_copy(update={"cache": str(tmp_path / "b")}), S3Files())
     (problem,) = caught.value.problems
     assert problem.startswith(f"s3://{stored.name}/{key} must stay as it was listed, but has changed")
     assert not (tmp_path / "b" / stored.name / key).exists()
 
 
 def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_path, proxy, monkeypatch):
-    monkeypatch.setattr(remote, "REQUESTS", 1)
+    monkeypatch.setattr(s3, "REQUESTS", 1)
     keys = [f"set/a/{number}.png" for number in range(10)]
     proxy.faults = {f"/{stored.name}/{keys[6]}": [(400, "ExpiredToken")] * 9}
-    (problem,) = trainable.data_problems(there(stored, tmp_path), no_progress)
+    (problem,) = trainable.data_problems(there(stored, tmp_path), no_progress, S3Files())
     assert problem.startswith(
         f"s3://{stored.name}/{keys[6]} needs credentials that are still good, but these have expired"
     )
@@ -458,7 +461,7 @@ def test_credentials_that_expire_in_mid_reading_cost_only_the_rest(stored, tmp_p
     assert proxy.got() == {f"/{stored.name}/{key}": 1 for key in keys[:7]}, "it is told at once"
     proxy.faults.clear()
     proxy.seen.clear()
-    assert trainable.data_problems(there(stored, tmp_path), no_progress) == []
+    assert trainable.data_problems(there(stored, tmp_path), no_progress, S3Files()) == []
     assert not {f"/{stored.name}/{key}" for key in keys[:6]} & set(proxy.got())
     assert len(proxy.got()) == 22 - 6
 
@@ -467,9 +470,9 @@ def test_settings_of_the_cache_stay_in_prepared_data(stored, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for source in ({"folder": stored.url}, {"folder": "here"}, {"builtin": "shapes", "images": 20, "image_size": 16}):
         data = DataSettings(**source, cache="relative", cache_limit=1)
-        prepared = trainable.prepare(data, tmp_path / "data", no_progress)
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress, S3Files())
         assert (Path(prepared.cache), prepared.cache_limit) == (tmp_path / "relative", 1), source
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    prepared = trainable.prepare(DataSettings(folder=stored.url), tmp_path / "data", no_progress)
+    prepared = trainable.prepare(DataSettings(folder=stored.url), tmp_path / "data", no_progress, S3Files())
     assert prepared.cache == "~/.cache/grainmill", "another node has another home"
     assert (tmp_path / "home/.cache/grainmill" / stored.name / "set").is_dir()

@@ -75,13 +75,13 @@ class Images(NamedTuple):
             raise ValueError(f"cannot be read ({error.strerror})") from error
 
 
-def images(source: str) -> Images:
+def images(source: str, files: Any = None) -> Images:
     if not os.path.isdir(source):
         raise ValueError(f"there is no folder {source}")
     return Images(os.path.abspath(source))
 
 
-def example(data: Data) -> Any:
+def example(data: Data, files: Any = None) -> Any:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     return pd.DataFrame({"image": [buffer.getvalue()]})

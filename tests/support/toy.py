@@ -112,11 +112,11 @@ class Result:
     variants: dict[str, dict[str, float]]
 
 
-def metrics(data: Data) -> dict[str, Literal["max", "min"]]:
+def metrics(data: Data, files: Any = None) -> dict[str, Literal["max", "min"]]:
     return {"score": "max", "cost": "min"}
 
 
-def data_problems(data: Data, progress: Any) -> list[str]:
+def data_problems(data: Data, progress: Any, files: Any = None) -> list[str]:
     return []
 
 
@@ -124,7 +124,7 @@ def worker_problems(spec: Spec, workers: int) -> list[str]:
     return []
 
 
-def prepare(data: Data, root: Path, progress: Any) -> Data:
+def prepare(data: Data, root: Path, progress: Any, files: Any = None) -> Data:
     return data
 
 
@@ -136,14 +136,16 @@ class DataPart(NamedTuple):
     where: str
 
 
-def sources(data: Data) -> list[DataPart]:
+def sources(data: Data, files: Any = None) -> list[DataPart]:
     return [
         DataPart("heights", "training", "a1b2", 3, "nowhere"),
         DataPart("scale", "evaluation", "c3d4", 1, "nowhere"),
     ]
 
 
-def fit(spec: Spec, data: Data, folder: Path, heartbeat: Callable[[], bool] = lambda: False) -> Iterator[Result]:
+def fit(
+    spec: Spec, data: Data, folder: Path, heartbeat: Callable[[], bool] = lambda: False, files: Any = None
+) -> Iterator[Result]:
     state, rank = folder / "state.json", int(os.environ.get("RANK", "0"))
     done = _highest(json.loads(state.read_text())["step"] if rank == 0 and state.exists() else 0)
     if done and done % spec.steps == 0:
@@ -243,7 +245,7 @@ PUBLISHED = (
 )
 
 
-def evaluate(folder: Path, settings: Evaluation, out: Path) -> EvaluationResult:
+def evaluate(folder: Path, settings: Evaluation, out: Path, files: Any = None) -> EvaluationResult:
     """On several workers, rank 0 writes, and all ranks together count themselves."""
     height = json.loads((folder / "state.json").read_text())["height"]
     rank, workers = int(os.environ.get("RANK", "0")), 1.0
@@ -287,11 +289,11 @@ def _ripple(value: float, count: int) -> list[float]:
     return [value + 0.01 * ((7 * query + round(1000 * value)) % 11 - 5) for query in range(count)]
 
 
-def images(source: str) -> Any:
+def images(source: str, files: Any = None) -> Any:
     raise ValueError("a toy has no images")
 
 
-def example(data: Data) -> Any:
+def example(data: Data, files: Any = None) -> Any:
     import pandas as pd
 
     return pd.DataFrame({"x": [1.0, 2.0]})

@@ -9,9 +9,6 @@ from multigrain.config import training as settings
 from multigrain.config.data import DataSettings
 from multigrain.config.evaluation import Evaluation
 from multigrain.config.training import MultiGrainSpec
-from multigrain.data import remote
-from multigrain.data.buckets import SCHEME
-from multigrain.data.cache import Cache
 from multigrain.data.dataset import Dataset
 from multigrain.data.fingerprint import DataPart, parts
 from multigrain.data.folders import read_dataset
@@ -19,14 +16,24 @@ from multigrain.data.intact import leave_out, write_intact
 from multigrain.data.manifest import manifest_text, read_manifest
 from multigrain.data.validation import image_faults, image_problems
 from multigrain.errors import DataError, shortened
-from multigrain.hooks import Heartbeat, Progress, no_heartbeat, no_progress
+from multigrain.hooks import (
+    SCHEME,
+    Files,
+    Heartbeat,
+    LocalFiles,
+    Mirror,
+    Progress,
+    data_errors,
+    no_heartbeat,
+    no_progress,
+)
 from multigrain.models.weights import weight_problems
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from multigrain.benchmarks.evaluate import EvaluationResult
-    from multigrain.data.image_sources import Bucket, Folder
+    from multigrain.data.image_sources import BucketImages, FolderImages
     from multigrain.export.standalone import Model
     from multigrain.training.fit import EpochResult
 
@@ -53,31 +60,47 @@ __all__ = [
 ]
 
 
-def images_of(data: DataSettings, progress: Progress = no_progress) -> Dataset:
-    """The images of a folder or a manifest; those in s3:// are read first, as far as this machine has them not yet.
+def images_of(data: DataSettings, files: Files | None = None, progress: Progress = no_progress) -> Dataset:
+    """List the images of a folder or a manifest, once for each `files`; images in S3 are read first if need be.
 
     Raises:
         DataError: the images cannot be read or listed.
     """
-    cache = _cache(data)
-    try:
-        if data.manifest is not None:
-            file = Path(data.manifest)
-            if data.manifest.startswith(SCHEME):
-                remote.fetch({data.manifest: None}, cache)
-                file = cache.path(data.manifest)
-            return read_manifest(file, data.val_share, cache, progress)
-        assert data.folder is not None, "prepare() writes a built-in source to a folder"
-        return read_dataset(remote.local(data.folder, cache, progress), data.val_share)
-    except DataError as error:
-        raise DataError([cache.named(problem) for problem in error.problems]) from error
+    files = files or LocalFiles()
+    if data not in files.listings:
+        mirror = files.mirror(data.cache, data.cache_limit)
+        try:
+            files.listings[data] = _list(data, mirror, progress)
+        except DataError as error:
+            raise DataError([mirror.named(problem) for problem in error.problems]) from error
+    return files.listings[data]
 
 
-def _cache(data: DataSettings) -> Cache:
-    return Cache(Path(data.cache).expanduser().absolute(), data.cache_limit)
+def _list(data: DataSettings, mirror: Mirror, progress: Progress) -> Dataset:
+    if data.manifest is not None:
+        file = Path(data.manifest)
+        if data.manifest.startswith(SCHEME):
+            with data_errors():
+                mirror.fetch_objects({data.manifest: None}, no_progress)
+                file = mirror.path(data.manifest)
+        return read_manifest(file, data.val_share, mirror, progress)
+    assert data.folder is not None, "prepare() writes a built-in source to a folder"
+    with data_errors():
+        folder = mirror.fetch(data.folder, progress)
+    return read_dataset(folder, data.val_share)
 
 
-def metrics(data: DataSettings) -> Mapping[str, Literal["max", "min"]]:
+def _with_absolute_paths(data: DataSettings) -> DataSettings:
+    paths = {"folder": data.folder, "manifest": data.manifest, "cache": data.cache}
+    remote = (SCHEME, "~")  # a home is each machine's own
+    return data.model_copy(
+        update={
+            name: str(Path(path).absolute()) for name, path in paths.items() if path and not path.startswith(remote)
+        }
+    )
+
+
+def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Literal["max", "min"]]:
     """The metrics that an objective can name, and which way is better.
 
     Raises:
@@ -85,19 +108,20 @@ def metrics(data: DataSettings) -> Mapping[str, Literal["max", "min"]]:
     """
     if data.builtin is not None:
         return dict.fromkeys(("top1", "class_map", "copy_map", "mean_top1_copy_map"), "max")
-    return dict.fromkeys(images_of(data).metrics, "max")
+    return dict.fromkeys(images_of(data, files).metrics, "max")
 
 
-def data_problems(data: DataSettings, progress: Progress) -> list[str]:
+def data_problems(data: DataSettings, progress: Progress, files: Files | None = None) -> list[str]:
     """What is wrong with the images of a folder or a manifest, all at once; every file is opened.
 
     With `skip_broken`, only what makes the whole unusable; a warning tells which images will be left out.
     """
     if data.builtin is not None:
         return []
-    named = _cache(data).named
+    files = files or LocalFiles()
+    named = files.mirror(data.cache, data.cache_limit).named
     try:
-        dataset = images_of(data, progress)
+        dataset = images_of(data, files, progress)
         if not data.skip_broken:
             return shortened([named(problem) for problem in image_problems(dataset, progress)])
         _, left_out = leave_out(dataset, image_faults(dataset, progress))
@@ -112,7 +136,7 @@ def data_problems(data: DataSettings, progress: Progress) -> list[str]:
     return []
 
 
-def prepare(data: DataSettings, root: Path, progress: Progress) -> DataSettings:
+def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | None = None) -> DataSettings:
     """What to train on: a built-in source is written below `root`, unless it is there; paths become absolute.
 
     What lies in s3:// becomes a manifest below `root` that pins every object, so that all workers see the same, or
@@ -122,39 +146,33 @@ def prepare(data: DataSettings, root: Path, progress: Progress) -> DataSettings:
     Raises:
         DataError: the images cannot be used; see `data_problems`.
     """
-    if not data.cache.startswith("~"):  # a home is each machine's own
-        data = data.model_copy(update={"cache": _absolute(data.cache)})
+    data, files = _with_absolute_paths(data), files or LocalFiles()
     if data.builtin is not None:
         from multigrain.data.builtin import write_builtin
 
         folder = str(write_builtin(data, root.absolute(), progress))
         return DataSettings(folder=folder, cache=data.cache, cache_limit=data.cache_limit)
-    sources = {"folder": data.folder, "manifest": data.manifest}
-    data = data.model_copy(update={name: _absolute(source) for name, source in sources.items() if source is not None})
     if data.folder is not None and not (data.skip_broken or data.folder.startswith(SCHEME)):
         return data
-    dataset, cache = images_of(data, progress), _cache(data)
-    pins = remote.pins(dataset.paths, cache)
+    dataset, mirror = images_of(data, files, progress), files.mirror(data.cache, data.cache_limit)
+    pins = mirror.pins(dataset.paths)
     if not (data.skip_broken or pins):
         return data
     intact, left_out = leave_out(dataset, image_faults(dataset, progress)) if data.skip_broken else (dataset, {})
-    text = manifest_text(intact, {path: (f"{cache.url(path)}", pin) for path, pin in pins.items()})
+    text = manifest_text(intact, pins)
     skipped = "".join(f"{path}\t{fault}\n" for path, fault in left_out.items())
-    manifest = write_intact(text, cache.named(skipped), root.absolute())
+    manifest = write_intact(text, mirror.named(skipped), root.absolute())
     if left_out:
         listed = manifest.with_name("skipped.txt")
         warnings.warn(f"{len(left_out)} of {len(dataset.paths)} images left out, listed in {listed}", stacklevel=2)
     return DataSettings(manifest=str(manifest), cache=data.cache, cache_limit=data.cache_limit)
 
 
-def _absolute(path: str) -> str:
-    return path if path.startswith(SCHEME) else str(Path(path).absolute())
-
-
-def sources(data: DataSettings) -> list[DataPart]:
+def sources(data: DataSettings, files: Files | None = None) -> list[DataPart]:
     """The parts of prepared data, each with its digest; see `multigrain.data.fingerprint`."""
-    cache = _cache(data)
-    return [part._replace(where=cache.named(part.where)) for part in parts(images_of(data))]
+    files = files or LocalFiles()
+    named = files.mirror(data.cache, data.cache_limit).named
+    return [part._replace(where=named(part.where)) for part in parts(images_of(data, files))]
 
 
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
@@ -163,12 +181,16 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
 
 
 def fit(
-    spec: MultiGrainSpec, data: DataSettings, folder: Path, heartbeat: Heartbeat = no_heartbeat
+    spec: MultiGrainSpec,
+    data: DataSettings,
+    folder: Path,
+    heartbeat: Heartbeat = no_heartbeat,
+    files: Files | None = None,
 ) -> Iterator["EpochResult"]:
     """Train on prepared data; see `multigrain.training.fit.fit`."""
     import multigrain.training.fit
 
-    return multigrain.training.fit.fit(spec, images_of(data), folder, heartbeat=heartbeat)
+    return multigrain.training.fit.fit(spec, images_of(data, files), folder, heartbeat=heartbeat)
 
 
 def load(folder: Path) -> "Model":
@@ -178,11 +200,11 @@ def load(folder: Path) -> "Model":
     return inference.load(folder)
 
 
-def images(source: str) -> "Folder | Bucket":
+def images(source: str, files: Files | None = None) -> "FolderImages | BucketImages":
     """The images of a corpus to embed; see `multigrain.data.image_sources.images`."""
     from multigrain.data import image_sources
 
-    return image_sources.images(source)
+    return image_sources.images(source, files or LocalFiles())
 
 
 def export(folder: Path, out: Path) -> Mapping[str, Any]:
@@ -192,15 +214,15 @@ def export(folder: Path, out: Path) -> Mapping[str, Any]:
     return export.export(folder, out)
 
 
-def evaluate(folder: Path, settings: Evaluation, out: Path) -> "EvaluationResult":
+def evaluate(folder: Path, settings: Evaluation, out: Path, files: Files | None = None) -> "EvaluationResult":
     """Evaluate the model that `fit` left in `folder` on benchmarks; see `benchmarks.evaluate.run_benchmarks`."""
     from multigrain.benchmarks.evaluate import run_benchmarks
 
-    return run_benchmarks(folder, settings, out)
+    return run_benchmarks(folder, settings, out, files)
 
 
-def example(data: DataSettings) -> "pd.DataFrame":
+def example(data: DataSettings, files: Files | None = None) -> "pd.DataFrame":
     """Two held-out images, as `load`'s result takes them."""
     import pandas as pd
 
-    return pd.DataFrame({"image": [path.read_bytes() for path in images_of(data).val[:2]]})
+    return pd.DataFrame({"image": [path.read_bytes() for path in images_of(data, files).val[:2]]})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from multigrain.config.data import DataSettings
 from multigrain.config.finetune import FinetuneSpec as Spec
-from multigrain.hooks import Heartbeat, no_heartbeat
+from multigrain.hooks import Files, Heartbeat, no_heartbeat
 from multigrain.trainable import (  # noqa: F401 - all but its settings and how it is done is that of training
     Data,
     Evaluation,
@@ -46,8 +46,10 @@ def worker_problems(spec: Spec, workers: int) -> list[str]:
     return problems
 
 
-def fit(spec: Spec, data: DataSettings, folder: Path, heartbeat: Heartbeat = no_heartbeat) -> Iterator["EpochResult"]:
+def fit(
+    spec: Spec, data: DataSettings, folder: Path, heartbeat: Heartbeat = no_heartbeat, files: Files | None = None
+) -> Iterator["EpochResult"]:
     """Fine-tune p on prepared data; see `multigrain.training.finetune.fit`."""
     import multigrain.training.finetune
 
-    return multigrain.training.finetune.fit(spec, images_of(data), folder, heartbeat=heartbeat)
+    return multigrain.training.finetune.fit(spec, images_of(data, files), folder, heartbeat=heartbeat)

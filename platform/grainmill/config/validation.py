@@ -24,6 +24,7 @@ from grainmill.config.space import (
 )
 from grainmill.config.yaml_document import Document, Location, Overrides, dotted
 from grainmill.storage import workspace
+from grainmill.storage.mirror import S3Files
 
 COSTS: Mapping[str, catalog.Direction] = {"cpu_seconds": "min", "gpu_seconds": "min"}
 """Metrics of every trial, whatever is trained: seconds times what was reserved, up to the epoch."""
@@ -122,10 +123,11 @@ def between_sections(
     What only the machine can tell that sees the files named there is left out unless it is `here`.
     """
     if here and "data" in parts:
-        messages = trainable.data_problems(parts["data"], progress)
+        files = S3Files()
+        messages = trainable.data_problems(parts["data"], progress, files)
         yield from ((("data",), message) for message in messages)
         if not messages:
-            yield from _metric_problems({**trainable.metrics(parts["data"]), **COSTS}, parts)
+            yield from _metric_problems({**trainable.metrics(parts["data"], files), **COSTS}, parts)
     yield from _place_problems(parts)
     if {"search", "base"} <= parts.keys() and (parts["search"].grace_epochs or 1) > parts["base"].epochs:
         message = f"must be at most base.epochs, got {parts['search'].grace_epochs} of {parts['base'].epochs}"

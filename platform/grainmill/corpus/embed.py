@@ -19,6 +19,7 @@ from grainmill.cluster.session import connect
 from grainmill.corpus import index
 from grainmill.corpus.embedder import Embedder, ModelIdentity
 from grainmill.errors import CorpusError, ResourceError
+from grainmill.storage.mirror import S3Files
 
 BLOCK = 256
 """Images that a worker is given at once, and reads ahead at most."""
@@ -100,7 +101,7 @@ def embed(
 def listed(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequence[str]]:
     """The images of a source, and their names, one at least."""
     try:
-        images = trainable.find(identity.trainable).images(source)
+        images = trainable.find(identity.trainable).images(source, S3Files())
         names = images.names()
     except ValueError as error:
         raise CorpusError(str(error)) from error

@@ -15,6 +15,7 @@ from grainmill.corpus import index, nearest, thumbnails
 from grainmill.corpus.embedder import Embedder
 from grainmill.corpus.index import Index
 from grainmill.errors import CorpusError
+from grainmill.storage.mirror import S3Files
 
 PRECISION = 0.9
 """That a list of copies has, as estimated, unless a threshold is given."""
@@ -177,7 +178,7 @@ def _content(path: Path) -> bytes | str:
 def _reader(made: Index) -> Callable[[str], bytes | None]:
     """Contents of an index's images; None of those that are gone."""
     try:
-        images = trainable.find(made.record.model.trainable).images(made.record.source)
+        images = trainable.find(made.record.model.trainable).images(made.record.source, S3Files())
     except (LookupError, ValueError):
         return lambda _: None
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from grainmill import trainable as catalog
 from grainmill.errors import EvaluationError, ResourceError
 from grainmill.execution.training_job import StudySetup
+from grainmill.storage.mirror import S3Files
 
 START_SECONDS = "10"
 """For room to be found for a group, before Ray Train looks anew for how many workers there is room: when a node has
@@ -25,7 +26,7 @@ def run_evaluation(trainable: catalog.Trainable, folder: Path, settings: Any, ou
         EvaluationError: it cannot be evaluated.
     """
     try:
-        return trainable.evaluate(folder, settings, out)
+        return trainable.evaluate(folder, settings, out, S3Files())
     except (OSError, ValueError) as error:
         raise EvaluationError(str(error)) from error
 

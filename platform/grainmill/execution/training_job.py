@@ -12,6 +12,7 @@ from typing import Any
 from grainmill import trainable as catalog
 from grainmill.config.resources import Need, Resources, Workers
 from grainmill.storage import workspace
+from grainmill.storage.mirror import S3Files
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def epochs(
     done = 0
     with workspace.opened(job.folder) as kept, kept.followed():
         _meet()
-        for result in trainable.fit(spec, data, kept.path, heartbeat):
+        for result in trainable.fit(spec, data, kept.path, heartbeat, S3Files()):
             kept.push()
             metrics = {"epoch": result.epoch, **result.metrics}
             # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from grainmill.errors import BusyError, StorageError
 from grainmill.storage import s3
-from grainmill.storage.s3 import Found, Objects
+from grainmill.storage.s3 import S3Object, S3Prefix
 
 LEASE = ".lease"
 EXPIRES_SECONDS = 60.0
@@ -27,13 +27,13 @@ POLL_SECONDS = 1.0
 class Tenure:
     """The right to work in a folder."""
 
-    def __init__(self, store: Objects) -> None:
+    def __init__(self, store: S3Prefix) -> None:
         self._store, self._beats, self._until = store, 0, 0.0
         self._etag: str | None = None
         self._who = {"host": socket.gethostname(), "pid": os.getpid(), "token": str(uuid4())}
         self._one_at_a_time = threading.Lock()
 
-    def renew(self, store: Objects | None = None) -> bool:
+    def renew(self, store: S3Prefix | None = None) -> bool:
         """Put it off that others take us for dead; whether nobody has done so."""
         with self._one_at_a_time:
             began = time.monotonic()
@@ -43,7 +43,7 @@ class Tenure:
                 self._etag, self._beats, self._until = etag, self._beats + 1, began + EXPIRES_SECONDS
             return etag is not None
 
-    def take(self, left: Found | None) -> bool:
+    def take(self, left: S3Object | None) -> bool:
         """Begin, in place of what a dead process has left; whether nobody was faster."""
         self._etag = left and left.etag
         return self.renew()
@@ -109,7 +109,7 @@ def held(url: str, what: str, note: Callable[[str], None]) -> Iterator[Callable[
                 tenure.give_back()
 
 
-def _left(store: Objects, what: str, note: Callable[[str], None]) -> Found | None:
+def _left(store: S3Prefix, what: str, note: Callable[[str], None]) -> S3Object | None:
     """What a dead holder has left, None if there is no holder; waits until that is sure."""
     began, before = time.monotonic(), store.get(LEASE)
     found = before
@@ -128,14 +128,14 @@ def _left(store: Objects, what: str, note: Callable[[str], None]) -> Found | Non
     return found
 
 
-def _holder(found: Found | None) -> str:
+def _holder(found: S3Object | None) -> str:
     if found is None:
         return "one that has ended"
     who = json.loads(found.body)
     return f"process {who['pid']} on {who['host']}, alive {found.age:.0f} seconds ago"
 
 
-def _probe(store: Objects) -> None:
+def _probe(store: S3Prefix) -> None:
     """Make sure that objects can be written, read and deleted, before anything begins."""
     name = f".probe-{uuid4()}"
     store.put(name, b"", None)

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from grainmill.errors import StorageError
 from grainmill.storage import s3
-from grainmill.storage.s3 import Objects, Stored
+from grainmill.storage.s3 import S3Entry, S3Prefix
 
 INDEX = ".index.json"
 WORK = "~/.cache/grainmill/.work"
@@ -60,7 +60,7 @@ class Folder:
 class Vault(Folder):
     """A copy of a folder in S3. Several processes may have one; only those that change something write."""
 
-    def __init__(self, store: Objects, path: Path, besides: Collection[str]) -> None:
+    def __init__(self, store: S3Prefix, path: Path, besides: Collection[str]) -> None:
         super().__init__(path)
         self._store, self._besides = store, besides
         self._etag: str | None = None
@@ -68,7 +68,7 @@ class Vault(Folder):
         self._known: dict[str, _Stamp] = {}
         """Files that are in the bucket as they are here."""
         self._strays: set[str] = set()
-        """Objects that do not belong to the folder."""
+        """S3Prefix that do not belong to the folder."""
         self._me = str(uuid4())
         self._one_at_a_time = threading.Lock()
 
@@ -108,7 +108,7 @@ class Vault(Folder):
         """
         self._push(self._store)
 
-    def _push(self, store: Objects) -> None:
+    def _push(self, store: S3Prefix) -> None:
         with self._one_at_a_time:
             found = self._whole()
             if found == self._known:
@@ -142,7 +142,7 @@ class Vault(Folder):
             with suppress(StorageError, FileNotFoundError):  # an error that ends the block is the one to tell
                 self._push(store)
 
-    def _look(self) -> tuple[str | None, set[str], dict[str, Stored]]:
+    def _look(self) -> tuple[str | None, set[str], dict[str, S3Entry]]:
         """The index's ETag, the names of the files, and all objects that could be some."""
         index = self._store.get(INDEX)
         there = {name: one for name, one in self._store.listed().items() if self._ours(name)}
@@ -150,7 +150,7 @@ class Vault(Folder):
             return None, set(there), there
         return index.etag, set(json.loads(index.body)["files"]), there
 
-    def _bring(self, store: Objects, found: Mapping[str, _Stamp]) -> bool:
+    def _bring(self, store: S3Prefix, found: Mapping[str, _Stamp]) -> bool:
         """Whether it worked; not if somebody else has written the index."""
         if self._etag is None and not self._point(store, self._known):  # from here on, what is not named does not count
             return False
@@ -167,7 +167,7 @@ class Vault(Folder):
         self._strays.clear()
         return True
 
-    def _point(self, store: Objects, names: Iterable[str]) -> bool:
+    def _point(self, store: S3Prefix, names: Iterable[str]) -> bool:
         body = json.dumps({"files": sorted(names), "writer": self._me}, indent=1).encode()
         etag = store.put(INDEX, body, self._etag)
         self._etag = etag or self._etag

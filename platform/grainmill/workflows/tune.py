@@ -28,6 +28,7 @@ from grainmill.search.records import TrialRecord
 from grainmill.search.selection import Candidate
 from grainmill.search.study import Study
 from grainmill.storage import workspace
+from grainmill.storage.mirror import S3Files
 from grainmill.storage.provenance import environment
 from grainmill.tracking.mlflow_runs import PARENT, Tracker, check_server, translate_errors
 from grainmill.workflows import run_folder
@@ -141,6 +142,7 @@ class _Run:
     experiment: Experiment
     trainable: catalog.Trainable
     data: Any
+    files: S3Files
     home: run_folder.Run
     tracker: Tracker
     observer: Observer
@@ -154,11 +156,12 @@ class _Run:
         """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
         with run_folder.claim(experiment, kind, observer.message) as home:
             trainable = catalog.find(experiment.trainable)
-            data = _prepared(trainable, experiment, progress)
+            files = S3Files()
+            data = _prepared(trainable, experiment, progress, files)
             tracker = Tracker(tracking_uri, experiment.name, experiment.storage)
             parent = _parent(tracker, experiment, home)
             try:
-                yield cls(experiment, trainable, data, home, tracker, observer, parent)
+                yield cls(experiment, trainable, data, files, home, tracker, observer, parent)
             except BaseException as error:
                 with suppress(TrackingError):  # the error that came first is the one to tell
                     check_server(tracking_uri)
@@ -223,7 +226,7 @@ class _Run:
                 run_id,
                 experiment.tracking.model or experiment.name,
                 kept.path,
-                self.trainable.example(self.data),
+                self.trainable.example(self.data, self.files),
                 {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
                 self._model_card(plan, chosen, final),
             )
@@ -261,7 +264,7 @@ class _Run:
             plan.trainable,
             _resolved(self.experiment),
             places,
-            self.trainable.sources(self.data),
+            self.trainable.sources(self.data, self.files),
             environment(),
             {**machine(), "workers": f"{_range(plan.workers)} of {bundle}"},
             {name: final.cost[name] for name in COSTS if name in final.cost},
@@ -281,13 +284,13 @@ def _resolved(experiment: Experiment) -> str:
     return to_yaml(experiment.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: catalog.Progress) -> Any:
+def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: catalog.Progress, files: S3Files) -> Any:
     """The data to train with; what is built in lies where all nodes see it."""
     storage = workspace.absolute(experiment.storage)
     # In S3 beside the runs of the name: whoever works under another must not write there.
     place = f"{storage}/{experiment.name}/data" if workspace.remote(storage) else f"{storage}/data"
     with workspace.opened(place) as images:
-        data = trainable.prepare(experiment.data, images.path, progress)
+        data = trainable.prepare(experiment.data, images.path, progress, files)
         images.push()
         written = {
             name: place + value.removeprefix(str(images.path))

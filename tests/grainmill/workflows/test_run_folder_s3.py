@@ -8,6 +8,7 @@ from grainmill.config.experiment import experiment_model
 from grainmill.errors import BusyError, NameTakenError, StorageError
 from grainmill.execution.training_job import TrainingJob, epochs
 from grainmill.storage import lock, workspace
+from grainmill.storage.mirror import S3Files
 from grainmill.trainable import no_progress
 from grainmill.workflows import evaluate, run_folder, tune
 
@@ -89,7 +90,7 @@ class Drawn:
     Data = toy.Data
 
     @staticmethod
-    def prepare(data, root, _):
+    def prepare(data, root, *_):
         root.mkdir(parents=True, exist_ok=True)
         made = root / "drawn"
         made.write_text("picture")
@@ -97,9 +98,9 @@ class Drawn:
 
 
 def test_built_in_data_are_where_all_nodes_see_them(storage, tmp_path):
-    data = tune._prepared(Drawn, experiment(storage), no_progress)
+    data = tune._prepared(Drawn, experiment(storage), no_progress, S3Files())
     assert (data.diary, data.gate) == (f"{storage}/far/data/drawn", "/elsewhere")
     assert seen_by_another(f"{storage}/far/data") == {"drawn": "picture"}
-    here = tune._prepared(Drawn, experiment(str(tmp_path / "here")), no_progress)
+    here = tune._prepared(Drawn, experiment(str(tmp_path / "here")), no_progress, S3Files())
     assert here.diary == str(tmp_path / "here" / "data" / "drawn")
     assert workspace.read(str(tmp_path / "here" / "data"), "drawn") == "picture"

@@ -2,14 +2,15 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from layouts import draw, holidays, imagenet
 
 from multigrain.benchmarks.inputs import inputs
 from multigrain.config.evaluation import Evaluation, Serve
-from multigrain.data import remote
 from multigrain.errors import DataError
+from multigrain.hooks import LocalFiles
 
 ON = {"ukbench": "y"}
 CLASSES = ("ant", "bee")
@@ -58,20 +59,24 @@ def test_a_setting_to_serve(p):
 
 
 @pytest.fixture
-def mirrored(monkeypatch, tmp_path):
-    """What is asked of the mirror, whose buckets lie below a folder."""
+def mirrored(tmp_path):
+    """Sources that are asked for, with the folder of the mirror, and the `Files` whose buckets lie below a folder."""
     asked = []
 
-    def local(source, cache):
-        if not source.startswith("s3://"):
-            return Path(source)
-        asked.append((source, cache.folder))
-        if "closed" in source:
-            raise DataError([f"{source} is closed"])
-        return tmp_path / "mirror" / source.removeprefix("s3://")
+    class Mirrored(LocalFiles):
+        def mirror(self, cache, limit):
+            self.cache = Path(cache).expanduser()
+            return self
 
-    monkeypatch.setattr(remote, "local", local)
-    return asked
+        def fetch(self, source, progress):
+            if not source.startswith("s3://"):
+                return Path(source)
+            asked.append((source, self.cache))
+            if "closed" in source:
+                raise ValueError(f"{source} is closed")
+            return tmp_path / "mirror" / source.removeprefix("s3://")
+
+    return SimpleNamespace(asked=asked, files=Mirrored())
 
 
 def test_folders_in_s3_are_read_through_the_cache(mirrored, tmp_path, monkeypatch):
@@ -81,17 +86,19 @@ def test_folders_in_s3_are_read_through_the_cache(mirrored, tmp_path, monkeypatc
     draw(mirror / "white/deep", *(f"{number}.png" for number in range(6)))
     draw(mirror / "train", *(f"{name}/{number}.png" for name in CLASSES for number in range(3)))
     sources = {"whiten": "s3://pail/white", "proxy": "s3://pail/train"}
-    found = inputs(Evaluation(on={"holidays": "s3://pail/sets/holidays"}, **sources), CLASSES, C)
+    found = inputs(Evaluation(on={"holidays": "s3://pail/sets/holidays"}, **sources), CLASSES, C, mirrored.files)
     (benchmark,) = found.benchmarks
     assert benchmark.name == "holidays"
     assert benchmark.database[0].path == mirror / "sets/holidays/jpg/100000.jpg"
     assert found.whitening == [mirror / f"white/deep/{number}.png" for number in range(6)]
     assert found.proxy.classes == CLASSES
     cache = tmp_path / "home/.cache/grainmill"
-    assert mirrored == [(f"s3://pail/{name}", cache) for name in ("sets/holidays", "white", "train")]
-    mirrored.clear()
-    inputs(Evaluation(on={"holidays": "s3://pail/sets/holidays"}, cache=str(tmp_path / "here")), CLASSES, C)
-    assert mirrored == [("s3://pail/sets/holidays", tmp_path / "here")]
+    assert mirrored.asked == [(f"s3://pail/{name}", cache) for name in ("sets/holidays", "white", "train")]
+    mirrored.asked.clear()
+    inputs(
+        Evaluation(on={"holidays": "s3://pail/sets/holidays"}, cache=str(tmp_path / "here")), CLASSES, C, mirrored.files
+    )
+    assert mirrored.asked == [("s3://pail/sets/holidays", tmp_path / "here")]
 
 
 def test_without_whitening_and_proxy_only_benchmarks_are_read(tmp_path):
@@ -152,7 +159,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, mirrored):
     }
     settings = Evaluation(on=on, whiten=str(tmp_path / "white"), proxy="s3://closed/y")
     with pytest.raises(DataError) as caught:
-        inputs(settings, CLASSES, C)
+        inputs(settings, CLASSES, C, mirrored.files)
     starts = (
         f"the root of holidays must be a folder, but there is nothing at {tmp_path / 'no'}",
         "s3://closed/x is closed",

@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 
+from grainmill.storage.mirror import S3Files
 from multigrain.data import image_sources
 from multigrain.errors import DataError
+from multigrain.hooks import LocalFiles
 
 
 def write(root, *names):
@@ -17,7 +19,7 @@ def write(root, *names):
 
 def test_a_folder_has_the_images_below_it_in_a_fixed_order(tmp_path):
     write(tmp_path, "b/2.JPG", "b/1.png", "a.webp", "notes.txt", "c/deep/er.tiff", "index.json")
-    images = pickle.loads(pickle.dumps(image_sources.images(str(tmp_path))))
+    images = pickle.loads(pickle.dumps(image_sources.images(str(tmp_path), LocalFiles())))
     assert images.names() == ["a.webp", "b/1.png", "b/2.JPG", "c/deep/er.tiff"]
     assert images.read("b/2.JPG") == b"b/2.JPG"
     with pytest.raises(ValueError, match=r"cannot be read \(No such file"):
@@ -27,7 +29,7 @@ def test_a_folder_has_the_images_below_it_in_a_fixed_order(tmp_path):
 def test_a_manifest_has_the_images_of_its_column_each_once(tmp_path):
     write(tmp_path, "a.jpg", "sub/b.jpg")
     (tmp_path / "list.csv").write_text(f"role,image\ndatabase,sub/b.jpg\nquery,{tmp_path}/a.jpg\nquery,sub/b.jpg\n\n")
-    images = pickle.loads(pickle.dumps(image_sources.images(str(tmp_path / "list.csv"))))
+    images = pickle.loads(pickle.dumps(image_sources.images(str(tmp_path / "list.csv"), LocalFiles())))
     assert images.names() == ["sub/b.jpg", f"{tmp_path}/a.jpg"]
     assert [images.read(name) for name in images.names()] == [b"sub/b.jpg", b"a.jpg"]
 
@@ -43,18 +45,18 @@ def test_a_manifest_has_the_images_of_its_column_each_once(tmp_path):
 def test_all_that_is_wrong_with_a_manifest_is_told(tmp_path, text, told):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError) as caught:
-        image_sources.images(str(tmp_path / "list.csv")).names()
+        image_sources.images(str(tmp_path / "list.csv"), LocalFiles()).names()
     assert len(caught.value.problems) == len(told)
     assert all(words in problem for words, problem in zip(told, caught.value.problems, strict=True))
 
 
 def test_what_is_no_source_is_told(tmp_path):
     with pytest.raises(DataError, match=r"there is no folder .*nowhere; name one"):
-        image_sources.images(str(tmp_path / "nowhere"))
+        image_sources.images(str(tmp_path / "nowhere"), LocalFiles())
     with pytest.raises(DataError, match="the manifest must exist"):
-        image_sources.images(str(tmp_path / "nowhere.csv")).names()
+        image_sources.images(str(tmp_path / "nowhere.csv"), LocalFiles()).names()
     with pytest.raises(DataError, match="must be s3://bucket/prefix"):
-        image_sources.images("s3://user:password@host/x")
+        image_sources.images("s3://user:password@host/x", S3Files())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -62,13 +64,13 @@ def test_a_folder_that_is_closed_is_told(tmp_path):
     write(tmp_path, "a/b.jpg")
     (tmp_path / "a").chmod(0)
     with pytest.raises(DataError, match=r"Permission denied.*change its permissions"):
-        image_sources.images(str(tmp_path)).names()
+        image_sources.images(str(tmp_path), LocalFiles()).names()
     (tmp_path / "a").chmod(0o700)
 
 
 def test_a_bucket_has_the_images_below_a_prefix(bucket):
     bucket.put(**{"set/b/2.jpg": b"two", "set/1.png": b"one", "set/notes.txt": b"x", "other/3.png": b"three"})
-    images = pickle.loads(pickle.dumps(image_sources.images(f"s3://{bucket.name}/set")))
+    images = pickle.loads(pickle.dumps(image_sources.images(f"s3://{bucket.name}/set", S3Files())))
     assert images.names() == ["1.png", "b/2.jpg"]
     assert [images.read(name) for name in images.names()] == [b"one", b"two"]
     with pytest.raises(ValueError, match="must stay as it was listed"):
@@ -77,10 +79,10 @@ def test_a_bucket_has_the_images_below_a_prefix(bucket):
 
 def test_a_bucket_without_permission_is_told(bucket, proxy):
     bucket.put(**{"set/1.png": b"one"})
-    images = image_sources.images(f"s3://{bucket.name}/set/")
+    images = image_sources.images(f"s3://{bucket.name}/set/", S3Files())
     proxy.faults[f"/{bucket.name}"] = [(403, "AccessDenied")] * 9
     with pytest.raises(DataError, match="access is denied; allow s3:ListBucket and s3:GetObject"):
         images.names()
     proxy.faults = {f"/{bucket.name}/set/1.png": [(403, "AccessDenied")] * 9}
-    with pytest.raises(DataError, match=r"set/1.png must be open to these credentials"):
+    with pytest.raises(ValueError, match=r"set/1.png must be open to these credentials"):
         images.read("1.png")

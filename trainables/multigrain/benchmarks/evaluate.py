@@ -25,6 +25,7 @@ from multigrain.data.transforms import EvaluationTransform
 from multigrain.errors import DataError
 from multigrain.evaluation import embed
 from multigrain.evaluation.embed import Setting
+from multigrain.hooks import Files
 from multigrain.models import checkpoint, served_setting
 from multigrain.models.multigrain import MultiGrain, network_of
 from multigrain.models.whitening import Whitening
@@ -61,7 +62,7 @@ class EvaluationResult:
     of `model`."""
 
 
-def run_benchmarks(folder: Path, settings: Evaluation, out: Path) -> EvaluationResult:
+def run_benchmarks(folder: Path, settings: Evaluation, out: Path, files: Files | None = None) -> EvaluationResult:
     """Evaluate the newest intact checkpoint below a training folder.
 
     Images pass through the trunk once for each size; retrieval sees them whole (`rect`), classification as the
@@ -85,7 +86,7 @@ def run_benchmarks(folder: Path, settings: Evaluation, out: Path) -> EvaluationR
     if saved is None:
         raise FileNotFoundError(f"an evaluation needs a trained network, but {folder} holds no intact checkpoint")
     network, spec = network_of(saved)
-    found = inputs(settings, saved.state["classes"], network.classifier.in_features)
+    found = inputs(settings, saved.state["classes"], network.classifier.in_features, files)
     model = out / "model"
     if settings.serve and model.exists() and not served_setting.is_served(model):
         raise DataError([f"a model to serve goes to {model}, but something else is there; move it or name another out"])

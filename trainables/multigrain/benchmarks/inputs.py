@@ -11,11 +11,10 @@ from typing import NamedTuple, TypeVar
 from multigrain.benchmarks import readers
 from multigrain.benchmarks.base import Benchmark, images, noted, some
 from multigrain.config.evaluation import Evaluation
-from multigrain.data import remote
-from multigrain.data.cache import Cache
 from multigrain.data.dataset import Dataset
 from multigrain.data.folders import read_dataset
 from multigrain.errors import DataError
+from multigrain.hooks import Files, LocalFiles, Mirror, data_errors, no_progress
 
 Found = TypeVar("Found")
 
@@ -29,16 +28,18 @@ class Inputs(NamedTuple):
     proxy: Dataset | None
 
 
-def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int) -> Inputs:
+def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int, files: Files | None = None) -> Inputs:
     """All that an evaluation reads; no image is opened.
 
     Args:
         classes: of the network.
         channels: C, of its embeddings.
+        files: access to sources in S3.
     Raises:
         DataError: with everything for which the evaluation cannot be.
     """
     problems: list[str] = []
+    mirror = (files or LocalFiles()).mirror(evaluation.cache, evaluation.cache_limit)
 
     def kept(read: Callable[[], Found]) -> list[Found]:
         try:
@@ -47,19 +48,19 @@ def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int) -> Inp
             problems.extend(error.problems)
             return []
 
-    on = kept(lambda: _sets(evaluation, classes))
-    whitening = kept(lambda: _whitening_images(evaluation, channels))
-    proxy = kept(lambda: _proxy_images(evaluation, classes))
+    on = kept(lambda: _sets(evaluation, classes, mirror))
+    whitening = kept(lambda: _whitening_images(evaluation, channels, mirror))
+    proxy = kept(lambda: _proxy_images(evaluation, classes, mirror))
     if problems:
         raise DataError(problems)
     return Inputs(on[0], whitening[0], proxy[0])
 
 
-def _sets(evaluation: Evaluation, classes: Sequence[str]) -> list[Benchmark]:
+def _sets(evaluation: Evaluation, classes: Sequence[str], mirror: Mirror) -> list[Benchmark]:
     found, problems = [], []
     for name, source in evaluation.on.items():
         try:
-            found.append(readers.read(name, _local(evaluation, source)))
+            found.append(readers.read(name, _local(mirror, source)))
         except DataError as error:
             problems += error.problems
     problems += [
@@ -72,14 +73,14 @@ def _sets(evaluation: Evaluation, classes: Sequence[str]) -> list[Benchmark]:
     return found
 
 
-def _whitening_images(evaluation: Evaluation, channels: int) -> list[Path]:
+def _whitening_images(evaluation: Evaluation, channels: int, mirror: Mirror) -> list[Path]:
     if evaluation.whiten is None:
         return []
     most = channels + 1  # a constant channel is appended
     if evaluation.dimension is not None and evaluation.dimension > most:
         got = f"dimension must be at most {most}, the network's channels and one more, got {evaluation.dimension}"
         raise DataError([f"{got}; lower it or leave it out"])
-    source = _local(evaluation, evaluation.whiten)
+    source = _local(mirror, evaluation.whiten)
     found = _listed(source) if source.is_file() else images(source, deep=True)
     if not found:
         raise DataError([f"whitening needs images, but there are none in {source.absolute()}; name another folder"])
@@ -98,10 +99,10 @@ def _listed(file: Path) -> list[Path]:
     return sorted({*paths})
 
 
-def _proxy_images(evaluation: Evaluation, classes: Sequence[str]) -> Dataset | None:
+def _proxy_images(evaluation: Evaluation, classes: Sequence[str], mirror: Mirror) -> Dataset | None:
     if evaluation.proxy is None:
         return None
-    folder = _local(evaluation, evaluation.proxy)
+    folder = _local(mirror, evaluation.proxy)
     found = read_dataset(folder)
     if list(found.classes) != list(classes):
         got = f"proxy needs images of the network's {len(classes)} classes ({some(classes)})"
@@ -110,10 +111,7 @@ def _proxy_images(evaluation: Evaluation, classes: Sequence[str]) -> Dataset | N
     return found
 
 
-def _local(evaluation: Evaluation, source: str) -> Path:
-    """The local path of a folder or file; what lies in s3:// is read into `cache`.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    return remote.local(source, Cache(Path(evaluation.cache).expanduser().absolute(), evaluation.cache_limit))
+def _local(mirror: Mirror, source: str) -> Path:
+    """Return the local path of a folder or file; what is in S3 is read first."""
+    with data_errors():
+        return mirror.fetch(source, no_progress)

@@ -5,20 +5,17 @@ No torch here, and nothing is read but what lists them: a corpus may be larger t
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from multigrain.data import buckets
 from multigrain.data.folders import SUFFIXES
 from multigrain.data.manifest import Reader
 from multigrain.errors import DataError
+from multigrain.hooks import SCHEME, Files, Objects, data_errors
 
 
 @dataclass(frozen=True)
-class Folder:
+class FolderImages:
     """The image files below a folder, named by their path from there; links to folders are not followed."""
 
     root: Path
@@ -42,7 +39,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Listed(Folder):
+class ListedImages(FolderImages):
     """The images that a manifest names, in its column `image`; the root is the folder that it lies in."""
 
     file: Path
@@ -67,54 +64,38 @@ class Listed(Folder):
 
 
 @dataclass(frozen=True)
-class Bucket:
+class BucketImages:
     """The images below a prefix in S3, named by their key from there."""
 
-    source: str
+    objects: Objects
 
     def names(self) -> Sequence[str]:
-        """As in `Folder.names`."""
-        bucket, _ = buckets.parsed(self.source)
-        with buckets.told(self.source, self._client):
-            stored = buckets.listed(self._client, bucket, self._prefix)
-        return [name for one in stored if _is_image(name := one.key.removeprefix(self._prefix))]
+        """List the images; see `FolderImages.names`."""
+        with data_errors():
+            return [name for name in self.objects.names() if _is_image(name)]
 
     def read(self, name: str) -> bytes:
-        """As in `Folder.read`; many threads may."""
-        bucket, _ = buckets.parsed(self.source)
-        with buckets.told(f"s3://{bucket}/{self._prefix}{name}", self._client):
-            return self._client.get_object(Bucket=bucket, Key=self._prefix + name)["Body"].read()
-
-    @cached_property
-    def _prefix(self) -> str:
-        bucket, key = buckets.parsed(self.source)
-        with buckets.told(self.source, self._client):
-            return buckets.prefix_of(self._client, bucket, key)
-
-    @cached_property
-    def _client(self) -> Any:
-        return ExitStack().enter_context(buckets.connect(self.source))
-
-    def __reduce__(self) -> tuple[type["Bucket"], tuple[str]]:
-        return Bucket, (self.source,)  # another process gets a client of its own
+        """Read an image; many threads may. Raises ValueError with the reason why it cannot be read."""
+        return self.objects.read(name)
 
 
-def images(source: str) -> Folder | Bucket:
-    """The images of a corpus.
+def images(source: str, files: Files) -> FolderImages | BucketImages:
+    """Open the images of a corpus.
 
     Args:
         source: a folder, a CSV file as in `manifest` of which only the column `image` counts, or `s3://bucket/prefix`.
+        files: access to S3.
     Raises:
-        DataError: it is none of these.
+        DataError: the source is none of these.
     """
-    if source.startswith("s3://"):
-        buckets.parsed(source)
-        return Bucket(source)
+    if source.startswith(SCHEME):
+        with data_errors():
+            return BucketImages(files.objects(source))
     path = Path(source).absolute()
     if source.lower().endswith(".csv"):
-        return Listed(path.parent, path)
+        return ListedImages(path.parent, path)
     if os.path.isdir(path):
-        return Folder(path)
+        return FolderImages(path)
     rule = "images must be in a folder, a manifest (.csv) or s3://bucket/prefix"
     raise DataError([f"{rule}, but there is no folder {path}; name one that exists"])
 

@@ -18,13 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from multigrain.data import remote
-from multigrain.data.buckets import SCHEME, parsed
-from multigrain.data.cache import Cache
 from multigrain.data.dataset import Copies, Dataset
 from multigrain.data.folders import split
 from multigrain.errors import DataError
-from multigrain.hooks import Progress, no_progress
+from multigrain.hooks import SCHEME, LocalFiles, Mirror, Pin, Progress, data_errors, no_progress
 
 COLUMNS = ("image", "class", "role", "instance_id")
 REQUIRED = ("image", "class")
@@ -48,10 +45,9 @@ class Row(NamedTuple):
 class Reader:
     """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
 
-    def __init__(self, file: Path, cache: Cache | None = None, progress: Progress = no_progress) -> None:
-        """Read a manifest; what it names in s3:// is mirrored in a cache, if there is one."""
+    def __init__(self, file: Path, mirror: Mirror | None = None, progress: Progress = no_progress) -> None:
         self.file = file.absolute()
-        self.cache, self.progress = cache, progress
+        self.mirror, self.progress = mirror or LocalFiles(), progress
         self.problems: list[str] = []
 
     def add(self, line: int, problem: str) -> None:
@@ -98,8 +94,7 @@ class Reader:
 
     def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[Row]:
         """The rows that say enough to be looked at together."""
-        if self.cache is not None:
-            self._fetch(self.cache, header, records)
+        self._fetch(header, records)
         rows = []
         for line, values in records:
             if len(values) != len(header):
@@ -107,7 +102,9 @@ class Reader:
                 continue
             cells = {name: value if value.strip() else "" for name, value in zip(header, values, strict=True)}
             image, label, role = cells["image"], cells["class"], cells.get("role", "")
-            row = Row(line, self._path(image), image, label, role, cells.get("instance_id", ""))
+            if (path := self._path(image)) is None:
+                continue
+            row = Row(line, path, image, label, role, cells.get("instance_id", ""))
             needed = {"image": True, "class": role in OF_CLASSES, "role": "role" in header}
             empty = [name for name in needed if needed[name] and not cells[name]]
             for name in empty:
@@ -123,21 +120,25 @@ class Reader:
         self._check_repeats(rows)
         return rows
 
-    def _path(self, image: str) -> Path:
-        path = self.file.parent / image
-        if self.cache is None:
-            return path
+    def _path(self, image: str) -> Path | None:
+        """Return the local path of an image; None for a URL that `_fetch` has refused."""
         if image.startswith(SCHEME):
-            return self.cache.path(image)
-        return Path(os.path.normpath(path)) if self.cache.url(path) else path
+            try:
+                return self.mirror.path(image)
+            except ValueError:
+                return None
+        path = self.file.parent / image
+        return Path(os.path.normpath(path)) if self.mirror.url(path) else path
 
-    def _fetch(self, cache: Cache, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> None:
-        """Mirror the objects that rows name."""
-        wanted: dict[str, remote.Pin | None] = {}
+    def _fetch(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> None:
+        """Read the objects that rows name."""
+        wanted: dict[str, Pin | None] = {}
         for line, values in records:
             cells = dict(zip(header, values, strict=False))
             image = cells.get("image", "")
-            url = image if image.startswith(SCHEME) else cache.url(self._path(image)) if image.strip() else None
+            url: str | None = image
+            if not image.startswith(SCHEME):
+                url = self.mirror.url(Path(os.path.normpath(self.file.parent / image))) if image.strip() else None
             if url:
                 size, etag = (cells.get(name, "") for name in PINS)
                 if bool(size) != bool(etag) or (size and not re.fullmatch("[0-9]{1,15}", size)):
@@ -146,12 +147,13 @@ class Reader:
                     )
                     continue
                 try:
-                    parsed(url)
-                except DataError as error:
+                    self.mirror.path(url)
+                except ValueError as error:
                     self.add(line, str(error))
                 else:
-                    wanted[url] = remote.Pin(int(size), etag) if size else None
-        remote.fetch(wanted, cache, self.progress)
+                    wanted[url] = (int(size), etag) if size else None
+        with data_errors():
+            self.mirror.fetch_objects(wanted, self.progress)
 
     def _check_repeats(self, rows: Sequence[Row]) -> None:
         first: dict[tuple[str, Path], int] = {}
@@ -212,19 +214,19 @@ class Reader:
 
 
 def read_manifest(
-    file: Path, val_share: float = 0.2, cache: Cache | None = None, progress: Progress = no_progress
+    file: Path, val_share: float = 0.2, mirror: Mirror | None = None, progress: Progress = no_progress
 ) -> Dataset:
     """List the images that a manifest names, in its order; without a column `role`, they are split as a folder's are.
 
     Args:
         file: the manifest.
         val_share: of each class.
-        cache: for images in s3://; without one, there are none.
+        mirror: gives access to images in S3; without it, all images must be local files.
         progress: shows the progress of reading them.
     Raises:
         DataError: with everything that is wrong about the manifest.
     """
-    reader = Reader(file, cache, progress)
+    reader = Reader(file, mirror, progress)
     (line, header), *records = reader.records()
     reader.check_header(line, header)
     wrong_header = bool(reader.problems)
@@ -253,7 +255,7 @@ def read_manifest(
     )
 
 
-def manifest_text(dataset: Dataset, objects: Mapping[Path, tuple[str, remote.Pin]] | None = None) -> str:
+def manifest_text(dataset: Dataset, objects: Mapping[Path, tuple[str, Pin]] | None = None) -> str:
     """The manifest that `read_manifest` reads as this data set; absolute paths, numbers as instance_id.
 
     Args:

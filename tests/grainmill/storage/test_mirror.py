@@ -15,10 +15,10 @@ import layouts
 import pytest
 from s3_servers import SECRET, ProxyHandler
 
+from grainmill.errors import SourceError
+from grainmill.storage import mirror_space, s3
+from grainmill.storage.mirror import Mirror
 from multigrain.benchmarks.readers import read
-from multigrain.data import cache, remote
-from multigrain.data.cache import Cache
-from multigrain.errors import DataError
 
 
 def files(folder):
@@ -26,15 +26,15 @@ def files(folder):
 
 
 def local(source, folder, limit=None):
-    return remote.local(source, Cache(folder, limit))
+    return Mirror(folder, limit).fetch(source)
 
 
 def problems(source, folder):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(SourceError) as caught:
         local(source, folder)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None or isinstance(caught.value.__cause__, OSError)
-    return caught.value.problems
+    return [*caught.value.args]
 
 
 THREE = {"set/a.jpg": b"an apple", "set/b/c.jpg": b"a cat", "set/list.csv": b"image,class"}
@@ -46,7 +46,9 @@ def test_a_local_path_is_left_as_it_is(tmp_path):
 
 
 def test_nothing_heavy_is_imported_before_there_is_a_bucket():
-    code = "import sys, multigrain.data.remote; print({'boto3', 'botocore', 's3transfer', 'torch'} & set(sys.modules))"
+    code = (
+        "import sys, grainmill.storage.mirror; print({'boto3', 'botocore', 's3transfer', 'torch'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -184,9 +186,8 @@ def test_single_objects_are_looked_up_from_key_to_key(bucket, tmp_path, proxy, p
     bucket.put(**{key: key.encode() for key in (*keys, "a", *near, "set/z", "z", "é/ö.png")})
     wanted = [*keys[10:14], keys[30], keys[59], "é/ö.png"]
     absent = ["set/0305.png", "set/", "z/", "b", "ü"]
-    remote.fetch(
-        dict.fromkeys(f"s3://{bucket.name}/{key}" for key in (*wanted, *absent) if key[-1] != "/"), Cache(tmp_path)
-    )
+    urls = [f"s3://{bucket.name}/{key}" for key in (*wanted, *absent) if key[-1] != "/"]
+    Mirror(tmp_path).fetch_objects(dict.fromkeys(urls))
     assert files(tmp_path / bucket.name) == {key: key.encode() for key in wanted}
     pages = sum("/" not in path[1:] for path, _ in proxy.seen)
     assert pages <= (1 if page == 1000 else 2 * (len(wanted) + len(absent)))
@@ -199,7 +200,7 @@ def test_a_single_object_that_is_gone_leaves_no_file_and_others_stay(bucket, tmp
         bucket.delete(key)
     bucket.put(**{"set/d/e": b"in a folder"})
     urls = [f"s3://{bucket.name}/{key}" for key in ("set/a.jpg", "set/d", "set/d/e")]
-    remote.fetch(dict.fromkeys(urls), Cache(tmp_path))
+    Mirror(tmp_path).fetch_objects(dict.fromkeys(urls))
     left = {"set/b/c.jpg": b"a cat", "set/list.csv": b"image,class", "set/d/e": b"in a folder"}
     assert files(tmp_path / bucket.name) == left
 
@@ -338,18 +339,18 @@ def test_a_region_that_is_none_is_told(bucket, tmp_path, monkeypatch):
 def test_a_crash_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp_path, proxy, monkeypatch):
     keys = [f"set/{number}" for number in range(6)]
     bucket.put(**{key: key.encode() for key in keys})
-    monkeypatch.setattr(remote, "REQUESTS", 1)
-    download = remote._download
+    monkeypatch.setattr(s3, "REQUESTS", 1)
+    download = s3.S3Prefix.download
 
-    def crash(manager, name, one, draft):
-        download(manager, name, one, draft)
-        if one.key == "set/2":
+    def crash(store, entry, draft):
+        download(store, entry, draft)
+        if entry.key == "set/2":
             raise RuntimeError("crash")
 
-    monkeypatch.setattr(remote, "_download", crash)
+    monkeypatch.setattr(s3.S3Prefix, "download", crash)
     with pytest.raises(RuntimeError, match="crash"):
         local(f"s3://{bucket.name}/set", tmp_path)
-    monkeypatch.setattr(remote, "_download", download)
+    monkeypatch.setattr(s3.S3Prefix, "download", download)
     assert files(tmp_path / bucket.name) == {key: key.encode() for key in keys[:2]}
     proxy.seen.clear()
     local(f"s3://{bucket.name}/set", tmp_path)
@@ -359,17 +360,17 @@ def test_a_crash_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp
 
 MIRROR = """
 import pathlib, sys
-from multigrain.data import remote
-from multigrain.data.cache import Cache
+from grainmill.storage import s3
+from grainmill.storage.mirror import Mirror
 {}
-remote.local(sys.argv[1], Cache(pathlib.Path(sys.argv[2])))
+Mirror(pathlib.Path(sys.argv[2])).fetch(sys.argv[1])
 """
 
 
 def test_a_killed_process_leaves_no_half_file_and_costs_only_what_was_missing(bucket, tmp_path, proxy):
     keys = [f"set/{number}" for number in range(6)]
     bucket.put(**{key: key.encode() for key in keys})
-    code = MIRROR.format("remote.REQUESTS = 1")
+    code = MIRROR.format("s3.REQUESTS = 1")
     child = subprocess.Popen([sys.executable, "-c", code, f"s3://{bucket.name}/set", str(tmp_path)])
     proxy.faults[f"/{bucket.name}/set/3"] = [lambda: child.send_signal(signal.SIGKILL)]
     assert child.wait() == -signal.SIGKILL
@@ -399,7 +400,7 @@ def test_nothing_is_asked_while_another_process_has_the_mirror(bucket, tmp_path,
     books = tmp_path / ".s3" / bucket.name
     books.mkdir(parents=True)
     waiting, flock = threading.Event(), fcntl.flock
-    monkeypatch.setattr(cache.fcntl, "flock", lambda *lock: (waiting.set(), flock(*lock)))
+    monkeypatch.setattr(mirror_space.fcntl, "flock", lambda *lock: (waiting.set(), flock(*lock)))
     with (books / "lock").open("w") as lock:
         flock(lock, fcntl.LOCK_EX)
         thread = threading.Thread(target=local, args=(f"s3://{bucket.name}/set", tmp_path))
@@ -412,13 +413,13 @@ def test_nothing_is_asked_while_another_process_has_the_mirror(bucket, tmp_path,
 
 def test_a_full_disk_is_told_before_anything_is_read(bucket, tmp_path, proxy, monkeypatch):
     bucket.put(one=b"x" * 20_000_000, two=b"x" * 10_000_000)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=29_999_999))
+    monkeypatch.setattr(mirror_space.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=29_999_999))
     (problem,) = problems(f"s3://{bucket.name}", tmp_path)
     assert f"needs 0.03 GB free in {tmp_path}, got 0.03 beside what is in use; raise `cache_limit`, or" in problem
     assert proxy.got() == Counter()
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=30_000_000))
+    monkeypatch.setattr(mirror_space.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=30_000_000))
     local(f"s3://{bucket.name}", tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=0))
+    monkeypatch.setattr(mirror_space.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=0))
     local(f"s3://{bucket.name}", tmp_path)
 
 
