@@ -50,7 +50,10 @@ ELSEWHERE = {
 """Lines that are not run, and why."""
 REFUSED = ("grainmill promote", "grainmill rollback")
 """Commands that may refuse with code 1: which of two tiny networks is better is chance."""
-PAGES = ["README.md", "docs/search.md", "docs/evaluation.md", "docs/models.md", "docs/corpus.md", "docs/clusters.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("search", "evaluation", "models", "corpus", "clusters", "python")),
+]
 
 
 def adapted(text):
