@@ -9,7 +9,8 @@ from pathlib import Path
 import pages
 import pytest
 import yaml
-from pages import NOT_RUN, ROOT
+from commands import ROOT
+from pages import NOT_RUN
 from PIL import Image
 
 MY = {
@@ -113,7 +114,6 @@ def newcomer(tmp_path_factory, shapes_folder):
     return Newcomer(tmp_path_factory.mktemp("newcomer"), shapes_folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, newcomer):
     for block in pages.blocks(ROOT / page, "sh", "python", "yaml"):
@@ -121,7 +121,6 @@ def test_the_blocks_of_a_page_run(page, newcomer):
             newcomer.run(block)
 
 
-@pytest.mark.slow
 def test_the_readmes_way_ends_with_a_page_of_duplicates(newcomer):
     """After the blocks of README.md: the files that it names are there."""
     for name in ("photos.index/duplicates.csv", "photos.index/duplicates.html", "grainmill-runs/my/run-1/report.html"):

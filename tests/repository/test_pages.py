@@ -9,7 +9,8 @@ import tomllib
 import pages
 import pytest
 import yaml
-from pages import NOT_RUN, PAGES, ROOT
+from commands import ROOT
+from pages import NOT_RUN, PAGES
 from typer.main import get_command
 
 from grainmill.cli.app import app
