@@ -256,7 +256,7 @@ def broken_torch_save(state, path):
         ("multigrain.models.checkpoint.save_file", broken_save_file),
         ("multigrain.models.checkpoint.torch.save", broken_torch_save),
         ("pathlib.Path.write_text", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))),
-        ("multigrain.models.checkpoint._digest", Mock(side_effect=KeyboardInterrupt)),
+        ("multigrain.models.checkpoint.digest", Mock(side_effect=KeyboardInterrupt)),
         ("multigrain.models.checkpoint.os.fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error"))),
         ("pathlib.Path.rename", Mock(side_effect=KeyboardInterrupt)),
     ],

@@ -53,7 +53,7 @@ def export(folder: Path, out: Path) -> dict[str, Any]:
     saved = checkpoint.latest(folder)
     assert saved, "was read before"
     out.mkdir(parents=True)
-    served_setting.copy(folder, out / "checkpoint", saved)
+    served_setting.write(out / "checkpoint", saved, served_setting.read(folder))
     _programs(served, out)
     shutil.copyfile(standalone.__file__, out / "model.py")
     facts = {"format": 1, **served.facts(), "parity": _parity(served, out)}

@@ -1,9 +1,9 @@
-"""Training state <-> directory: whole or absent, checked by hash, loaded without pickle.
+"""Checkpoints: training states as directories, written completely or not at all, verified by hash, without pickle.
 
-`<folder>/step-00001234/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only; left out of
-a model that is not to be trained on), `state.json` and, written last, `MANIFEST.json` with the size and
-SHA-256 of each. Neither torch nor safetensors notices a flipped byte, so a checkpoint that does not match
-its manifest is passed over, with a warning, for the one before.
+`<folder>/step-00001234/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only; absent if the model is
+not to be trained further), `state.json` and, written last, `MANIFEST.json` with the size and SHA-256 of each file.
+Neither torch nor safetensors notices a flipped byte: a checkpoint that does not match its manifest is skipped with a
+warning, and the one before is used.
 """
 
 import errno
@@ -25,27 +25,28 @@ from torch.utils import _pytree as pytree
 FORMAT = 2
 FILES, OPTIMIZER = {"model.safetensors", "state.json"}, "optimizer.pt"
 NETWORK, AVERAGED = "network.", "ema."
-"""What the names of the network's tensors begin with, and those of its running average."""
+"""Prefixes of the names of the network's tensors, and of those of its running average."""
 _LEAST_FREE = 2**16
-"""Bytes; a disk with less is full, whatever is still to be written."""
+"""Free space, in bytes, below which a disk counts as full."""
 KEEP = 2
-"""Checkpoints kept: the newest, and one to fall back to."""
+"""Number of checkpoints kept: the newest, and one to fall back to."""
 
 
 class Checkpoint(NamedTuple):
-    """What a run needs to go on, or a reader to use the model."""
+    """State of a training run: all that resuming it, or using its model, needs."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
-    """JSON: `steps` done in all, the rest is the caller's."""
+    """Values for JSON: `steps`, the number of steps done in all, and values of the caller."""
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The model's tensors whose names begin so, named by the rest."""
+        """Tensors of the model whose names start with a prefix, by their names without it."""
         return {name.removeprefix(prefix): tensor for name, tensor in self.model.items() if name.startswith(prefix)}
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -59,16 +60,16 @@ def _sync(path: Path) -> None:
 
 
 def _directories(folder: Path) -> list[Path]:
-    """Checkpoints, newest first."""
+    """Checkpoint directories, newest first."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint below `folder` and drop all but the newest two; returns its directory.
+    """Write a checkpoint below `folder`, delete all but the newest two, and return its directory.
 
     Raises:
-        OSError: it cannot be written; where the disk is full, with what is needed. Those before it stay.
+        OSError: the checkpoint cannot be written; on a full disk the message tells the space needed. Older ones stay.
     """
     target = folder / f"step-{checkpoint.state['steps']:08d}"
     draft = folder / f"draft-{target.name}"
@@ -81,25 +82,25 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             torch.save(checkpoint.optimizer, draft / OPTIMIZER)
         (draft / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
         files = sorted(draft.iterdir())
-        (draft / "MANIFEST.json").write_text(json.dumps({path.name: _digest(path) for path in files}, indent=1))
+        (draft / "MANIFEST.json").write_text(json.dumps({path.name: digest(path) for path in files}, indent=1))
         for path in (*files, draft / "MANIFEST.json", draft):
             _sync(path)
         draft.rename(target)
     except BaseException as error:
         full = _full(draft, checkpoint)
         shutil.rmtree(draft, ignore_errors=True)
-        if full and isinstance(error, Exception):  # of any kind: safetensors and torch have their own
+        if full and isinstance(error, Exception):  # safetensors and torch raise exceptions of their own
             raise full from error
         raise
     _sync(folder)
-    # What was just written stays even beside damaged ones of more steps, which a run that went back has left.
+    # Keep the new checkpoint even if there are damaged ones of more steps, from which the run went back.
     for old in [path for path in _directories(folder) if path != target][KEEP - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def _full(draft: Path, checkpoint: Checkpoint) -> OSError | None:
-    """That the disk has no room for what is still to be written of a checkpoint; None if it has."""
+    """An error that tells the space needed, if the disk has no room for the rest of a checkpoint; None if it has."""
     tensors = [value for value in pytree.tree_leaves(checkpoint) if isinstance(value, Tensor)]
     needed = sum(tensor.nbytes for tensor in tensors)
     written = sum(path.stat().st_size for path in draft.iterdir())
@@ -113,7 +114,7 @@ def _full(draft: Path, checkpoint: Checkpoint) -> OSError | None:
 
 
 def _copy(value: Any, old: Any) -> Any:
-    """A tensor's copy on the CPU, in the memory of `old` if it fits; other values as they are."""
+    """Copy a tensor to the CPU, into the memory of `old` if it fits; return other values as they are."""
     if not isinstance(value, Tensor):
         return value
     if isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype):
@@ -122,10 +123,10 @@ def _copy(value: Any, old: Any) -> Any:
 
 
 class Writer:
-    """Saves checkpoints in the background: only the copy of the tensors holds the training up.
+    """Saves checkpoints in the background: training waits only for the copy of the tensors.
 
-    One is written at a time; `wait` returns when the last is safe, or raises what kept it from being written.
-    The memory of a copy serves the next: fresh memory takes several times as long to fill.
+    Checkpoints are written one at a time. `wait` returns when the last one is on disk, or raises the error of its
+    writing. Copies reuse the memory of the copy before, because new memory takes several times as long to fill.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,20 +136,20 @@ class Writer:
         self._copies: list[Any] = []
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Take a copy on the CPU, and write it."""
+        """Copy a checkpoint to the CPU, and start writing it."""
         self.wait()
         values, structure = pytree.tree_flatten(checkpoint)
         self._copies = [_copy(value, old) for value, old in zip_longest(values, self._copies[: len(values)])]
         self._pending = self._thread.submit(save, self.folder, pytree.tree_unflatten(self._copies, structure))
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until the last checkpoint is on disk."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
 
     def close(self) -> None:
-        """`wait`, and end the thread."""
+        """Wait as `wait` does, and end the thread."""
         try:
             self.wait()
         finally:
@@ -156,12 +157,12 @@ class Writer:
 
 
 def _fault(directory: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+    """The damage of a checkpoint directory, as a clause of a message; None if it is intact."""
     try:
         manifest = json.loads((directory / "MANIFEST.json").read_text())
         if not isinstance(manifest, dict) or set(manifest) - {OPTIMIZER} != FILES:
             return f"MANIFEST.json does not list {', '.join(sorted(FILES))}"
-        changed = [name for name, digest in manifest.items() if _digest(directory / name) != digest]
+        changed = [name for name, recorded in manifest.items() if digest(directory / name) != recorded]
     except OSError as error:
         return str(error)
     except ValueError as error:
@@ -170,10 +171,10 @@ def _fault(directory: Path) -> str | None:
 
 
 def read(directory: Path) -> Checkpoint:
-    """One checkpoint directory, verified.
+    """Read and verify one checkpoint directory.
 
     Raises:
-        ValueError: the files do not match the manifest, or are of another format.
+        ValueError: the files do not match the manifest, or have another format.
     """
     if fault := _fault(directory):
         raise ValueError(f"a checkpoint must match its manifest, but in {directory} {fault}; use an older one")
@@ -186,7 +187,7 @@ def read(directory: Path) -> Checkpoint:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint below `folder`; None if there is none. Damaged ones are warned of."""
+    """The newest intact checkpoint below `folder`, or None; warns of damaged ones."""
     for directory in _directories(folder):
         try:
             return read(directory)

@@ -1,4 +1,4 @@
-"""The MultiGrain network: trunk -> GeM -> embedding -> (descriptor, logits), after the paper."""
+"""The MultiGrain network: trunk -> GeM pooling -> embedding -> descriptor and logits, after the paper."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -21,36 +21,36 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Trunk(NamedTuple):
-    """A network before the pooling: (B, 3, H, W) -> (B, C, h, w)."""
+    """A network without pooling and classifier: (B, 3, H, W) -> (B, C, h, w)."""
 
     module: nn.Module
     channels: int
     """C."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of the pixels it was made for, by channel, in [0, 1]."""
+    """Mean of each colour channel, in [0, 1], that the network expects its input to be normalised by."""
     std: tuple[float, ...] = IMAGENET_STD
 
 
 class Output(NamedTuple):
-    """What the network says of B images."""
+    """Results of the network for B images."""
 
     embedding: Tensor
-    """(B, C), pooled and not normalised: what the classifier reads."""
+    """(B, C), pooled and not normalised: input of the classifier."""
     descriptor: Tensor
-    """(B, C), the embedding with unit L2 norm: what retrieval and the margin loss compare."""
+    """(B, C), embedding of unit L2 norm: for retrieval and the margin loss."""
     logits: Tensor
-    """(B, K), one per class."""
+    """(B, K), one for each class."""
 
 
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / (|x| + eps) along the last axis; a zero vector stays zero, with a finite gradient."""
-    # norm() has no gradient at zero: the square root is kept away from it.
+    # norm() has no gradient at zero, nor has the square root.
     norm = (x.square().sum(dim=-1, keepdim=True) + torch.finfo(x.dtype).tiny).sqrt()
     return x / (norm + eps)
 
 
 def _narrow_trunk() -> Trunk:
-    """A three-stage residual trunk for images of about 32 pixels: (B, 3, 32, 32) -> (B, 128, 4, 4)."""
+    """A residual trunk of three stages for images of about 32 pixels: (B, 3, 32, 32) -> (B, 128, 4, 4)."""
 
     def stage(channels_in: int, channels: int, stride: int) -> BasicBlock:
         shortcut = nn.Sequential(
@@ -72,17 +72,17 @@ def _narrow_trunk() -> Trunk:
 
 
 def _channels(module: nn.Module, name: str) -> int:
-    """C of the maps that `module` gives, found on shapes alone: nothing is computed.
+    """Number of channels of a trunk's feature maps, found from shapes alone.
 
     Raises:
-        ValueError: it gives none, or takes images of one size only.
+        ValueError: the network returns no feature maps, or takes images of one size only.
     """
-    height, width = 96, 128  # few networks were made for it, so that one bound to its own size fails
+    height, width = 96, 128  # hardly any network's own size, so that one bound to its size fails
     tensors = (*module.named_parameters(), *module.named_buffers())
     try:
         images = torch.empty(2, 3, height, width, device="meta")
         shape = functional_call(module, {key: tensor.to("meta") for key, tensor in tensors}, (images,)).shape
-    except Exception as error:  # each network refuses in its own way
+    except Exception as error:  # networks raise errors of all types
         found = f"refuses images of {height} x {width} pixels ({error})"
     else:
         # Some transformers put the channels last.
@@ -99,7 +99,7 @@ def _timm_trunk(name: str) -> Trunk:
     import timm
 
     try:
-        # No dropout: some would drop single positions of the map, before the pooling.
+        # No dropout: some networks would drop single positions of the map, before the pooling.
         module = timm.create_model(name.removeprefix(TIMM), num_classes=0, global_pool="", drop_rate=0.0)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
@@ -111,15 +111,14 @@ def _timm_trunk(name: str) -> Trunk:
 
 
 def build_trunk(name: str) -> Trunk:
-    """The network before the pooling, with random weights.
+    """Build a trunk with random weights, whose parameters have the names of torchvision or timm.
 
-    Its parameters have the names that they have in torchvision or timm. Images have any height and width,
-    though some of timm's networks take multiples of 32 only.
+    Images may have any height and width, though some networks of timm take multiples of 32 only.
 
     Args:
-        name: one of `spec.TRUNKS`, or `timm/<name>`.
+        name: `narrow`, another name in `config.training.TRUNKS`, or `timm/<name>`.
     Raises:
-        ValueError: the network of timm gives no map.
+        ValueError: the network of timm returns no feature map.
     """
     if name == "narrow":
         return _narrow_trunk()
@@ -135,23 +134,22 @@ def _stay(module: nn.Module, _mode: bool = True) -> nn.Module:
 
 
 def freeze_batchnorm(module: nn.Module) -> None:
-    """Make batch normalisation in `module` use its running statistics and keep them, also after `train()`.
+    """Make batch normalisation use its running statistics and keep them, also after `train()`.
 
-    Its scale and shift learn on.
+    Scales and shifts can still be learnt.
     """
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
-            # A bound method, so that a deep copy gets one of its own.
+            # A bound method, so that a deep copy is bound to itself.
             layer.train = MethodType(_stay, layer)  # type: ignore[method-assign]
 
 
 class MultiGrain(nn.Module):
-    """One network for class, object and copy.
+    """One network for the class, the object and the copy.
 
-    The classifier reads the embedding as it is pooled; the margin loss and retrieval read its
-    normalised copy, so that neither goal fixes the other's scale. The trunk may run under autocast:
-    what follows it computes in fp32 at least.
+    The classifier reads the pooled embedding; margin loss and retrieval read its normalised copy, so that neither task
+    fixes the scale of the other. The trunk may run under autocast; all that follows it computes in fp32 or wider.
     """
 
     mean: Tensor
@@ -160,10 +158,10 @@ class MultiGrain(nn.Module):
     def __init__(self, trunk: str, num_classes: int, p: float = 3.0, learn_p: bool = False) -> None:
         """
         Args:
-            trunk: a name that `build_trunk` knows.
+            trunk: name of the trunk, as in `build_trunk`.
             num_classes: K, at least 1.
             p: GeM exponent, at least 1.
-            learn_p: whether p is a parameter.
+            learn_p: makes p a parameter.
         """
         super().__init__()
         self.trunk, channels, mean, std = build_trunk(trunk)
@@ -173,22 +171,22 @@ class MultiGrain(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), RGB in [0, 1], any height and width that the trunk takes -> embeddings (B, C)."""
+        """Embeddings (B, C) of images (B, 3, H, W): RGB in [0, 1], of any size that the trunk takes."""
         return self.pool(self.trunk((images - self.mean) / self.std))
 
     def head(self, embedding: Tensor) -> Output:
-        """What follows from embeddings (B, C)."""
-        # Autocast would take the classifier to half precision.
+        """Descriptors and logits of embeddings (B, C)."""
+        # Autocast would run the classifier in half precision.
         with torch.autocast(embedding.device.type, enabled=False):
             return Output(embedding, l2_normalise(embedding), self.classifier(embedding))
 
     def forward(self, images: Tensor) -> Output:
-        """`head` of `embed`."""
+        """Embeddings, descriptors and logits of images, as `embed` takes them."""
         return self.head(self.embed(images))
 
 
 def network_of(saved: checkpoint.Checkpoint) -> tuple[MultiGrain, MultiGrainSpec]:
-    """The network of a checkpoint, with the averaged weights where it has them, and its settings."""
+    """The network of a checkpoint, with averaged weights if it has them, and its settings."""
     spec = MultiGrainSpec.model_validate(saved.state["spec"])
     network = MultiGrain(spec.model.trunk, len(saved.state["classes"]), spec.model.p, spec.model.learn_p)
     network.load_state_dict(saved.part(checkpoint.AVERAGED) or saved.part(checkpoint.NETWORK))

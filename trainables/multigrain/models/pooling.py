@@ -9,20 +9,17 @@ from torch import Tensor, nn
 
 
 def gem(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
-    """Generalised mean of a feature map over its positions.
+    """Generalised mean of feature maps over their positions u: (mean of max(x_u, eps)^p)^(1/p), the paper's equation 1.
 
-    e_c = (mean over u of max(x_cu, eps)^p)^(1/p), the paper's equation 1. p = 1 as a number is the
-    plain average, without the clamp; p = inf is the maximum.
-
-    The largest value is factored out before the power: x^p itself leaves fp16 at x = 50, p = 3 and
-    fp32 at x = 4, p = 100.
+    The number p = 1 gives the plain average, without the clamp; p = inf gives the maximum. The largest value is
+    factored out before the power, because x^p itself leaves fp16 at x = 50, p = 3 and fp32 at x = 4, p = 100.
 
     Args:
         x: maps of shape (..., H, W).
-        p: exponent, at least 1; a tensor of one element is differentiated through.
-        eps: floor of the clamp, positive.
+        p: exponent, at least 1; a tensor of one element receives a gradient.
+        eps: smallest value of the clamp, positive.
     Returns:
-        Tensor of shape (...), computed in fp32 at least.
+        Tensor of shape (...), computed in fp32 or wider.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not isinstance(p, Tensor):
@@ -31,28 +28,28 @@ def gem(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
         if math.isinf(p):
             return x.amax(dim=(-2, -1))
     wide = x.clamp(min=eps)
-    # A constant in effect: the result does not depend on the factor, so no gradient needs to pass through it.
+    # The result does not depend on the factor, so no gradient needs to pass through it.
     peak = wide.detach().amax(dim=(-2, -1), keepdim=True)
     mean = (wide / peak).pow(p).mean(dim=(-2, -1))
     return peak[..., 0, 0] * mean.pow(1 / p)
 
 
-STEPS = 16.0
-"""Largest exponent that is reached by multiplications: each rounds once."""
+LARGEST_PRODUCT = 16.0
+"""Largest exponent that `gem_all` computes by multiplications, each of which rounds once."""
 
 
 @torch.no_grad()
 def gem_all(x: Tensor, exponents: Sequence[float], eps: float = 1e-6) -> Tensor:
-    """`gem` of one map for each of many exponents, at little more than the cost of one; nothing is differentiated.
+    """`gem` for many exponents, at little more than the cost of one, without gradients.
 
-    Multiples of 1/2 up to 16 take a multiplication for each 1/2 or 1 between them, others an exponential.
+    Multiples of 1/2 up to 16 are computed by repeated multiplication, other exponents by an exponential.
 
     Args:
         x: maps of shape (..., H, W).
         exponents: P numbers, at least 1, in any order.
-        eps: floor of the clamp, positive.
+        eps: smallest value of the clamp, positive.
     Returns:
-        Tensor of shape (P, ...), computed in fp32 at least.
+        Tensor of shape (P, ...), computed in fp32 or wider.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = x.clamp(min=eps)
@@ -62,7 +59,7 @@ def gem_all(x: Tensor, exponents: Sequence[float], eps: float = 1e-6) -> Tensor:
     power, reached = ratio.clone(), 1.0
     pooled = {1.0: x.mean(dim=(-2, -1)), math.inf: x.amax(dim=(-2, -1))}
     for p in sorted({*exponents} - {*pooled}):
-        if p <= STEPS and 2 * p % 1 == 0:
+        if p <= LARGEST_PRODUCT and 2 * p % 1 == 0:
             while reached < p:
                 whole = p - reached >= 1
                 power *= ratio if whole else root
@@ -70,14 +67,14 @@ def gem_all(x: Tensor, exponents: Sequence[float], eps: float = 1e-6) -> Tensor:
             mean = power.mean(dim=(-2, -1))
         else:
             log = ratio.log() if log is None else log
-            # Below e^-87 numbers are subnormal: ten times as slow, and nothing beside the peak's 1.
+            # Below e^-87 numbers are subnormal: ten times as slow, and negligible next to the peak's 1.
             mean = (log * p).clamp_(min=-87).exp_().mean(dim=(-2, -1))
         pooled[p] = peak[..., 0, 0] * mean.pow(1 / p)
     return torch.stack([pooled[p] for p in exponents])
 
 
 class _AtLeastOne(torch.autograd.Function):
-    """max(p, 1), whose gradient stops only where it would take p further below 1: p can come back."""
+    """max(p, 1), with a gradient that is cut only if it would lower p further below 1, so that p can rise again."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:
@@ -91,7 +88,7 @@ class _AtLeastOne(torch.autograd.Function):
 
 
 class GeM(nn.Module):
-    """`gem` with an exponent of its own: a number, or a parameter that learns and counts as 1 below 1."""
+    """Pooling layer by `gem`: its exponent p is a number, or a parameter, which counts as 1 if it falls below 1."""
 
     p: float | Tensor
 

@@ -1,4 +1,4 @@
-"""The trunk's first weights: the published ones, or those of a file. No code in a file is ever run."""
+"""Initial weights of the trunk: published ones, or those of a file, in which no code is ever run."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,59 +10,57 @@ from multigrain.config.training import TIMM, ModelSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# torch is imported when there are weights to look at, not when an experiment file is checked.
+# torch is imported when there are weights to read, not when an experiment file is checked.
 
 OWN = "network.trunk."
-"""What the trunk's keys begin with in a checkpoint's `model.safetensors`."""
+"""Prefix of the trunk's keys in a checkpoint's `model.safetensors`."""
 COUNTER = "num_batches_tracked"
-"""Steps that batch normalisation has seen. Nothing here reads it, and older files lack it."""
+"""Suffix of the step counters of batch normalisation, which are not used, and which older files lack."""
 SHOWN = 20
-"""Keys that an error names."""
-
-
-def _safetensors(path: Path, device: str) -> dict[str, "Tensor"]:
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(path, "pt", device="cpu") as file:
-        if device == "meta":
-            return {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in file.keys()}  # noqa: SIM118
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+"""Largest number of keys that an error names."""
 
 
 def _state_dict(path: Path, device: str) -> dict[str, "Tensor"]:
     import torch
 
-    problem = (
-        f"model.weights must be safetensors or a state dict that torch loads without running code, but {path} is "
-        "neither; save the tensors alone"
-    )
+    content: Any = None
+    cause: Exception | None = None
     try:
-        content: Any = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # what is no pickle, or a broken or hostile one, fails in its own way
-        raise ValueError(problem) from error
+    except Exception as error:  # files that are no pickle, broken or hostile raise errors of many types
+        cause = error
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     items = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise ValueError(problem)
+        raise ValueError(
+            f"model.weights must be safetensors or a state dict that torch loads without running code, but {path} is "
+            "neither; save the tensors alone"
+        ) from cause
     return tensors
 
 
 def _contents(path: Path, device: str) -> dict[str, "Tensor"]:
-    """The tensors of a file; on the device `meta`, their shapes alone.
+    """The tensors of a file; on the device `meta` their shapes alone.
 
     Raises:
-        ValueError: it cannot be read, is no file of tensors, or needs code to run.
+        ValueError: the file cannot be read, holds no tensors, or needs code to run.
     """
-    from safetensors import SafetensorError
+    import torch
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return _safetensors(path, device) if path.suffix == ".safetensors" else _state_dict(path, device)
+        if path.suffix != ".safetensors":
+            return _state_dict(path, device)
+        with safe_open(path, "pt", device="cpu") as file:
+            keys = list(file.keys())
+            if device == "meta":
+                return {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in keys}
+            return {key: file.get_tensor(key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model.weights must be random, zoo or a file that can be read, but {path} cannot ({error}); "
@@ -71,12 +69,11 @@ def _contents(path: Path, device: str) -> dict[str, "Tensor"]:
 
 
 def _zoo_problem(trunk_name: str) -> str | None:
+    published = trunk_name != "narrow"
     if trunk_name.startswith(TIMM):
         import timm
 
         published = timm.is_model_pretrained(trunk_name.removeprefix(TIMM))
-    else:
-        published = trunk_name != "narrow"
     if published:
         return None
     return (
@@ -85,7 +82,7 @@ def _zoo_problem(trunk_name: str) -> str | None:
 
 
 def _published(trunk_name: str) -> dict[str, "Tensor"]:
-    """The published classifier's state dict; downloaded, unless it is in the library's cache."""
+    """The state dict of the published classifier, from the library's cache or downloaded."""
     import torchvision
 
     if problem := _zoo_problem(trunk_name):
@@ -94,7 +91,7 @@ def _published(trunk_name: str) -> dict[str, "Tensor"]:
         if trunk_name.startswith(TIMM):
             import timm
 
-            # With its classifier: timm passes over keys that differ where the classifier does.
+            # With its classifier: without it, timm would ignore other keys that differ.
             return timm.create_model(trunk_name.removeprefix(TIMM), pretrained=True).state_dict()
         weights = torchvision.models.get_model_weights(trunk_name)["IMAGENET1K_V1"]
         return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
@@ -105,10 +102,10 @@ def _published(trunk_name: str) -> dict[str, "Tensor"]:
         ) from error
 
 
-def _of_trunk(found: Mapping[str, "Tensor"], trunk_name: str) -> dict[str, "Tensor"]:
-    """What counts for the trunk: without the classifier, or the trunk's part of our own checkpoint."""
-    found = {key.removeprefix("module."): tensor for key, tensor in found.items()}
-    if own := {key.removeprefix(OWN): tensor for key, tensor in found.items() if key.startswith(OWN)}:
+def _of_trunk(tensors: Mapping[str, "Tensor"], trunk_name: str) -> dict[str, "Tensor"]:
+    """The trunk's tensors among those of a classifier, or of a checkpoint of this package."""
+    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    if own := {key.removeprefix(OWN): tensor for key, tensor in tensors.items() if key.startswith(OWN)}:
         return own
     classifier: str | tuple[str, ...] = "fc"
     if trunk_name.startswith(TIMM):
@@ -117,14 +114,14 @@ def _of_trunk(found: Mapping[str, "Tensor"], trunk_name: str) -> dict[str, "Tens
         classifier = timm.get_pretrained_cfg(trunk_name.removeprefix(TIMM)).classifier or ()
     names = (classifier,) if isinstance(classifier, str) else classifier
     prefixes = tuple(f"{name}." for name in names)
-    return {key: tensor for key, tensor in found.items() if not key.startswith(prefixes)}
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
 
 
-def _misfit(found: Mapping[str, "Tensor"], trunk: "nn.Module", trunk_name: str, source: str) -> str | None:
-    """Every key of `found` that does not fit, in one message."""
+def _misfit(tensors: Mapping[str, "Tensor"], trunk: "nn.Module", trunk_name: str, source: str) -> str | None:
+    """One message on all keys that do not fit the trunk, or None."""
     wanted = trunk.state_dict()
-    wrong = [f"{key} is missing" for key in wanted if key not in found and not key.endswith(COUNTER)]
-    for key, tensor in found.items():
+    wrong = [f"{key} is missing" for key in wanted if key not in tensors and not key.endswith(COUNTER)]
+    for key, tensor in tensors.items():
         if key not in wanted:
             wrong.append(f"{key} is unexpected")
         elif tensor.shape != wanted[key].shape:
@@ -139,59 +136,64 @@ def _misfit(found: Mapping[str, "Tensor"], trunk: "nn.Module", trunk_name: str, 
 
 
 def load_weights(trunk: "nn.Module", trunk_name: str, source: str) -> None:
-    """Give a trunk its first weights.
+    """Load the initial weights of a trunk.
 
     Args:
         trunk: `build_trunk(trunk_name).module`.
-        trunk_name: of the trunk.
-        source: `random` leaves the trunk as it is; `zoo` takes the published ImageNet weights, in torchvision
-            IMAGENET1K_V1; else a file: safetensors, or a state dict of `torch.save`, also below `state_dict` or
-            `model`, of torchvision's or timm's network or of a checkpoint of ours.
+        trunk_name: name of the trunk.
+        source: `random` leaves the trunk as it is. `zoo` loads the published ImageNet weights, IMAGENET1K_V1 for
+            torchvision. Otherwise a file: safetensors, or a state dict of `torch.save`, possibly under the key
+            `state_dict` or `model`; of a network of torchvision or timm, or of a checkpoint of this package.
     Raises:
-        ValueError: the source cannot be had, or does not fit; all keys that do not are named.
+        ValueError: the weights cannot be loaded, or do not fit; the message names all keys that do not.
     """
     if source == "random":
         return
-    found = _of_trunk(_published(trunk_name) if source == "zoo" else _contents(Path(source), "cpu"), trunk_name)
-    if problem := _misfit(found, trunk, trunk_name, source):
+    tensors = _of_trunk(_published(trunk_name) if source == "zoo" else _contents(Path(source), "cpu"), trunk_name)
+    if problem := _misfit(tensors, trunk, trunk_name, source):
         raise ValueError(problem)
-    trunk.load_state_dict(found, strict=False)  # only counters are missing
+    trunk.load_state_dict(tensors, strict=False)  # only counters can be missing
 
 
 def weight_problems(settings: ModelSettings) -> list[str]:
-    """What keeps a network from getting its first weights, in words; empty if nothing does.
+    """Return messages on what keeps a network from getting its initial weights; empty if nothing does.
 
-    Shapes are compared, nothing is downloaded, and no tensor of a safetensors file is read.
+    Shapes are compared. Nothing is downloaded, and no tensor of a safetensors file is read.
     """
     path = Path(settings.weights)
-    found = path.stat() if path.exists() else None
-    return list(_problems(settings, (found.st_mtime_ns, found.st_size) if found else None))
+    file = path.stat() if path.exists() else None
+    return list(_problems(settings, (file.st_mtime_ns, file.st_size) if file else None))
 
 
-@lru_cache(maxsize=64)  # the many settings of a search space mostly share one network
+@lru_cache(maxsize=64)  # most settings of a search space share one network
 def _problems(settings: ModelSettings, _file: tuple[int, int] | None) -> tuple[str, ...]:
-    problems = []
+    problems: list[str | None] = []
     if settings.batchnorm == "frozen" and settings.weights == "random":
         problems.append(
             "model.weights must bring the statistics where model.batchnorm is frozen, but it is random; set it to zoo "
             "or a file, or model.batchnorm to local"
         )
-    if settings.weights == "random" and not settings.trunk.startswith(TIMM):
-        return tuple(problems)
+    try:
+        problems.append(_fit_problem(settings))
+    except ValueError as error:
+        problems.append(str(error))
+    return tuple(filter(None, problems))
+
+
+def _fit_problem(settings: ModelSettings) -> str | None:
+    name, source = settings.trunk, settings.weights
+    if source == "random" and not name.startswith(TIMM):
+        return None
     import torch
 
     from multigrain.models.multigrain import build_trunk
 
-    try:
-        with torch.device("meta"):
-            trunk = build_trunk(settings.trunk).module
-        if settings.weights == "zoo":
-            problem = _zoo_problem(settings.trunk)
-        elif settings.weights != "random":
-            found = _of_trunk(_contents(Path(settings.weights), "meta"), settings.trunk)
-            problem = _misfit(found, trunk, settings.trunk, settings.weights)
-        else:
-            problem = None
-    except ValueError as error:
-        problem = str(error)
-    return (*problems, problem) if problem else tuple(problems)
+    with torch.device("meta"):
+        trunk = build_trunk(name).module  # refuses networks of timm that give no map
+    if source == "random":
+        return None
+    return (
+        _zoo_problem(name)
+        if source == "zoo"
+        else _misfit(_of_trunk(_contents(Path(source), "meta"), name), trunk, name, source)
+    )

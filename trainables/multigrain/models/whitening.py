@@ -1,4 +1,4 @@
-"""PCA whitening of embeddings, and its fold into the classifier: the paper's Phi, as its authors' code has it."""
+"""PCA whitening of embeddings (the paper's Phi, as in the released code), and its fold into the classifier."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,37 +10,36 @@ from torch import Tensor
 from multigrain.models.multigrain import l2_normalise
 
 FLOOR = 1e-10
-"""Share of the largest eigenvalue; well above what rounding embeddings to fp32 leaves."""
+"""Smallest eigenvalue, as a share of the largest; well above the errors of embeddings rounded to fp32."""
 ROWS = 2048
-"""Embeddings that are made fp64 at a time."""
+"""Number of embeddings converted to fp64 at a time."""
 STRIPE = 256
-"""Rows of the scatter that are computed at a time, each from the diagonal on: the other half is the same."""
+"""Number of rows of the scatter computed at a time, each from the diagonal on, as the matrix is symmetric."""
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """v = l2([e; 1]) -> z = (v - mu) P, whose components have variance 1 and no correlation; a descriptor is l2(z).
+    """Map of an embedding e to z = (v - mu) P with v = l2([e; 1]), whose components are uncorrelated with variance 1.
 
-    The constant channel, appended before the normalisation, keeps the length of the embedding e in the
-    descriptor. All is computed in fp64, on the device of the embeddings: in fp32 the eigenvectors of the
-    small eigenvalues are noise.
+    The descriptor is l2(z). The constant channel, appended before the normalisation, keeps the length of the embedding.
+    All is computed in fp64 on the embeddings' device: in fp32 the eigenvectors of small eigenvalues are noise.
     """
 
     mean: Tensor
     """(C + 1,), fp64: mu."""
     projection: Tensor
-    """(C + 1, D), fp64: P, the direction of the largest variance first."""
+    """(C + 1, D), fp64: P, directions of largest variance first."""
 
     @classmethod
     @torch.no_grad()
     def fit(cls, embeddings: Tensor | Iterable[Tensor], dimension: int | None = None, floor: float = FLOOR) -> Self:
-        """Whitening of embeddings that stand for those to come; one pass, in memory for the moments of v only.
+        """Fit a whitening to representative embeddings, in one pass that keeps only the moments of v in memory.
 
         Args:
-            embeddings: (N, C), not normalised, or chunks of them (n, C).
-            dimension: D, how many directions to keep; all C + 1 by default.
-            floor: in (0, 1]; smaller eigenvalues of the covariance count as this share of the largest, so
-                that a dead channel is not blown up.
+            embeddings: (N, C), not normalised, or chunks (n, C) of them.
+            dimension: D, number of directions to keep; all C + 1 by default.
+            floor: smallest eigenvalue of the covariance, as a share of the largest, in (0, 1]; smaller ones count as
+                this, so that dead channels are not amplified.
         Raises:
             ValueError: N is not above D, an embedding is not finite, all are equal, or shapes differ.
         """
@@ -63,27 +62,24 @@ class Whitening:
         return cls(mean, (directions / variances.sqrt())[:, -kept:].flip(1).contiguous())
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """z, not normalised: (B, C) -> (B, D), in the embeddings' type."""
+        """Whitened embeddings z (B, D), not normalised, of embeddings (B, C), in their type."""
         z = (_normalised(embeddings) - self.mean.to(embeddings.device)) @ self.projection.to(embeddings.device)
         return z.to(embeddings.dtype)
 
     def transform(self, embeddings: Tensor) -> Tensor:
-        """Descriptors of unit norm: (B, C) -> (B, D), in the embeddings' type."""
+        """Descriptors (B, D) of unit norm of embeddings (B, C), in their type."""
         return l2_normalise(self.project(embeddings.double())).to(embeddings.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The classifier that reads z in place of the embedding e.
+        """Weight (K, C + 1) and bias (K,) of the classifier that reads z in place of the embedding e.
 
-        Its logits are the original ones divided by |[e; 1]| + 1e-6: the ranking of the classes is the same,
-        the softmax is not.
+        Its logits are the original ones divided by |[e; 1]| + 1e-6: the classes keep their order, the softmax differs.
 
         Args:
             weight: (K, C) of the classifier that reads e.
-            bias: (K,).
-        Returns:
-            (K, C + 1) and (K,), in the types of `weight` and `bias`.
+            bias: (K,) of that classifier.
         Raises:
-            ValueError: directions were left out, so that the logits cannot be had from z.
+            ValueError: the whitening keeps fewer than C + 1 directions, so that z does not determine the logits.
         """
         width, dimension = self.projection.shape
         if dimension < width:
@@ -94,25 +90,25 @@ class Whitening:
         return (whole @ inverse.to(whole.device)).to(weight.dtype), (whole @ self.mean.to(whole.device)).to(bias.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`mean` and `projection`."""
+        """The tensors `mean` and `projection`."""
         return {"mean": self.mean, "projection": self.projection}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """What `state_dict` gave."""
+        """Restore a whitening from its `state_dict`."""
         return cls(state["mean"], state["projection"])
 
 
 def _normalised(embeddings: Tensor) -> Tensor:
-    """v = l2([e; 1]): (n, C) -> (n, C + 1), fp64."""
+    """v = l2([e; 1]) of embeddings (n, C): (n, C + 1), fp64."""
     return l2_normalise(torch.nn.functional.pad(embeddings.double(), (0, 1), value=1.0))
 
 
 def _moments(chunks: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
-    """Number, mean (C + 1,) and scatter (C + 1, C + 1) of v: sum of (v - mean)(v - mean)^T, fp64.
+    """Number, mean (C + 1,) and scatter, the sum of (v - mean)(v - mean)^T, of all v, in fp64.
 
-    Only the upper triangle of the scatter is that.
-    Each chunk is centred by its own mean: sums of raw products would lose the small variances.
+    Only the upper triangle of the scatter is valid. Each chunk is centred by its own mean, because sums of raw products
+    would lose the small variances.
     """
     count, mean, scatter = 0, torch.empty(0), torch.empty(0)
     for chunk in (part for whole in chunks for part in torch.split(whole, ROWS) if len(part)):
