@@ -73,7 +73,7 @@ def ours(workers, count):
         checked = experiment_model(toy).model_validate(content)
         tracker = Tracker(local_uri(folder), "toy", folder)
         study = Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, count)
-        plan = StudySetup("trial", "tests.toy", {}, folder, Resources(concurrent=1), workers)
+        plan = StudySetup("trial", "toy", toy.Data(), folder, Resources(concurrent=1), workers)
         runner.run(plan, study, tracker, tracker.start("parent", {}, {}), ends)
     assert len(ends.times) == count, "every trial is complete"
     return ends.milliseconds

@@ -132,6 +132,7 @@ NODE_DIES = """
 
 NO_DASHBOARD = """
     import sys
+    from dataclasses import replace
     from pathlib import Path
     import ray
     from arena import Bench
@@ -139,7 +140,6 @@ NO_DASHBOARD = """
     from grainmill.execution import runner
     from grainmill.search.study import Study
     from grainmill.tracking.mlflow_runs import Tracker, local_uri
-    from grainmill.execution.training_job import StudySetup
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     folder = Path(sys.argv[1])
@@ -147,7 +147,7 @@ NO_DASHBOARD = """
     for name in ("trial", "final"):
         plan = bench.plan(workers=2)
         study = Study(f"sqlite:///{folder / name}.db", name, bench.study(1).experiment, [{"height": 0.5}], 1)
-        plan = StudySetup(name, plan.trainable, plan.data, folder, plan.resources, 2)
+        plan = replace(plan, study=name)
         runner.run(plan, study, bench.tracker, bench.parent, bench.observer)
         assert [record.state for record in study.records] == ["complete"]
     ray.shutdown()

@@ -18,6 +18,8 @@ NODES = """
     from grainmill.execution import watchdog, worker_group
     from grainmill.config.experiment import Resources
     from grainmill.execution.training_job import TrainingJob, StudySetup
+    from grainmill.messages import EpochReport, WaitingForResources, WorkersStarted
+    import toy
     from ray.cluster_utils import Cluster
 
     folder, worker_group.RESIZE_SECONDS = Path(sys.argv[1]), 2.0
@@ -60,14 +62,19 @@ NODES = """
             return holds((epoch, rank), said)
 
         def report(message):
-            workers = message.get("workers", message.get("world_size"))
-            said.append(("waits", message["waiting"]) if "waiting" in message else (message.get("epoch"), workers))
+            match message:
+                case EpochReport():
+                    said.append((message.epoch, message.metrics["world_size"]))
+                case WorkersStarted():
+                    said.append((None, message.workers))
+                case WaitingForResources():
+                    said.append(("waits", message.missing))
             told(said)
 
         umpire.rule = rule
-        plan = StudySetup("trial", "toy", {}, str(folder), Resources(**resources), workers)
+        plan = StudySetup("trial", "toy", toy.Data(), str(folder), Resources(**resources), workers)
         group = worker_group.WorkerGroup(plan, watchdog.start())
-        group.train(TrainingJob("toy", {"epochs": 3}, {"umpire": umpire.port}, str(folder / name)), report)
+        group.train(TrainingJob("toy", toy.Spec(epochs=3), toy.Data(umpire=umpire.port), str(folder / name)), report)
         group.close()
         return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
 
@@ -127,19 +134,21 @@ HOSTS = """
     from grainmill.execution import watchdog, worker_group
     from grainmill.config.experiment import Resources
     from grainmill.execution.training_job import TrainingJob, StudySetup
+    from grainmill.messages import WaitingForResources
+    from multigrain.config.data import DataSettings
     from multigrain.config.training import MultiGrainSpec
 
     folder = Path(sys.argv[1])
     settings = {"image_size": 32, "epochs": 1, "model": {"trunk": "resnet18"}, "batch": {"size": 24}}
-    spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}}).model_dump()
-    job = TrainingJob("multigrain.trainable", spec, {"folder": sys.argv[2]}, str(folder / "checkpoints"))
+    spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}})
+    job = TrainingJob("multigrain.trainable", spec, DataSettings(folder=sys.argv[2]), str(folder / "checkpoints"))
     plan = StudySetup("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
     group = worker_group.WorkerGroup(plan, watchdog.start())
     said = [(0, hosts.crossed())]
 
     def hear(message):
-        if "waiting" not in message:  # how long it takes to start does not matter
-            said.append((message.get("epoch"), hosts.crossed()))
+        if not isinstance(message, WaitingForResources):  # how long it takes to start does not matter
+            said.append((getattr(message, "epoch", None), hosts.crossed()))
 
     group.train(job, hear)
     assert [epoch for epoch, _ in said] == [0, None, 1], said

@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from grainmill.cluster import capacity
 from grainmill.errors import ResourceError
-from grainmill.execution import evaluate_group, trial_callback
+from grainmill.execution import placement, trial_callback
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -69,9 +69,9 @@ def test_room_that_the_dead_have_taken_is_given_back_and_no_other():
 
     died(dead)
     assert states() == ["CREATED"] * 3  # Ray keeps it
-    evaluate_group.release()
+    placement.free_orphaned()
     assert states() == ["REMOVED", "CREATED", "CREATED"]
-    evaluate_group.release(bytes.fromhex(ray.get(alive.id.remote())))
+    placement.free_orphaned(bytes.fromhex(ray.get(alive.id.remote())))
     assert states() == ["REMOVED", "REMOVED", "CREATED"]
     remove_placement_group(own)
 
@@ -128,7 +128,7 @@ def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
     record = study.ask()
     spec = toy.Spec(height=record.setting["height"])
     run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
-    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.plan().checkpoints(0)))
+    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.plan().checkpoint_folder(0)))
     first = next(left).metrics
     bench.tracker.log(run_id, 1, {"epoch": 1, **first})
     study.report(0, {"epoch": 1, **first})
@@ -206,9 +206,9 @@ def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
 def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
     assert re.fullmatch(
         r"waiting for the cluster: a trial needs 3 CPU \([012] of 2 free\)",
-        evaluate_group.missing_resources(bench.plan(workers=(3, 5))),
+        placement.missing_resources(bench.plan(workers=(3, 5))),
     )
-    told = evaluate_group.missing_resources(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
+    told = placement.missing_resources(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
     assert told.endswith("3 nodes for its workers (1 there)")
 
 

@@ -2,19 +2,21 @@
 
 import pytest
 import ray
+import toy
 
 from grainmill.config.resources import Resources
 from grainmill.execution import watchdog, worker_group
 from grainmill.execution.training_job import StudySetup, TrainingJob
+from grainmill.messages import EpochReport, TrialFailed
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray Data, which Train imports
 def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path, ray_cluster, umpire):
     """One group for all of it: a whole job, one that is stopped, a whole one, a broken one, a whole one."""
-    group = worker_group.WorkerGroup(StudySetup("trial", "toy", {}, tmp_path, Resources(), 2), watchdog.start())
+    group = worker_group.WorkerGroup(StudySetup("trial", "toy", toy.Data(), tmp_path, Resources(), 2), watchdog.start())
 
     def job(name, **spec):
-        return TrainingJob("toy", {"epochs": 3, **spec}, {"umpire": umpire.port}, str(tmp_path / name))
+        return TrainingJob("toy", toy.Spec(epochs=3, **spec), toy.Data(umpire=umpire.port), str(tmp_path / name))
 
     def pids(name):
         return {(rank, pid) for heard, _, rank, pid in umpire.heard if heard == name}
@@ -22,14 +24,18 @@ def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path
     def train(name, report=None, **spec):
         said = []
         group.train(job(name, **spec), lambda message: said.append(message) or (report and report(message)))
-        return [message.get("epoch", message.get("cause")) for message in said if message.keys() & {"epoch", "cause"}]
+        return [
+            getattr(message, "epoch", getattr(message, "cause", None))
+            for message in said
+            if isinstance(message, EpochReport | TrialFailed)
+        ]
 
     assert train("whole") == [1, 2, 3]
     first = pids("whole")
     assert sorted(rank for rank, _ in first) == [0, 1]
 
     def stop(message):
-        if "epoch" in message:
+        if isinstance(message, EpochReport):
             raise SystemExit
 
     with pytest.raises(SystemExit):
@@ -45,9 +51,9 @@ def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path
     assert train("after") == [1, 2, 3]
     assert not pids("after") & first
 
-    assert not group.gone
+    assert not group.ended
     group.close()
     ray.wait([group.end], timeout=60)
-    assert group.gone
+    assert group.ended
     with pytest.raises(worker_group.WorkerGroupEndedError):
         train("closed")

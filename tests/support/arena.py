@@ -1,6 +1,7 @@
 """Searches of the toy on Ray, with all that `runner.run` wants."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import toy
@@ -22,7 +23,7 @@ class Bench:
         self.diary = folder / "diary"
 
     def plan(self, workers=1, **resources):
-        data = {"diary": str(self.diary), "gate": None}
+        data = toy.Data(diary=str(self.diary))
         return StudySetup("trial", "toy", data, str(self.folder), Resources(**resources), workers)
 
     def study(self, count, **changes):
@@ -56,8 +57,8 @@ class Arena(Bench):
 
     def plan(self, workers=1, **resources):
         plan = super().plan(workers, **resources)
-        data = {**plan.data, **self.data, "umpire": self.umpire.port}
-        return StudySetup(plan.study, plan.trainable, data, plan.folder, plan.resources, workers)
+        data = plan.data.model_copy(update={**self.data, "umpire": self.umpire.port})
+        return replace(plan, data=data)
 
     def grid(self, heights, **changes):
         """A search whose outcome is known: the published 0.5, and then the heights in their order."""

@@ -162,7 +162,7 @@ def mill(folder, settings, observer):
         if not count:
             continue
         study = Study(f"sqlite:///{folder / 'study.db'}", name, checked, first, count)
-        plan = StudySetup(name, "toy", {}, folder, checked.resources, settings["workers"])
+        plan = StudySetup(name, "toy", toy.Data(), folder, checked.resources, settings["workers"])
         runner.run(plan, study, tracker, parent, observer)
         records += study.records
     return records

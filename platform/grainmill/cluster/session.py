@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster, or a local Ray that is started and stopped."""
+"""Connection to a Ray cluster, or to a local Ray that is started and stopped."""
 
 import re
 import signal
@@ -6,33 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import grpc
 import ray
-from ray._private.grpc_utils import init_grpc_channel
-from ray._private.services import canonicalize_bootstrap_address
 
+from grainmill.cluster import ray_private
 from grainmill.errors import ResourceError
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Of a local Ray: trials pass metrics, not data."""
-
-
+"""Size of a local Ray's object store: trials pass metrics, not data."""
 POLL_SECONDS = "0.5"
-"""How often Ray Train takes up reports; a worker's report waits for it, two seconds by default."""
-
-
+"""Interval in seconds at which Ray Train collects reports (its default is 2); until then, the worker waits."""
 HEAD_SECONDS = 10
-"""Within which the head of a connect must answer."""
+"""Time in seconds within which the head of a cluster must answer."""
 
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Ray at an address, or a local one that ends with the block; one that is there already is used and left.
+    """Use the Ray cluster at an address, or start a local Ray for the block; an existing connection is used and kept.
 
-    A local Ray keeps its dashboard: Ray Train asks it which groups are still alive.
+    A local Ray keeps its dashboard: Ray Train asks it which groups are alive.
 
     Raises:
-        ResourceError: no connect answers there, or it does not take this process: other versions, no token.
+        ResourceError: no cluster answers, or it refuses this process because of other versions or a missing token.
     """
     if ray.is_initialized():
         yield
@@ -49,7 +43,7 @@ def connect(address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         ray.shutdown()
         raise ResourceError(_refusal(address, error)) from error
-    signal.signal(signal.SIGTERM, on_termination)  # Ray's own handler aborts the process where it stands
+    signal.signal(signal.SIGTERM, on_termination)  # Ray's own handler aborts the process immediately
     try:
         yield
     finally:
@@ -57,26 +51,23 @@ def connect(address: str | None) -> Iterator[None]:
 
 
 def _check_head(address: str) -> None:
-    """Refuse an address where no head answers: Ray tries for minutes, and may end this process then."""
-    with suppress(ValueError):  # no address at all; Ray says what is wrong with it
-        if place := canonicalize_bootstrap_address(address):
-            with init_grpc_channel(place) as channel:
-                try:
-                    grpc.channel_ready_future(channel).result(timeout=HEAD_SECONDS)
-                except grpc.FutureTimeoutError:
-                    raise ResourceError(
-                        f"the head of a Ray connect must answer at {place} within {HEAD_SECONDS} seconds, but did not; "
-                        "is it running, and is this its own port (6379 by default), not that of its dashboard?"
-                    ) from None
+    """Refuse an address where no head answers. Ray itself tries for minutes and may then end this process."""
+    with suppress(ValueError):  # not an address; Ray says what is wrong with it
+        resolved, answers = ray_private.head_answers(address, HEAD_SECONDS)
+        if not answers:
+            raise ResourceError(
+                f"the head of a Ray cluster must answer at {resolved} within {HEAD_SECONDS} seconds, but did not; "
+                "is it running, and is this its own port (6379 by default), not that of its dashboard?"
+            )
 
 
 def _refusal(address: str | None, error: Exception) -> str:
-    """Why Ray did not let us in, in words."""
+    """Reword Ray's reason for refusing the connection."""
     versions = re.findall(r"(?:Ray|Python): (\S+)", str(error))
     if "Version mismatch" in str(error) and len(versions) == 4:
         other_ray, other_python, our_ray, our_python = versions
         return (
-            f"a connect must have the versions of this command, Ray {our_ray} and Python {our_python}, but the one at "
+            f"a cluster must have the versions of this command, Ray {our_ray} and Python {our_python}, but the one at "
             f"{address} has Ray {other_ray} and Python {other_python}; install those here, or these there"
         )
     return f"Ray must let this command in at {address or 'this machine'}, but said: {error}; correct --address"

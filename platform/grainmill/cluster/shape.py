@@ -1,8 +1,8 @@
-"""What a cluster can become, by its file: that of Ray's launcher (`ray up`), or KubeRay's RayCluster."""
+"""Sizes that a cluster can reach, read from its file: that of Ray's launcher (`ray up`), or KubeRay's RayCluster."""
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,8 +14,8 @@ from grainmill.config.validation import error_messages
 from grainmill.config.yaml_document import dotted, read_plain
 from grainmill.errors import ExperimentError, Problem, ResourceError
 
-NODES = 1000
-"""Of a type where the file has no limit, or one beyond that: KubeRay's own default is 2147483647."""
+MAX_NODES = 1000
+"""Highest number of nodes of one type; replaces a missing or higher limit, such as KubeRay's default of 2147483647."""
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
@@ -23,19 +23,18 @@ Amount = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes that are alike."""
+    """Nodes of equal resources."""
 
     name: str
     resources: Mapping[str, float]
     max_nodes: int
-    """Nodes of it at a time."""
     min_nodes: int = 0
     price: float | None = None
-    """Dollars an hour of one node, if the file tells."""
+    """Price of one node in dollars an hour, if the file states it."""
 
     def holds(self, bundle: Mapping[str, float]) -> int:
-        """How many workers, each of which takes `bundle`, one node has room for."""
-        return min(_times(self.resources.get(name, 0), amount) for name, amount in bundle.items())
+        """Count the workers that fit on one node, each with the resources `bundle`."""
+        return min(_multiples(self.resources.get(name, 0), amount) for name, amount in bundle.items())
 
     def __str__(self) -> str:
         shown = [f"{amount:g} {name}" for name, amount in self.resources.items() if name in ("CPU", "GPU")]
@@ -44,19 +43,19 @@ class NodeType:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A head that is always there, and nodes that come when they are asked for."""
+    """A permanent head, and worker nodes that start on request."""
 
     head: NodeType
     worker_types: tuple[NodeType, ...]
     max_workers: int
-    """Nodes besides the head, of all types together."""
+    """Maximum number of worker nodes, of all types together."""
     idle_seconds: float
-    """For which a node has no work before it goes."""
+    """Time without work after which a worker node is removed."""
 
     def nodes_for(self, bundle: Mapping[str, float]) -> list[NodeType]:
-        """The type of each node that can work at once on bundles like this one, the head first.
+        """List the type of every node that can hold such bundles at the same time, the head first.
 
-        Ray prefers types without GPUs where none is asked for, then those of which the bundles leave least; as we do.
+        The order of worker types is Ray's: no GPU where none is requested, then the type with the least unused rest.
         """
         fitting = [one for one in self.worker_types if one.holds(bundle)]
         ranked = sorted(fitting, key=lambda one: _waste(one, bundle))
@@ -64,14 +63,14 @@ class Cluster:
         return [self.head] * (self.head.holds(bundle) > 0) + workers
 
     def trials_that_fit(self, need: Need) -> int:
-        """`room` when it has grown."""
+        """`trials_that_fit` for the cluster at its full size."""
         return trials_that_fit(self.nodes_for(need.bundle) or [self.head, *self.worker_types], need)
 
 
-def _times(have: float, amount: float) -> int:
-    """How often an amount above 0 can be had; what is less than one is of one device."""
-    unit = max(1, round(amount * 1e4))  # in ten-thousandths, as Ray counts
-    return int(have) * (10_000 // unit) if amount < 1 <= have else round(have * 1e4) // unit
+def _multiples(available: float, amount: float) -> int:
+    """Count how often `amount`, above 0, is available. An amount below 1 must come from a single device."""
+    unit = max(1, round(amount * 1e4))  # Ray counts in ten-thousandths
+    return int(available) * (10_000 // unit) if amount < 1 <= available else round(available * 1e4) // unit
 
 
 def _waste(node: NodeType, bundle: Mapping[str, float]) -> tuple[bool, float]:
@@ -81,13 +80,13 @@ def _waste(node: NodeType, bundle: Mapping[str, float]) -> tuple[bool, float]:
 
 
 def trials_that_fit(nodes: Sequence[NodeType], need: Need) -> int:
-    """How many trials nodes hold at once; the workers of one may be spread over several nodes.
+    """Count the trials that fit on the nodes at the same time. Workers of one trial may be on several nodes.
 
     Args:
-        nodes: the type of each that is there, or can be.
-        need: of each trial.
+        nodes: type of each node.
+        need: resources of one trial.
     Raises:
-        ResourceError: not one; says what is missing, and the nearest that is possible.
+        ResourceError: no trial fits; names what is missing and the nearest possible setting.
     """
     holds = [count for node in nodes if (count := node.holds(need.bundle))]
     needs = " and ".join(f"{amount:g} {name}" for name, amount in need.bundle.items())
@@ -105,13 +104,13 @@ def trials_that_fit(nodes: Sequence[NodeType], need: Need) -> int:
             f"with resources.placement spread, a trial needs a node for each of its {need.fewest} workers, but the "
             f"cluster has {len(holds)} that can hold one; lower the workers to {len(holds)}, or set placement to pack"
         )
-    # Of so many trials, a node can hold one worker of each.
+    # With n trials at once, a node can hold at most n workers, one of each trial.
     fitting = (n for n in range(total // need.most, 0, -1) if sum(min(n, held) for held in holds) >= n * need.most)
     return next(fitting)
 
 
 def _too_small(nodes: Iterable[NodeType], bundle: Mapping[str, float]) -> str:
-    """What the nearest node lacks, and what would fit."""
+    """Name the resources that the nearest node lacks, and the settings that would fit on it."""
 
     def share(node: NodeType) -> list[float]:
         return sorted(min(1.0, node.resources.get(name, 0) / amount) for name, amount in bundle.items())
@@ -124,7 +123,7 @@ def _too_small(nodes: Iterable[NodeType], bundle: Mapping[str, float]) -> str:
     }
     have = " and ".join(f"{amount:g} {name}" for name, amount in lacking.items())
     lower = ", ".join(f"{name.lower()}s_per_worker to {amount:g}" for name, amount in lacking.items())
-    # A worker takes one CPU at least.
+    # A worker takes at least one CPU.
     fix = "use a cluster that has some" if lacking.get("CPU", 1) < 1 else f"lower {lower}"
     return f"no node type has more than {have} ({_listed(nodes)}); {fix}"
 
@@ -134,7 +133,7 @@ def _listed(nodes: Iterable[NodeType]) -> str:
 
 
 class _Part(BaseModel):
-    """What is read of a file that has more in it."""
+    """Part of a cluster file; keys that are not needed here are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -150,7 +149,7 @@ class _Provider(_Part):
 
 
 class _Launcher(_Part):
-    """A file for `ray up`. `resources` may be left out there on some clouds, but only the cloud knows them then."""
+    """File for `ray up`. On some clouds it may omit `resources`, but then only the cloud knows them."""
 
     available_node_types: dict[str, _LauncherType] = Field(min_length=1)
     head_node_type: str
@@ -167,14 +166,13 @@ class _Launcher(_Part):
         return self
 
     def cluster(self) -> Cluster:
-        def made(name: str, most: int | None = None) -> NodeType:
-            one = self.available_node_types[name]
+        def node_type(name: str, max_nodes: int | None = None) -> NodeType:
+            one, price = self.available_node_types[name], self.provider.prices.get(name)
             limit = self.max_workers if one.max_workers is None else one.max_workers
-            price = self.provider.prices.get(name)
-            return NodeType(name, one.resources, limit if most is None else most, one.min_workers, price)
+            return NodeType(name, one.resources, limit if max_nodes is None else max_nodes, one.min_workers, price)
 
-        workers = tuple(made(name) for name in self.available_node_types if name != self.head_node_type)
-        return Cluster(made(self.head_node_type, 1), workers, self.max_workers, 60 * self.idle_timeout_minutes)
+        workers = tuple(node_type(name) for name in self.available_node_types if name != self.head_node_type)
+        return Cluster(node_type(self.head_node_type, 1), workers, self.max_workers, 60 * self.idle_timeout_minutes)
 
 
 class _Container(_Part):
@@ -190,81 +188,78 @@ class _Template(_Part):
 
 
 class _Group(_Part):
-    groupName: str = "head"  # noqa: N815  # Kubernetes writes it so, and what follows
+    groupName: str = "head"
     replicas: Count = 0
-    minReplicas: Count = 0  # noqa: N815
-    maxReplicas: Count = NODES  # noqa: N815
-    rayStartParams: dict[str, str] = {}  # noqa: N815
+    minReplicas: Count = 0
+    maxReplicas: Count = MAX_NODES
+    rayStartParams: dict[str, str] = {}
     template: _Template
 
-    def made(self, most: int, least: int) -> NodeType:
-        """Its resources as KubeRay gives them to Ray: what Ray is told at the start, else the pod's limits."""
-        asked = self.template.spec.containers[0].resources
-        pod = {**asked.get("requests", {}), **asked.get("limits", {})}
+    def node_type(self, max_nodes: int, min_nodes: int) -> NodeType:
+        """Resources as KubeRay passes them to Ray: the parameters of Ray's start, otherwise the limits of the pod."""
+        container = self.template.spec.containers[0].resources
+        pod = {**container.get("requests", {}), **container.get("limits", {})}
         resources = {"CPU": float(math.ceil(_quantity(pod.get("cpu", 0))))}
         if gpus := sum(_quantity(amount) for name, amount in pod.items() if name.endswith("gpu")):
             resources["GPU"] = gpus
-        told = {"CPU": self.rayStartParams.get("num-cpus"), "GPU": self.rayStartParams.get("num-gpus")}
-        resources |= {name: float(amount) for name, amount in told.items() if amount is not None}
-        return NodeType(self.groupName, resources, most, least)
+        parameters = {"CPU": self.rayStartParams.get("num-cpus"), "GPU": self.rayStartParams.get("num-gpus")}
+        resources |= {name: float(amount) for name, amount in parameters.items() if amount is not None}
+        return NodeType(self.groupName, resources, max_nodes, min_nodes)
 
 
 class _AutoscalerOptions(_Part):
-    idleTimeoutSeconds: Amount = 60.0  # noqa: N815
+    idleTimeoutSeconds: Amount = 60.0
 
 
 class _RayClusterSpec(_Part):
-    enableInTreeAutoscaling: bool = False  # noqa: N815
-    autoscalerOptions: _AutoscalerOptions = _AutoscalerOptions()  # noqa: N815
-    headGroupSpec: _Group  # noqa: N815
-    workerGroupSpecs: list[_Group] = []  # noqa: N815
+    enableInTreeAutoscaling: bool = False
+    autoscalerOptions: _AutoscalerOptions = _AutoscalerOptions()
+    headGroupSpec: _Group
+    workerGroupSpecs: list[_Group] = []
 
 
 class _RayCluster(_Part):
-    """An object of the KubeRay operator."""
+    """Object of the KubeRay operator."""
 
     kind: Literal["RayCluster"]
     spec: _RayClusterSpec
 
     def cluster(self) -> Cluster:
+        grows, groups = self.spec.enableInTreeAutoscaling, self.spec.workerGroupSpecs
         types = tuple(
-            group.made(min(group.maxReplicas, NODES), group.minReplicas)
-            if self.spec.enableInTreeAutoscaling
-            else group.made(group.replicas, group.replicas)
-            for group in self.spec.workerGroupSpecs
+            one.node_type(min(one.maxReplicas, MAX_NODES), one.minReplicas)
+            if grows
+            else one.node_type(one.replicas, one.replicas)
+            for one in groups
         )
         idle = self.spec.autoscalerOptions.idleTimeoutSeconds
-        return Cluster(self.spec.headGroupSpec.made(1, 0), types, sum(one.max_nodes for one in types), idle)
+        return Cluster(self.spec.headGroupSpec.node_type(1, 0), types, sum(one.max_nodes for one in types), idle)
 
 
 def _quantity(text: str | float) -> float:
-    """A count as Kubernetes writes it: 2, "2", "500m"."""
+    """Convert a count as Kubernetes writes it, such as 2, "2" or "500m"."""
     found = re.fullmatch(r"([0-9.]+)(m?)", str(text))
     return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
 
 
 def read_cluster(file: Path) -> Cluster:
-    """What a cluster file says.
+    """Read a cluster file.
 
     Raises:
-        ExperimentError: with all problems found.
+        ExperimentError: the file is wrong; has all problems.
     """
     return parse_cluster(str(file), read_plain(file))
 
 
 def parse_cluster(name: str, tree: object) -> Cluster:
-    """What the content of a cluster file says, or the object that Kubernetes made of it; `name` is for errors.
+    """Convert the content of a cluster file, or an object of Kubernetes. `name` appears in error messages.
 
     Raises:
-        ExperimentError: with all problems found.
+        ExperimentError: the content is wrong; has all problems.
     """
     model: type[_Launcher] | type[_RayCluster] = _RayCluster if isinstance(tree, dict) and "kind" in tree else _Launcher
     try:
         return model.model_validate(tree).cluster()
     except ValidationError as error:
-        raise ExperimentError(name, list(_problems(model, error))) from error
-
-
-def _problems(model: type[BaseModel], error: ValidationError) -> Iterator[Problem]:
-    for location, message in error_messages(model, error):
-        yield Problem(None, dotted(location), message)
+        found = [Problem(None, dotted(place), message) for place, message in error_messages(model, error)]
+        raise ExperimentError(name, found) from error

@@ -1,4 +1,4 @@
-"""A job for a Ray cluster: what travels there, under which name, and the `ray job submit` that starts it."""
+"""Submission of a job to a Ray cluster: its id, the files that are sent, and the `ray job submit` command."""
 
 import ipaddress
 import json
@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from grainmill.cluster import ray_private
 from grainmill.config.experiment import Experiment
 from grainmill.errors import SubmissionError, hidden
 from grainmill.storage import workspace
@@ -26,33 +27,33 @@ from grainmill.storage.provenance import CARRIED, commit
 from grainmill.trainable import Trainable
 
 LIMIT_BYTES = 100 * 2**20
-"""Of all that is sent. Ray takes a few times as much, but what is larger is no code."""
+"""Maximum size of a job's files. Ray accepts several times as much, but code is never that large."""
 STAYS = (".*", "__pycache__", "*.egg-info", "grainmill-runs", "mlruns")
-"""Names of files and folders that are not sent: repositories, environments, caches and runs."""
+"""Patterns of files and folders that are not sent: repositories, environments, caches and runs."""
 SOURCE_ROOTS = ("platform", "trainables")
-"""Folders of the job, for the mill and for what it trains; neither holds an `__init__.py`."""
+"""Folders of the job for Grainmill and for the trainable; neither holds an `__init__.py`."""
 SECONDS = 10
-"""Within which a head must answer."""
+"""Time in seconds within which a head must answer."""
 
 
 @dataclass(frozen=True)
 class JobPackage:
-    """What is sent."""
+    """Files that are sent with a job."""
 
     folder: Path
-    """Holds it all; the job's working directory."""
+    """The job's working directory."""
     files: int
     bytes: int
     left_out: Mapping[str, int]
-    """Names in `STAYS` that were met, and how often."""
+    """Names that matched `STAYS`, and how often."""
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """The client of a cluster.
+    """Open a client for the jobs of a cluster.
 
     Raises:
-        SubmissionError: no head answers there, it does not take the token, it takes anybody's jobs from anywhere, or
-            its Ray is another one.
+        SubmissionError: no head answers, it refuses the token, it accepts jobs from anybody on the network, or it runs
+            another version of Ray.
     """
     place = urlsplit(address)
     if place.scheme not in ("http", "https") or not place.hostname or "@" in place.netloc:
@@ -66,14 +67,14 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError as error:
-        came = "was wrong" if "Authentication failed" in str(error) else "is missing"
+        reason = "was wrong" if "Authentication failed" in str(error) else "is missing"
         raise SubmissionError(
-            f"the cluster at {address} asks for its token, but that {came}; "
+            f"the cluster at {address} asks for its token, but that {reason}; "
             "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, a file with the token of the cluster"
         ) from None
     except (ConnectionError, RuntimeError) as error:
         raise SubmissionError(f"{address} must be the dashboard of a Ray cluster, but said: {error}") from error
-    if (theirs := client._server_ray_version) != ray.__version__:
+    if (theirs := ray_private.server_version(client)) != ray.__version__:
         raise SubmissionError(
             f"a cluster must have the Ray of this command, {ray.__version__}, but the head at {address} has {theirs}; "
             "install that one here, or this one there"
@@ -82,7 +83,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def _is_open(address: str) -> bool:
-    """Whether a head answers a stranger."""
+    """Return True when a head answers a request without a token."""
     place = urlsplit(address)
     connection = (HTTPSConnection if place.scheme == "https" else HTTPConnection)(place.netloc, timeout=SECONDS)
     try:
@@ -105,40 +106,40 @@ def _is_loopback(host: str) -> bool:
 
 
 def next_submission_id(client: JobSubmissionClient, address: str, name: str) -> str:
-    """`grainmill-NAME-1`, `-2`, ...: the first that no job of the cluster has.
+    """Return the first id of `grainmill-NAME-1`, `-2`, ... above all that the cluster knows.
 
     Raises:
-        SubmissionError: a job of this name is not at its end.
+        SubmissionError: a job of this name has not ended.
     """
-    form, last = _form(name), 0
+    pattern, last = _id_pattern(name), 0
     for job in client.list_jobs():
-        if found := form.fullmatch(job.submission_id or ""):
+        if found := pattern.fullmatch(job.submission_id or ""):
             if not job.status.is_terminal():
                 raise SubmissionError(
                     f"one job at a time works under a name, but {job.submission_id} is {job.status.lower()}; "
-                    f"wait for it, stop it, or choose another --set name=NAME\n"
+                    "wait for it, stop it, or choose another --set name=NAME\n"
                     + job_commands(address, job.submission_id)
                 )
             last = max(last, int(found[1]))
     return f"grainmill-{name}-{last + 1}"
 
 
-def _form(name: str) -> re.Pattern[str]:
+def _id_pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"grainmill-{re.escape(name)}-(\d+)")
 
 
 def delete_old_packages(jobs: Path, name: str) -> None:
-    """Delete the packages of earlier jobs of a name. All these jobs must have ended; see `next_submission_id`."""
+    """Delete the packages of a name's earlier jobs. All of them must have ended; see `next_submission_id`."""
     for folder in jobs.glob("grainmill-*"):
-        if _form(name).fullmatch(folder.name):
+        if _id_pattern(name).fullmatch(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def job_status(client: JobSubmissionClient, job: str) -> JobStatus:
-    """Where a job stands.
+    """Return the status of a job.
 
     Raises:
-        SubmissionError: the head does not know it, or is gone.
+        SubmissionError: the head does not know the job, or does not answer.
     """
     try:
         return client.get_job_status(job)
@@ -149,7 +150,7 @@ def job_status(client: JobSubmissionClient, job: str) -> JobStatus:
 
 
 def job_commands(address: str, job: str) -> str:
-    """How to follow a job and how to stop it."""
+    """List the commands that follow a job, show its state and stop it, one a line."""
     ray = Path(sys.executable).with_name("ray")
     return "\n".join(
         f"{what:9} {ray} job {verb} --address {address} {job}"
@@ -161,7 +162,7 @@ def check_storage(experiment: Experiment) -> None:
     """Refuse a storage folder that would vanish with the job.
 
     Raises:
-        SubmissionError: it is relative: to the job's own folder, which is deleted at its end.
+        SubmissionError: the path is relative, that is, inside the job's folder, which is deleted at the end.
     """
     if not workspace.remote(experiment.storage) and not Path(experiment.storage).is_absolute():
         raise SubmissionError(
@@ -171,46 +172,46 @@ def check_storage(experiment: Experiment) -> None:
 
 
 def package_job(file: Path, name: str, trainable: Trainable, folder: Path) -> JobPackage:
-    """Put an experiment file, the mill and a trainable's top-level package into a new folder.
+    """Copy an experiment file, Grainmill and the trainable's top-level package into a new folder.
 
     Args:
-        file: lies there under its own name, whatever its folder was.
-        name: of the trainable in the file.
-        trainable: its module.
-        folder: where to.
+        file: experiment file; keeps its name, and loses its folder.
+        name: the trainable's name in the file.
+        trainable: the trainable's module.
+        folder: target folder.
     Raises:
-        SubmissionError: it is more than `LIMIT_BYTES`; with the largest files.
+        SubmissionError: the files exceed `LIMIT_BYTES`; names the largest.
     """
     top = sys.modules[trainable.__name__.partition(".")[0]]  # type: ignore[attr-defined]
     left_out: Counter[str] = Counter()
-    found = {Path(file.name): file}
+    files = {Path(file.name): file}
     for root, module in zip(SOURCE_ROOTS, (sys.modules["grainmill"], top), strict=True):
         source = _source(module)
-        found |= {Path(root) / source.name / one: source / one for one in _walk(source, left_out)}
-    sizes = {path: path.stat().st_size for path in found.values()}
+        files |= {Path(root) / source.name / path: source / path for path in _walk(source, left_out)}
+    sizes = {path: path.stat().st_size for path in files.values()}
     if (total := sum(sizes.values())) > LIMIT_BYTES:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
-        told = ", ".join(f"{path} ({megabytes(sizes[path])})" for path in largest)
+        listed = ", ".join(f"{path} ({megabytes(sizes[path])})" for path in largest)
         raise SubmissionError(
-            f"a job must be at most {megabytes(LIMIT_BYTES)}, got {megabytes(total)}: {told}; "
+            f"a job must be at most {megabytes(LIMIT_BYTES)}, got {megabytes(total)}: {listed}; "
             "keep data out of the package, where all nodes see them"
         )
-    for target, path in found.items():
+    for target, path in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / target)
-    for one in _distributions(name):
-        _announce(one, folder / SOURCE_ROOTS[0])
+    for installed in _distributions(name):
+        _copy_metadata(installed, folder / SOURCE_ROOTS[0])
     (folder / CARRIED).write_text(json.dumps(commit()))
-    return JobPackage(folder, len(found), total, left_out)
+    return JobPackage(folder, len(files), total, left_out)
 
 
 def _source(module: ModuleType) -> Path:
-    """A package's folder, or the file of a module that is none."""
+    """Return the folder of a package, or the file of a module."""
     return Path(next(iter(module.__path__)) if hasattr(module, "__path__") else str(module.__file__))
 
 
 def _walk(source: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """The files of a folder that are sent, relative to it; of a file, itself."""
+    """Yield the files of a folder that are sent, relative to the folder. For a file, yield the empty path."""
     if source.is_file():
         yield Path()
         return
@@ -222,34 +223,34 @@ def _walk(source: Path, left_out: Counter[str]) -> Iterator[Path]:
 
 
 def _distributions(name: str) -> Iterator[Distribution]:
-    """Of the mill and of an installed trainable: they hold the names by which trainables are found."""
+    """Yield the distributions of Grainmill and of an installed trainable, whose entry points name the trainables."""
     try:
         yield distribution("grainmill")
-    except PackageNotFoundError:  # it runs from its source; a trainable is then a dotted path
+    except PackageNotFoundError:  # Grainmill runs from its source; the trainable is then a dotted path
         return
     for entry in entry_points(group="grainmill.trainables", name=name):
         if entry.dist is not None and entry.dist.name != "grainmill":
             yield entry.dist
 
 
-def _announce(installed: Distribution, root: Path) -> None:
-    """Make a distribution known below a source root, as if it were installed there."""
+def _copy_metadata(installed: Distribution, root: Path) -> None:
+    """Write a distribution's metadata below a source root, so that its entry points are found there."""
     place = root / f"{installed.name.replace('-', '_')}-{installed.version}.dist-info"
     place.mkdir(parents=True, exist_ok=True)
-    told = installed.read_text("METADATA") or installed.read_text("PKG-INFO")  # a source tree's has the other name
-    (place / "METADATA").write_text(told or "")
+    metadata = installed.read_text("METADATA") or installed.read_text("PKG-INFO")  # a source tree has PKG-INFO
+    (place / "METADATA").write_text(metadata or "")
     (place / "entry_points.txt").write_text(installed.read_text("entry_points.txt") or "")
 
 
 def megabytes(count: int) -> str:
-    """A size in words."""
+    """Format a number of bytes in MiB."""
     return f"{count / 2**20:.1f} MiB"
 
 
 def submit_command(
     address: str, job: str, packed: JobPackage, verb: str, file: Path, overrides: Sequence[str]
 ) -> list[str]:
-    """The `ray job submit` that starts a job, word by word."""
+    """Return the words of the `ray job submit` command that starts a job."""
     environment = {"env_vars": {"PYTHONPATH": ":".join(SOURCE_ROOTS)}}  # relative to the working directory
     return [
         *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--submission-id", job),

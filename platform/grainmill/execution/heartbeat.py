@@ -1,7 +1,6 @@
-"""The pulse of a process that trains, or leads those that do: that it is alive, and whether it must leave its node.
+"""Heartbeats of a trial's processes: a thread reports every few seconds to the watchdog of the study.
 
-A thread tells the study's ward (see `ward`) every few seconds how the process is; its answer says whether to leave.
-Light, for it is in every worker.
+The watchdog's answer says whether the process must leave its node. Imported in every worker, and therefore light.
 """
 
 import faulthandler
@@ -19,112 +18,112 @@ from ray.exceptions import RayError
 
 from grainmill.execution.training_job import TrainingJob
 
-TELL_SECONDS = 5.0
-"""Between two words of a process to the ward."""
-AGAIN_SECONDS = 1.0
-"""Before a ward is asked again that did not answer."""
-DUMP = signal.SIGUSR1
-"""Has a process write the stacks of its threads to its log."""
+HEARTBEAT_SECONDS = 5.0
+"""Interval between two reports of a process to the watchdog."""
+RETRY_SECONDS = 1.0
+"""Pause before the next report to a watchdog that did not answer."""
+DUMP_SIGNAL = signal.SIGUSR1
+"""Signal on which a process writes the stacks of its threads to its log."""
 
 
 class Process(NamedTuple):
-    """A process of the cluster; never taken for a later one with the same number."""
+    """Process of the cluster, distinct from any later process with the same id."""
 
     node: str
     pid: int
-    began: int
-    """In clock ticks since its machine did."""
+    start_ticks: int
+    """Start of the process, in clock ticks since its machine started."""
 
     @classmethod
     def this(cls) -> "Process":
-        """The one that calls."""
-        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), _began(os.getpid()))
+        """Return the calling process."""
+        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), _start_ticks(os.getpid()))
 
     @property
-    def here(self) -> bool:
-        """Whether it is alive, asked on its node."""
+    def alive(self) -> bool:
+        """Return True while the process runs. Valid only on its node."""
         with suppress(FileNotFoundError, ProcessLookupError):
-            return _began(self.pid) == self.began
+            return _start_ticks(self.pid) == self.start_ticks
         return False
 
 
-def _began(pid: int) -> int:
+def _start_ticks(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 class State(NamedTuple):
-    """How a process is."""
+    """Work of a process, as it reports it."""
 
-    name: str = ""
-    """The trial that it works on, for people; empty between trials."""
+    trial: str = ""
+    """Name of the trial that the process works on; empty between trials."""
     attempt: str = ""
-    """What it has in common with the other processes that work on the trial now."""
-    still: float = 0.0
-    """Seconds since its last step; 0 while no step is to come from it."""
-    longest: float = 0.0
-    """Seconds that a step of this trial took."""
+    """Id that all processes share which now work on the trial."""
+    since_step: float = 0.0
+    """Time in seconds since the last training step; 0 while no step is due."""
+    longest_step: float = 0.0
+    """Duration in seconds of the trial's longest step."""
 
 
 class HeartbeatSender:
-    """Of the process that makes it, which must make one alone."""
+    """Reports this process to the watchdog. A process creates only one; see `own_sender`."""
 
-    def __init__(self, ward: Any) -> None:
-        self.leave = False
-        """Whether it must leave; once True, it stays so."""
-        self._ward, self._process = ward, Process.this()
-        self._name = self._attempt = ""
-        self._at: float | None = None
-        """When the last step was done, in seconds; None while none is to come."""
-        self._longest = 0.0
-        faulthandler.register(DUMP)
-        threading.Thread(target=self._tell, name="pulse", daemon=True).start()
+    def __init__(self, watchdog: Any) -> None:
+        self.must_leave = False
+        """True as soon as the process must leave its node; never False again."""
+        self._watchdog, self._process = watchdog, Process.this()
+        self._trial = self._attempt = ""
+        self._last_step: float | None = None
+        """Time of the last step, in seconds; None while no step is due."""
+        self._longest_step = 0.0
+        faulthandler.register(DUMP_SIGNAL)
+        threading.Thread(target=self._report, name="heartbeat", daemon=True).start()
 
-    def beat(self) -> bool:
-        """The training's; see `catalog.Heartbeat`."""
+    def heartbeat(self) -> bool:
+        """Note a training step; the `catalog.Heartbeat` of a training in this process."""
         now = time.monotonic()
-        self._longest = max(self._longest, now - self._at if self._at else 0)
-        self._at = now
-        return self.leave
+        self._longest_step = max(self._longest_step, now - self._last_step if self._last_step else 0)
+        self._last_step = now
+        return self.must_leave
 
     @contextmanager
-    def of(self, job: TrainingJob, trains: bool = True) -> Iterator[None]:
-        """While this process works on a job: trains it, or leads those that do."""
-        self._name, self._attempt, self._longest = job.name, job.attempt, 0.0
-        self._at = time.monotonic() if trains else None
-        self._ward.note.remote(self._process, self._state())
+    def working_on(self, job: TrainingJob, trains: bool = True) -> Iterator[None]:
+        """Report that this process trains a job or, with `trains=False`, leads its workers."""
+        self._trial, self._attempt, self._longest_step = job.name, job.attempt, 0.0
+        self._last_step = time.monotonic() if trains else None
+        self._watchdog.update.remote(self._process, self._state())
         try:
             yield
         finally:
-            self._name, self._attempt, self._at = "", "", None
+            self._trial, self._attempt, self._last_step = "", "", None
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        """While this process waits for somebody else, so that no step is to come."""
-        self._at = None
+    def waiting(self) -> Iterator[None]:
+        """Report that no step is due, because this process waits for another."""
+        self._last_step = None
         try:
             yield
         finally:
-            self._at = time.monotonic()
+            self._last_step = time.monotonic()
 
     def _state(self) -> State:
-        at = self._at
-        return State(self._name, self._attempt, time.monotonic() - at if at else 0.0, self._longest)
+        last = self._last_step
+        return State(self._trial, self._attempt, time.monotonic() - last if last else 0.0, self._longest_step)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         while True:
             try:
-                self.leave |= ray.get(self._ward.hear.remote(self._process, self._state()))
-            except RayError:  # it is being started again
-                time.sleep(AGAIN_SECONDS)
-            if self.leave:  # is answered at once from now on
-                time.sleep(TELL_SECONDS)
+                self.must_leave |= ray.get(self._watchdog.receive.remote(self._process, self._state()))
+            except RayError:  # the watchdog is being restarted
+                time.sleep(RETRY_SECONDS)
+            if self.must_leave:  # from now on, the watchdog answers without delay
+                time.sleep(HEARTBEAT_SECONDS)
 
 
-_own: HeartbeatSender | None = None
+_sender: HeartbeatSender | None = None
 
 
-def own(ward: Any) -> HeartbeatSender:
-    """The pulse of this process."""
-    global _own  # noqa: PLW0603  # a process has one
-    _own = _own or HeartbeatSender(ward)
-    return _own
+def own_sender(watchdog: Any) -> HeartbeatSender:
+    """Return the sender of this process; the first call creates it."""
+    global _sender  # noqa: PLW0603  # a process has one
+    _sender = _sender or HeartbeatSender(watchdog)
+    return _sender

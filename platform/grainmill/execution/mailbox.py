@@ -1,96 +1,101 @@
-"""Where the leader of a group meets its workers: jobs lie there, reports and the leader's word are left there."""
+"""Mailbox between the driver of a worker group and its workers: holds the job, their messages and the answers."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
 
-from grainmill.execution import evaluate_group
+from grainmill.execution.placement import Reservation
 from grainmill.execution.training_job import TrainingJob
+from grainmill.messages import EpochReport, NodeLeaving, TrialFailed, WorkersStarted
 
 RESTARTS = 1
-"""Failures of its workers without an epoch in between, or of its whole group, before a job is given up."""
+"""Failures of a job's workers without an epoch in between, or of its whole group, before the job is given up."""
+DIED = "a worker died"
+
+JobMessage = EpochReport | WorkersStarted | NodeLeaving | TrialFailed
 
 
 class Mailbox:
-    """An actor. Jobs are numbered from 1."""
+    """An actor. It numbers the jobs from 1."""
 
     def __init__(self) -> None:
         self.number = 0
         self.job: TrainingJob | None = None
         self.over = True
         self.causes: dict[str, str] = {}
-        """Groups that took the job, by the identity that each start gives them, and why they failed."""
-        self.failures = self.workers = self.epoch = 0
-        """Since the last epoch of the job; of the group that took it last; finished."""
-        self.reports: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
-        self.word: asyncio.Future[bool] | None = None
+        """Why each group that took the job failed, by the id that a group gets at each start."""
+        self.failures = 0
+        """Failures of the job since its last epoch."""
+        self.workers = 0
+        """Size of the group that took the job last; 0 after it has left its nodes."""
+        self.epoch = 0
+        self.messages: asyncio.Queue[JobMessage | None] = asyncio.Queue()
+        self.go_on: asyncio.Future[bool] | None = None
         self.changed = asyncio.Condition()
 
-    async def lay(self, job: TrainingJob) -> None:
-        """The leader's next job."""
+    async def put_job(self, job: TrainingJob) -> None:
+        """Replace the job by the driver's next one."""
         async with self.changed:
             self.number, self.job, self.over = self.number + 1, job, False
-            self.causes, self.reports, self.word = {}, asyncio.Queue(), None
+            self.causes, self.messages, self.go_on = {}, asyncio.Queue(), None
             self.failures = self.workers = self.epoch = 0
             self.changed.notify_all()
 
-    async def take(self, done: int, name: str, workers: int, place: evaluate_group.Place) -> tuple[int, TrainingJob]:
-        """The next job for a worker that has done those up to `done`; one that was begun too often is not given.
+    async def take_job(self, done: int, group: str, workers: int, reservation: Reservation) -> tuple[int, TrainingJob]:
+        """Wait for the next job of a worker. A job that has failed too often is given up instead.
 
         Args:
-            done: the number of a job.
-            name: of the worker's group.
-            workers: of the group.
-            place: what they occupy.
+            done: number of the worker's last job.
+            group: id of the worker's group.
+            workers: size of the group.
+            reservation: cluster resources of the group.
         """
         async with self.changed:
             while True:
                 await self.changed.wait_for(lambda: self.number > done and not self.over)
                 assert self.job, "was waited for"
-                if name in self.causes:
+                if group in self.causes:
                     return self.number, self.job
-                # A group of another size is there because a node came or went: the job is not to blame.
+                # A group of another size started because a node came or went: the job is not to blame.
                 self.failures += workers == self.workers
                 if self.failures <= RESTARTS:
-                    self.causes[name], self.workers = "a worker died", workers
-                    await self.reports.put({"workers": workers, "place": place})
+                    self.causes[group], self.workers = DIED, workers
+                    await self.messages.put(WorkersStarted(workers, reservation))
                     return self.number, self.job
                 self.over = True
-                await self.reports.put({"cause": [*self.causes.values()][-1]})
+                await self.messages.put(TrialFailed([*self.causes.values()][-1]))
 
-    async def hand_in(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """An epoch, from the first worker; returns whether to go on."""
+    async def report_epoch(self, number: int, report: EpochReport) -> bool:
+        """Deliver an epoch of the first worker. Returns the driver's answer: True to go on."""
         if number != self.number or self.over:
             return False
-        if metrics["epoch"] > self.epoch:  # the one before comes again after each start
-            self.epoch, self.failures = metrics["epoch"], 0
-        self.word = asyncio.get_running_loop().create_future()
-        await self.reports.put(metrics)
-        return await self.word
+        if report.epoch > self.epoch:  # after a restart, the last epoch is reported again
+            self.epoch, self.failures = report.epoch, 0
+        self.go_on = asyncio.get_running_loop().create_future()
+        await self.messages.put(report)
+        return await self.go_on
 
-    async def done(self, number: int) -> None:
-        """A job came to its end."""
+    async def job_done(self, number: int) -> None:
+        """Note that a job is complete."""
         if number == self.number and not self.over:
             self.over = True
-            await self.reports.put(None)
+            await self.messages.put(None)
 
-    async def leave(self, number: int) -> None:
-        """A worker saved the job, and leaves: a node of its group is to be taken away. The next group goes on."""
+    async def workers_leave(self, number: int) -> None:
+        """Note that the workers have saved the job and leave a node. The next group goes on."""
         if number == self.number and not self.over and self.workers:
-            self.workers = 0  # of no size, so that the next one is no failure
-            await self.reports.put({"left": True})
+            self.workers = 0  # differs from any size, so that the next start is no failure
+            await self.messages.put(NodeLeaving())
 
-    async def failing(self, number: int, group: str, why: str) -> None:
-        """Why a worker is about to fail; what the first says is the cause, the others only lose contact."""
-        if number == self.number and self.causes.get(group) == "a worker died":
-            self.causes[group] = why
+    async def worker_fails(self, number: int, group: str, reason: str) -> None:
+        """Note why a worker is about to fail. The first reason counts: the other workers only lose their connection."""
+        if number == self.number and self.causes.get(group) == DIED:
+            self.causes[group] = reason
 
-    async def read(self) -> Mapping[str, Any] | None:
-        """For the leader: who has begun, metrics, the cause of a failure, that they leave, or None at the end."""
-        return await self.reports.get()
+    async def next_message(self) -> JobMessage | None:
+        """Wait for the workers' next message; None when the job is complete."""
+        return await self.messages.get()
 
     async def answer(self, go_on: bool) -> None:
-        """The leader's word on the metrics that it read; or, whatever it read, that the job is over."""
+        """Answer the epoch report that the driver has read. False ends the job, whatever was read."""
         self.over = self.over or not go_on
-        if self.word and not self.word.done():
-            self.word.set_result(go_on)
+        if self.go_on and not self.go_on.done():
+            self.go_on.set_result(go_on)

@@ -1,4 +1,4 @@
-"""Over which network the workers of a group talk to each other: that of the nodes' own addresses."""
+"""Network between the workers of a group: the interface that has the node's own address."""
 
 import os
 from dataclasses import dataclass
@@ -9,35 +9,35 @@ from ray.train.torch import TorchConfig
 
 
 def interface(address: str) -> str | None:
-    """Name of the network interface of this machine that has an address; None if none has."""
-    for name, found in psutil.net_if_addrs().items():
-        if address in (one.address for one in found):
+    """Return the name of this machine's network interface with an address; None if there is none."""
+    for name, entries in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in entries):
             return str(name)
     return None
 
 
-def choose() -> None:
-    """Have Gloo and NCCL use the interface of this node's address, unless the user has named one.
+def choose_interface() -> None:
+    """Make Gloo and NCCL use the interface of this node's address, unless the user has named one.
 
-    Gloo takes what the machine's name stands for otherwise, often 127.0.0.1, where other nodes find nobody; NCCL the
-    first interface that it likes.
+    By default, Gloo takes the address of the host name, often 127.0.0.1, which other nodes cannot reach. NCCL takes the
+    first interface that suits it.
     """
     if name := interface(ray.util.get_node_ip_address()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without `=`, eth1 stands for eth10, too
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without `=`, eth1 also matches eth10
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
-        worker_group.execute(choose)
+        worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 
 
 @dataclass
 class Network(TorchConfig):  # type: ignore[misc]
-    """Ray Train's process group of torch, on the interface that `choose` finds on each node."""
+    """Ray Train's process group of torch, on the interface that `choose_interface` selects on each node."""
 
     @property
     def backend_cls(self) -> type:
-        """What sets it up."""
+        """Backend that sets up the process group."""
         return _Backend

@@ -1,4 +1,4 @@
-"""The trials of a study on Ray Tune."""
+"""Run of a study: its trials on Ray Tune, the watchdog over them, and their records in MLflow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import ray
 from ray import tune as ray_tune
 
-from grainmill.cluster import capacity
+from grainmill.cluster import capacity, ray_private
 from grainmill.errors import GrainmillError
-from grainmill.execution import watchdog, worker_group
+from grainmill.execution import watchdog
 from grainmill.execution.searcher import Scheduler, StudySearcher
 from grainmill.execution.training_job import StudySetup
+from grainmill.execution.trial import run_trial
 from grainmill.execution.trial_callback import Observer, TrialCallback
 from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
@@ -18,73 +19,72 @@ from grainmill.tracking.mlflow_runs import Tracker
 from grainmill.tracking.sync import MLflowSync
 
 RESTARTS = 3
-"""Times that a trial goes on after its process or node has died, before it fails."""
-LEADER_BYTES = 256 * 2**20
-"""Memory reserved for a trial that only leads a group: it takes no CPU from its workers."""
+"""Restarts of a trial whose process or node has died, before the trial fails."""
+DRIVER_BYTES = 256 * 2**20
+"""Memory reserved for a trial that leads a worker group; it reserves no CPU."""
 
 
-def run(plan: StudySetup, study: Study, tracker: Tracker, parent: str, observer: Observer) -> None:
-    """Run all trials of a study that are not in a final state, until all are or the budget is spent.
+def run(setup: StudySetup, study: Study, tracker: Tracker, parent: str, observer: Observer) -> None:
+    """Run the study's trials until all are in a final state, or the budget is spent.
 
     Args:
-        plan: what they share.
-        study: gives and keeps them.
-        tracker: gets a run for each, below the run `parent`.
-        parent: an MLflow run id.
-        observer: is told of the progress.
+        setup: what the trials share.
+        study: gives and records the trials.
+        tracker: gets an MLflow run for each trial, below the run `parent`.
+        parent: id of an MLflow run.
+        observer: receives the progress.
     Raises:
-        ResourceError: not even one fits into the cluster.
-        SearchError: most of them fail.
-        StorageError: the study's database does not answer any more.
+        ResourceError: not even one trial fits into the cluster.
+        SearchError: most of the trials fail.
+        StorageError: the study's database has stopped to answer.
         TrackingError: at the end, MLflow has not answered for a while.
     """
     asha = ASHA(study.experiment, study.records)
-    with MLflowSync(study, plan.name, tracker, parent, observer.message) as mlflow_sync:
-        watched_by = watchdog.start()
-        clerk = TrialCallback(plan, study, asha, mlflow_sync, observer, watchdog.WatchdogMessages(watched_by))
-        searcher = StudySearcher(study, asha, clerk.spent)
+    with MLflowSync(study, setup.trial_name, tracker, parent, observer.message) as mlflow_sync:
+        dog = watchdog.start()
+        callback = TrialCallback(setup, study, asha, mlflow_sync, observer, watchdog.WatchdogMessages(dog))
+        searcher = StudySearcher(study, asha, callback.spent)
         if not searcher.finished:
             try:
-                wave = capacity.trials_at_once(plan.need, plan.resources.concurrent, observer.message)
-                _tuner(plan, searcher, clerk, wave, watched_by).fit()
+                at_once = capacity.trials_at_once(setup.need, setup.resources.concurrent, observer.message)
+                _tuner(setup, searcher, callback, at_once, dog).fit()
             except Exception as error:
-                told = clerk.fatal or error.__cause__
-                if isinstance(told, GrainmillError):
-                    raise told from error
+                reason = callback.fatal_error or error.__cause__
+                if isinstance(reason, GrainmillError):
+                    raise reason from error
                 raise
             finally:
-                clerk.end_unfinished()
-                ray.kill(watched_by)  # else the node that it is on does not go before the driver ends
-        clerk.close_paused()
+                callback.end_unfinished()
+                ray.kill(dog)  # otherwise its node is not removed before the driver ends
+        callback.close_paused()
 
 
 def _tuner(
-    plan: StudySetup, searcher: StudySearcher, clerk: TrialCallback, wave: int, watched_by: Any
+    setup: StudySetup, searcher: StudySearcher, callback: TrialCallback, at_once: int, dog: Any
 ) -> ray_tune.Tuner:
     def trial(config: Mapping[str, Any]) -> None:
-        worker_group.trial(plan, config, watched_by)
+        run_trial(setup, config, dog)
 
-    if plan.need.most == 1:
-        resources = ray_tune.PlacementGroupFactory([plan.need.bundle])
+    if setup.need.most == 1:
+        resources = ray_tune.PlacementGroupFactory([setup.need.bundle])
     else:
-        # Beside this process, which is the last to be lost: a leader that dies takes its group with it.
-        here = {"strategy": "STRICT_PACK", "_soft_target_node_id": ray.get_runtime_context().get_node_id()}
-        resources = ray_tune.PlacementGroupFactory([{"memory": LEADER_BYTES}], **here)
+        # Beside this process, whose node is the last to be lost: a trial that dies takes its worker group with it.
+        resources = ray_tune.PlacementGroupFactory([{"memory": DRIVER_BYTES}], **ray_private.near_this_node())
     return ray_tune.Tuner(
         ray_tune.with_resources(trial, resources),
         tune_config=ray_tune.TuneConfig(
             search_alg=searcher,
-            scheduler=Scheduler(clerk.goes_on),
-            num_samples=-1,  # until the searcher has no more
-            max_concurrent_trials=wave,  # Tune has so many wait for the cluster at a time, too: it grows at once
-            reuse_actors=True,  # a fresh process spends seconds on importing torch
-            trial_dirname_creator=lambda trial: f"{plan.name(trial.config['number'])}-{trial.trial_id}",
+            scheduler=Scheduler(callback.receive),
+            num_samples=-1,  # until the searcher has finished
+            max_concurrent_trials=at_once,  # also the number of pending trials, so that the cluster grows at once
+            reuse_actors=True,  # a new process spends seconds on importing torch
+            trial_dirname_creator=lambda trial: f"{setup.trial_name(trial.config['number'])}-{trial.trial_id}",
         ),
         run_config=ray_tune.RunConfig(
-            name=plan.study,
-            storage_path=plan.ray,
+            name=setup.study,
+            storage_path=setup.ray_folder,
             verbose=0,
-            callbacks=[clerk],
+            callbacks=[callback],
             failure_config=ray_tune.FailureConfig(max_failures=RESTARTS),
         ),
     )

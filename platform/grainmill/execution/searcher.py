@@ -1,4 +1,4 @@
-"""What Tune is given of a search: where trials come from, and which of them end early."""
+"""Search algorithm and scheduler for Ray Tune: which trial runs next, and which trials end early."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,24 +13,27 @@ from grainmill.search.study import Study
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
-    """Hands the study's trials to Tune: those that a killed process left running, then promoted ones, then new ones.
+    """Gives the study's trials to Tune: those that a killed process left running, then promoted ones, then new ones.
 
-    It only gives. What comes back is taken down by the clerk of the trials, which sees why a trial failed, too.
+    Results are recorded by `TrialCallback`, which also learns why a trial failed.
     """
 
     def __init__(self, study: Study, asha: ASHA, spent: Callable[[], bool]) -> None:
         """
         Args:
-            spent: whether the budget is.
+            study: holds the trials.
+            asha: promotes paused trials.
+            spent: returns True when the budget is used up.
         """
         super().__init__()
         self.study, self.asha, self.spent = study, asha, spent
         self._left_running = [record for record in study.records if record.state == "running"]
-        self._out: set[str] = set()
+        self._running: set[str] = set()
+        """Tune's ids of the trials that have not ended."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is to be run any more."""
+        """Return True when no trial is left to run."""
         return self.spent() or not (
             self._left_running or self.study.remaining > 0 or self.asha.promoted(self._paused())
         )
@@ -41,7 +44,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return [record for record in self.study.records if record.state == "paused"]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The number and the settings of the next trial; None to ask again later."""
+        """Return number and settings of the next trial; None if Tune must ask again later."""
         if self.spent():
             return Searcher.FINISHED
         if self._left_running:
@@ -53,37 +56,38 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         elif asked := self.study.ask():
             record = asked
         else:
-            # A trial that still runs can bring about that a paused one goes on.
-            return None if self._out and self.study.experiment.search.losers == "pause" else Searcher.FINISHED
-        self.study.keep()  # before it leaves a checkpoint under its number
-        self._out.add(trial_id)
-        return {"number": record.number, "spec": self.study.experiment.spec(record.setting).model_dump()}
+            # The result of a running trial can promote a paused one.
+            waits = self._running and self.study.experiment.search.losers == "pause"
+            return None if waits else Searcher.FINISHED
+        self.study.keep()  # before the trial writes a checkpoint under its number
+        self._running.add(trial_id)
+        return {"number": record.number, "spec": self.study.experiment.spec(record.setting)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """It is no longer out."""
-        self._out.discard(trial_id)
+        """Note that a trial has ended."""
+        self._running.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its database."""
+        """Save nothing: the study is in its database."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, likewise."""
+        """Restore nothing, see `save`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its searcher for a restore that we do not use; an open database does not pickle
+        return {}  # Tune pickles its searcher for a restore that is not used here; an open database does not pickle
 
 
 class Scheduler(FIFOScheduler):  # type: ignore[misc]
-    """Asks the clerk after each epoch whether the trial goes on."""
+    """Passes each result on, and stops the trial if the answer is False."""
 
-    def __init__(self, goes_on: Callable[[Trial, Mapping[str, Any]], bool]) -> None:
+    def __init__(self, receive: Callable[[Trial, Mapping[str, Any]], bool]) -> None:
         super().__init__()
-        self.goes_on = goes_on
+        self.receive = receive
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Whether to go on."""
-        decision: str = TrialScheduler.CONTINUE if self.goes_on(trial, result) else TrialScheduler.STOP
+        """Return Tune's decision to continue or to stop."""
+        decision: str = TrialScheduler.CONTINUE if self.receive(trial, result) else TrialScheduler.STOP
         return decision
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # as the searcher
+        return {}  # see `StudySearcher`

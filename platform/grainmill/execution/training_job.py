@@ -1,101 +1,100 @@
-"""What runs on the workers: a training, epoch after epoch, and what all trainings of a study share.
+"""Training as a worker runs it, and the setup that all trainings of a study share.
 
-Kept light, for it is imported in every worker: no MLflow, no Optuna, and torch only where it is used.
+Imported in every worker, and therefore light: no MLflow, no Optuna, and torch only where the trainable has imported it.
 """
 
-import json
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 from grainmill import trainable as catalog
 from grainmill.config.resources import Need, Resources, Workers
+from grainmill.messages import EpochReport
 from grainmill.storage import workspace
 from grainmill.storage.mirror import S3Files
 
 
 @dataclass(frozen=True)
 class StudySetup:
-    """What all trials of a study share, in plain data."""
+    """Setup shared by all trials of a study."""
 
     study: str
+    """Name of the study, with which the names of its trials begin."""
     trainable: str
-    """Dotted path of its module."""
-    data: Mapping[str, Any]
+    """Dotted path of the trainable's module."""
+    data: Any
+    """The trainable's `Data`, validated."""
     folder: str
-    """Of the run: one that all nodes see, or `s3://bucket/prefix`."""
+    """Folder of the run: a path that all nodes see, or `s3://bucket/prefix`."""
     resources: Resources
     workers: Workers
 
-    def name(self, number: int) -> str:
-        """Of a trial: for people, folders and MLflow."""
+    def trial_name(self, number: int) -> str:
+        """Name of a trial, as shown to users and used for its folder and MLflow run."""
         return f"{self.study}-{number:04d}"
 
-    def checkpoints(self, number: int) -> str:
-        """Folder for a trial's checkpoints."""
-        return f"{self.folder}/trials/{self.name(number)}"
+    def checkpoint_folder(self, number: int) -> str:
+        """Folder of a trial's checkpoints, in the form of `folder`."""
+        return f"{self.folder}/trials/{self.trial_name(number)}"
 
     @property
-    def ray(self) -> str:
-        """Folder for Ray's own files."""
+    def ray_folder(self) -> str:
+        """Folder of Ray's own files."""
         return f"{self.folder}/ray"
 
     @property
     def need(self) -> Need:
-        """What a trial takes from the cluster."""
+        """Cluster resources of one trial."""
         return self.resources.need(self.workers)
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training run, in plain data."""
+    """Training of one trial."""
 
     trainable: str
-    """Dotted path of its module."""
-    spec: Mapping[str, Any]
-    data: Mapping[str, Any]
+    """Dotted path of the trainable's module."""
+    spec: Any
+    """The trainable's `Spec`, validated by the driver; workers do not validate it again."""
+    data: Any
+    """The trainable's `Data`, likewise."""
     folder: str
-    """For checkpoints; one that all workers see, or `s3://bucket/prefix`, of which each has a copy."""
+    """Folder of the checkpoints: a path that all workers see, or `s3://bucket/prefix`, of which each has a copy."""
     name: str = ""
-    """Of its trial."""
+    """Name of the trial."""
     attempt: str = ""
-    """Of this start of it, unlike all others."""
+    """Unique id of this start of the trial."""
 
 
 class LeftNodeError(Exception):
-    """A training ended early, with all steps kept, because its heartbeat said so."""
+    """A training saved all its steps and ended early, because its heartbeat told it to leave the node."""
 
 
-def epochs(
-    job: TrainingJob, heartbeat: catalog.Heartbeat = catalog.no_heartbeat
-) -> Generator[dict[str, Any], None, None]:
-    """Train; yields every epoch's metrics, `epoch` itself, the list of their names, `reported`, and any `variants`.
+def epochs(job: TrainingJob, heartbeat: catalog.Heartbeat = catalog.no_heartbeat) -> Generator[EpochReport, None, None]:
+    """Train, and yield a report after each epoch. In a worker group, every worker calls this.
 
-    What the training leaves in a folder in S3 is safe there before an epoch is yielded, and at its end.
+    Files of a checkpoint folder in S3 are safe there before an epoch is yielded, and at the end.
 
     Raises:
-        LeftNodeError: it ended before its last epoch.
+        LeftNodeError: the training ended before its last epoch.
         StorageError: the folder in S3 cannot be read or written.
     """
-    trainable = catalog.find(job.trainable)
-    spec, data = trainable.Spec.model_validate(job.spec), trainable.Data.model_validate(job.data)
     done = 0
     with workspace.opened(job.folder) as kept, kept.followed():
-        _meet()
-        for result in trainable.fit(spec, data, kept.path, heartbeat, S3Files()):
+        _wait_for_all_ranks()  # a rank that starts late must not find files that another has written since
+        for result in catalog.find(job.trainable).fit(job.spec, job.data, kept.path, heartbeat, S3Files()):
             kept.push()
-            metrics = {"epoch": result.epoch, **result.metrics}
-            # Tune adds keys of its own to a result, and flattens it; `reported` tells ours from them.
-            yield {**metrics, "reported": list(metrics), "variants": json.dumps(dict(result.variants))}
+            variants = {name: dict(values) for name, values in result.variants.items()}
+            yield EpochReport(result.epoch, {"epoch": result.epoch, **result.metrics}, variants)
             done = result.epoch
         kept.push()
-    if done < spec.epochs:  # type: ignore[attr-defined]  # see catalog.Trainable
+    if done < job.spec.epochs:
+        _wait_for_all_ranks()  # the first worker that raises ends its group; another may still be saving
         raise LeftNodeError
 
 
-def _meet() -> None:
-    """Wait for the other ranks: what one writes must not be what another finds at its start."""
+def _wait_for_all_ranks() -> None:
     if "torch" in sys.modules:
         from torch import distributed
 
@@ -104,6 +103,6 @@ def _meet() -> None:
 
 
 def cause(error: BaseException) -> str:
-    """An error in one line: its type and message, the last line of what a remote traceback says."""
+    """Describe an error in one line: its type and the last line of its message, which may be a remote traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

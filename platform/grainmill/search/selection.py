@@ -60,7 +60,8 @@ class Candidate:
 
     def __repr__(self) -> str:
         source = f"trial {self.trial.number}" if self.trial else "base settings"
-        return f"Candidate({source}, {len(self.trainings)} trainings)"
+        values = ", ".join(f"{name} {estimate}" for name, estimate in self.estimates.items())
+        return f"Candidate({source}, {len(self.trainings)} trainings, {values})"
 
 
 def best(experiment: Experiment, records: Sequence[TrialRecord]) -> list[TrialRecord]:

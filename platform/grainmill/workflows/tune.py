@@ -41,7 +41,6 @@ FOLDER = "grainmill.folder"
 class Outcome:
     """Result of a run."""
 
-    experiment: Experiment
     records: Sequence[TrialRecord]
     """The trials of the search; empty after `train`."""
     candidates: Sequence[Candidate]
@@ -61,8 +60,7 @@ class Outcome:
 
     def __repr__(self) -> str:
         alias = "champion" if self.champion else "challenger"
-        values = ", ".join(f"{name} {self.winner.estimates.get(name)}" for name in self.experiment.objective)
-        return f"Outcome({self.version.uri}, {alias}; {values}; {len(self.records)} trials; {self.report})"
+        return f"Outcome({self.version.uri!r}, {alias}, {len(self.records)} trials, {self.winner!r}, {self.report!r})"
 
 
 def tune(
@@ -194,7 +192,7 @@ class _Run:
 
     def _plan(self, study: str, workers: Workers) -> StudySetup:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
-        return StudySetup(study, module, self.data.model_dump(), self.home.place, self.experiment.resources, workers)
+        return StudySetup(study, module, self.data, self.home.place, self.experiment.resources, workers)
 
     def _run_of(self, trial: str) -> str:
         """Id of the MLflow run of a trial."""
@@ -220,8 +218,8 @@ class _Run:
         final = selection.shipped(experiment, chosen)
         self.observer.message("registering the model")
         plan = self._plan("final", workers)
-        run_id = self._run_of(plan.name(final.number))
-        trained = plan.checkpoints(final.number)
+        run_id = self._run_of(plan.trial_name(final.number))
+        trained = plan.checkpoint_folder(final.number)
         with workspace.opened(trained) as kept, translate_errors(self.tracker.uri):
             version = models.register(
                 self.tracker,
@@ -240,8 +238,9 @@ class _Run:
             for owner in (self.parent, run_id):
                 self.tracker.attach_file(owner, picture, "report")
         where = f"{self.home.place}/{page.name}"
-        records = search.records if search else ()
-        outcome = Outcome(experiment, records, found, chosen, final, version, champion, where, self.tracker.uri)
+        outcome = Outcome(
+            search.records if search else (), found, chosen, final, version, champion, where, self.tracker.uri
+        )
         of_model = {"checkpoints": trained.removeprefix(f"{self.home.place}/")}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
         self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on
@@ -258,7 +257,7 @@ class _Run:
             "search.run": self.parent,
             "trial": trial,
             "trial.run": runs_by_name.get(trial, "none"),
-            "training": plan.name(final.number),
+            "training": plan.trial_name(final.number),
             "seed": str(final.setting.get("seed", self.experiment.base.seed)),
         }
         return ModelCard(

@@ -88,12 +88,13 @@ def files(folder):
 def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
     packed = submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
     source = Path(submission.__file__).parents[1]
-    mill = {f"platform/grainmill/{path.relative_to(source)}" for path in source.rglob("*.py")}
+    code = [path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    mill = {f"platform/grainmill/{path.relative_to(source)}" for path in code}
     own = {"my own.yaml", "trainables/apples/__init__.py", "trainables/apples/red.py", "trainables/apples/parts/x.txt"}
     found = files(packed.folder)
     assert {name for name in found if ".dist-info/" not in name} == mill | own | {"commit.json"}
     assert packed.files == len(mill) + len(own)
-    assert packed.bytes == 1011 + sum(path.stat().st_size for path in source.rglob("*.py"))
+    assert packed.bytes == 1011 + sum(path.stat().st_size for path in code)
     left_out = {name: count for name, count in packed.left_out.items() if name in (".git", ".venv", "grainmill-runs")}
     assert left_out == {".git": 1, ".venv": 1, "grainmill-runs": 1}
 

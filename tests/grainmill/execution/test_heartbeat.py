@@ -45,29 +45,29 @@ def test_process_hangs_that_says_nothing_or_makes_no_step_for_far_longer_than_ev
 def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypatch):
     """Whatever the order in which the ward hears of node and process."""
     nodes = set()
-    monkeypatch.setattr(watchdog, "_drained", lambda: set(nodes))
-    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "draining_nodes", lambda: set(nodes))
+    monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.1)
 
     async def scene():
         made = watchdog.Watchdog(40.0)
-        assert not await made.hear(ONE, state("x")), "is answered after a while"
-        monkeypatch.setattr(watchdog, "TELL_SECONDS", 30.0)
+        assert not await made.receive(ONE, state("x")), "is answered after a while"
+        monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 30.0)
         async with asyncio.timeout(10):
-            waiting = [made.hear(ONE, state("x")), made.hear(ELSEWHERE, state("x")), made.hear(OTHER, state())]
+            waiting = [made.receive(ONE, state("x")), made.receive(ELSEWHERE, state("x")), made.receive(OTHER, state())]
             waiting = [asyncio.create_task(one) for one in waiting]
             await asyncio.sleep(0)
             nodes.add("b")
             assert await waiting[0], "works on the same trial"
             assert await waiting[1], "is on the node"
             assert not waiting[2].done()
-            await made.note(OTHER, state("x"))
+            await made.update(OTHER, state("x"))
             assert await waiting[2], "works on the trial from now on"
-            assert await made.hear(ELSEWHERE, state()), "is told again"
-            assert await made.hear(ELSEWHERE, state("y"))
-            assert await made.hear(OTHER, state("y"))
-        monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
-        assert not await made.hear(OTHER, state("z"))
+            assert await made.receive(ELSEWHERE, state()), "is told again"
+            assert await made.receive(ELSEWHERE, state("y"))
+            assert await made.receive(OTHER, state("y"))
+        monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.1)
+        assert not await made.receive(OTHER, state("z"))
 
     asyncio.run(scene())
 
@@ -79,38 +79,38 @@ def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkey
         looked.append((work, process, end))
         return "It was at home" if process != ELSEWHERE else ""
 
-    monkeypatch.setattr(watchdog, "_drained", set)
-    monkeypatch.setattr(watchdog, "_on_node", on_node)
-    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "draining_nodes", set)
+    monkeypatch.setattr(watchdog, "_run_on_node", on_node)
+    monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.01)
 
     async def scene():
         made = watchdog.Watchdog(40.0)
-        await made.hear(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
-        await made.hear(OTHER, state("x"))
+        await made.receive(ELSEWHERE, state("y", 1e6))  # has gone meanwhile, which is no news
+        await made.receive(OTHER, state("x"))
         async with asyncio.timeout(10):
-            await made.hear(ONE, state("x", 1e6))
-            return await made.told(), made.heard
+            await made.receive(ONE, state("x", 1e6))
+            return await made.next_message(), made.reports
 
     note, heard = asyncio.run(scene())
     why = "no step of its process 1 for 1000000 s, where the longest took 0.0 s"
     assert note == f"trial-0003: {why}; it was ended and goes on from its checkpoint. It was at home"
-    assert set(looked) == {(watchdog._examined, *one) for one in ((ELSEWHERE, True), (ONE, True), (OTHER, False))}
+    assert set(looked) == {(watchdog._dump, *one) for one in ((ELSEWHERE, True), (ONE, True), (OTHER, False))}
     assert heard.keys() == {OTHER}
 
 
 def test_ward_that_slept_itself_ends_nobody(monkeypatch):
-    monkeypatch.setattr(watchdog, "_drained", lambda: time.sleep(0.2) or set())
-    monkeypatch.setattr(watchdog, "_on_node", None)
-    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "draining_nodes", lambda: time.sleep(0.2) or set())
+    monkeypatch.setattr(watchdog, "_run_on_node", None)
+    monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.1)
 
     async def scene():
         made = watchdog.Watchdog(0.15)
-        await made.note(ONE, state("x"))
+        await made.update(ONE, state("x"))
         for _ in range(8):
-            await made.hear(OTHER, state("x"))
-        return made.heard
+            await made.receive(OTHER, state("x"))
+        return made.reports
 
     assert asyncio.run(scene()).keys() == {ONE, OTHER}
 
@@ -127,7 +127,7 @@ HUNG = """
     def epochs():
         stuck()
 
-    faulthandler.register(heartbeat.DUMP)
+    faulthandler.register(heartbeat.DUMP_SIGNAL)
     epochs()
 """
 
@@ -141,16 +141,16 @@ def test_examined_process_writes_its_stacks_and_is_ended_if_asked(tmp_path, stop
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout.readline() == "stuck\n"
     process.stdout.close()
-    who = heartbeat.Process("here", process.pid, heartbeat._began(process.pid))
-    assert watchdog._examined(who._replace(began=who.began - 1), True) == "", "a later process with its number"
+    who = heartbeat.Process("here", process.pid, heartbeat._start_ticks(process.pid))
+    assert watchdog._dump(who._replace(start_ticks=who.start_ticks - 1), True) == "", "a later process with its number"
     if stopped:
         process.send_signal(signal.SIGSTOP)
-    told = watchdog._examined(who, False)
+    told = watchdog._dump(who, False)
     assert told.endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
     assert process.poll() is None
-    assert watchdog._examined(who, True).endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
+    assert watchdog._dump(who, True).endswith(f" in stuck; all stacks are in {tmp_path / 'log'}")
     assert process.wait() == -signal.SIGKILL
-    assert watchdog._examined(who, True) == ""
+    assert watchdog._dump(who, True) == ""
     assert (tmp_path / "log").read_text().startswith("before\n")
 
 
@@ -158,10 +158,10 @@ def test_place_is_that_of_the_thread_that_trains_else_of_any():
     waits = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in wait\n  File "a.py", line 9 in run\n'
     trains = '(most recent call first):\n  File "b.py", line 2 in step\n  File "c.py", line 3 in epochs\n'
     for which in ("Thread 0x1 ", "Current thread 0x1 "):
-        assert watchdog._place(waits + "\n" + which + trains) == 'File "b.py", line 2 in step'
-        assert watchdog._place(which + trains + "\n" + waits) == 'File "b.py", line 2 in step'
-    assert watchdog._place(waits) == 'File "a.py", line 1 in wait'
-    assert watchdog._place("") == "an unknown place"
+        assert watchdog._location(waits + "\n" + which + trains) == 'File "b.py", line 2 in step'
+        assert watchdog._location(which + trains + "\n" + waits) == 'File "b.py", line 2 in step'
+    assert watchdog._location(waits) == 'File "a.py", line 1 in wait'
+    assert watchdog._location("") == "an unknown place"
 
 
 class Calls:
@@ -169,10 +169,10 @@ class Calls:
 
     def __init__(self):
         self.states, self.answers, self.waits = [], queue.Queue(), threading.Event()
-        self.note = self.hear = self
+        self.update = self.receive = self
 
     def remote(self, process, told):
-        assert process == heartbeat.Process("here", os.getpid(), heartbeat._began(os.getpid()))
+        assert process == heartbeat.Process("here", os.getpid(), heartbeat._start_ticks(os.getpid()))
         self.states.append(told)
         return told
 
@@ -188,13 +188,13 @@ def calls(monkeypatch):
         return answer
 
     monkeypatch.setattr(heartbeat.ray, "get", get)
-    monkeypatch.setattr(heartbeat, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(
-        heartbeat.Process, "this", lambda: heartbeat.Process("here", os.getpid(), heartbeat._began(os.getpid()))
+        heartbeat.Process, "this", lambda: heartbeat.Process("here", os.getpid(), heartbeat._start_ticks(os.getpid()))
     )
     yield made
     made.waits.wait()  # where the pulse stays for good, and never gets to ask a real ward
-    faulthandler.unregister(heartbeat.DUMP)
+    faulthandler.unregister(heartbeat.DUMP_SIGNAL)
 
 
 def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_must_leave(calls, monkeypatch):
@@ -202,18 +202,18 @@ def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_mu
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: next(clock))
     own, job = heartbeat.HeartbeatSender(calls), TrainingJob("toy", {}, {}, "", "trial-0003", "x")
     assert own._state() == ("", "", 0.0, 0.0)
-    with own.of(job):  # at 100; told at 101
+    with own.working_on(job):  # at 100; told at 101
         assert calls.states[-1] == ("trial-0003", "x", 1.0, 0.0)
-        assert own.beat() is False  # at 102
+        assert own.heartbeat() is False  # at 102
         assert own._state() == ("trial-0003", "x", 1.0, 2.0)  # at 103
-        with own.resting():
+        with own.waiting():
             assert own._state() == ("trial-0003", "x", 0.0, 2.0)
-        assert own.beat() is False  # the rest was no step
+        assert own.heartbeat() is False  # the rest was no step
         assert own._state() == ("trial-0003", "x", 1.0, 2.0)
     assert own._state() == ("", "", 0.0, 2.0)
-    with own.of(job, trains=False):
+    with own.working_on(job, trains=False):
         assert own._state() == ("trial-0003", "x", 0.0, 0.0)
         calls.answers.put(True)
-        while not own.leave:
+        while not own.must_leave:
             time.sleep(0.01)
-        assert own.beat() is True
+        assert own.heartbeat() is True

@@ -21,7 +21,7 @@ def chosen(monkeypatch):
     def choose(address, **given):
         monkeypatch.setattr(os, "environ", given)
         monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
-        network.choose()
+        network.choose_interface()
         return given.get("GLOO_SOCKET_IFNAME"), given.get("NCCL_SOCKET_IFNAME")
 
     return choose

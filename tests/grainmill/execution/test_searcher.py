@@ -33,7 +33,7 @@ def numbers(made, letters):
 
 def test_suggestion_is_the_whole_settings_of_a_trial(tmp_path):
     made = searcher(opened(tmp_path, base={"epochs": 7}))
-    expected = {"epochs": 7, "steps": 1, "height": 0.5, "kind": "plain", "seed": 0, "seconds": 0.0}
+    expected = toy.Spec(epochs=7)
     assert made.suggest("a") == {"number": 0, "spec": expected}
 
 
@@ -47,7 +47,7 @@ def test_reopened_study_hands_out_what_was_running_first_under_the_same_number(t
     assert not made.finished
     first = made.suggest("a")
     assert first["number"] == 1
-    assert first["spec"]["height"] == before.record(1).setting["height"]
+    assert first["spec"].height == before.record(1).setting["height"]
     assert before.record(1).interruptions == ("in epoch 2: the command ended",)
     assert numbers(made, "bcd") == [2, 3, 4]
     assert made.suggest("e") == Searcher.FINISHED

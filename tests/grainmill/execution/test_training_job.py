@@ -1,16 +1,15 @@
-import json
-
 import pytest
+import toy
 
 from grainmill.execution.training_job import TrainingJob, cause, epochs
 
 
 def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_path):
-    job = TrainingJob("toy", {"epochs": 2, "height": 0.5}, {}, str(tmp_path / "checkpoints"))
+    job = TrainingJob("toy", toy.Spec(epochs=2, height=0.5), toy.Data(), str(tmp_path / "checkpoints"))
     first, last = epochs(job)
-    assert first["reported"] == ["epoch", "score", "cost", "world_size"]
-    assert [(row["epoch"], row["score"]) for row in (first, last)] == [(1, 0.25), (2, 0.5)]
-    assert [json.loads(row["variants"]) for row in (first, last)] == [{}, {"twice": {"score": 1.0}}]
+    assert list(first.metrics) == ["epoch", "score", "cost", "world_size"]
+    assert [(report.epoch, report.metrics["score"]) for report in (first, last)] == [(1, 0.25), (2, 0.5)]
+    assert [report.variants for report in (first, last)] == [{}, {"twice": {"score": 1.0}}]
     assert (tmp_path / "checkpoints" / "state.json").exists()
 
 

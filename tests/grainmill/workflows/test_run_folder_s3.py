@@ -76,7 +76,7 @@ def test_the_record_is_read_for_those_who_have_no_file(storage):
 
 def test_a_run_and_a_folder_of_checkpoints_are_models(storage, tmp_path):
     trial = f"{storage}/far/run-1/trials/final-0000"
-    list(epochs(TrainingJob("toy", {"height": 0.25}, {}, trial)))
+    list(epochs(TrainingJob("toy", toy.Spec(height=0.25), toy.Data(), trial)))
     begin(experiment(storage), finished=True)
     (tmp_path / "scale.txt").write_text("2")
     for model in (f"{storage}/far/run-1", f"{storage}/far/run-1/", trial):
