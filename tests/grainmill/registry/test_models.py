@@ -130,7 +130,7 @@ def test_a_version_tells_where_it_comes_from(stored):
 
 def test_a_model_is_loaded_by_mlflow_alone(stored):
     _, _, portable = stored
-    code = (portable.parent.parent / "serving.py").read_text()
+    code = (portable.parent.parent / "pyfunc_script.py").read_text()
     imports = {line.split()[1].partition(".")[0] for line in code.splitlines() if line.startswith(("import", "from"))}
     assert imports - set(sys.stdlib_module_names) == {"mlflow", "pandas"}
     lines = (portable.parent.parent / "requirements.txt").read_text().splitlines()
