@@ -15,7 +15,7 @@ GATE = [f"metric={METRIC}"]
 
 
 class Shelf:
-    """A registered model whose versions have evidence, but no files."""
+    """A registered model whose versions have scores, but no files."""
 
     name = "apples"
 

@@ -1,4 +1,4 @@
-"""What evaluations have measured of registered versions, value by value, kept to compare them by."""
+"""Scores of registered versions: stored with each version, one per query, and compared by a paired bootstrap."""
 
 import json
 import tempfile
@@ -8,70 +8,63 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from mlflow import MlflowClient
-from numpy.typing import NDArray
 
 from grainmill.registry.models import Version
 from grainmill.trainable import QueryScores
 
 DRAWS = 2000
-"""Samples of the bootstrap."""
+"""Number of bootstrap samples."""
 
 
 class Difference(NamedTuple):
-    """By how much one mean is larger than another."""
+    """Mean of paired differences between two versions, and its 95 % interval from `low` to `high`."""
 
     mean: float
     low: float
     high: float
-    """Ends of the 95 % interval."""
 
 
 def difference(challenger: Sequence[float], champion: Sequence[float]) -> Difference:
-    """The mean of paired differences, (N,) and (N,), and its bootstrap interval over queries: the 2.5 % percentiles."""
+    """Compare scores (N,) of two versions on the same N queries, by the percentile bootstrap over queries."""
     paired = np.asarray(challenger, np.float64) - np.asarray(champion, np.float64)
-    generator, step = np.random.default_rng(0), max(1, 2**22 // len(paired))
-    draws = [_means(paired, generator, min(step, DRAWS - start)) for start in range(0, DRAWS, step)]
-    low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
+    generator = np.random.default_rng(0)
+    step = max(1, 2**22 // len(paired))  # bounds the memory of one batch of draws
+    sizes = [(min(step, DRAWS - start), len(paired)) for start in range(0, DRAWS, step)]
+    means = np.concatenate([paired[generator.integers(len(paired), size=size)].mean(axis=1) for size in sizes])
+    low, high = np.quantile(means, [0.025, 0.975])
     return Difference(float(paired.mean()), float(low), float(high))
 
 
-def _means(paired: NDArray[np.float64], generator: np.random.Generator, draws: int) -> NDArray[np.float64]:
-    return paired[generator.integers(len(paired), size=(draws, len(paired)))].mean(axis=1)
-
-
 class StoredScores(NamedTuple):
-    """A sample, as it is kept with a version."""
+    """Scores of one version in one metric, as stored with the version."""
 
     data: str
+    """Digest of the evaluated data; only scores with equal digests can be compared."""
     values: Sequence[float]
+    """One score per query."""
 
     @property
     def mean(self) -> float:
-        """The metric."""
+        """Value of the metric."""
         return float(np.mean(self.values))
 
 
 def save(client: MlflowClient, version: Version, run_id: str, samples: Sequence[QueryScores]) -> None:
-    """Keep what an evaluation has measured of a version, among the artifacts of its run."""
-    for one in samples:
-        text = json.dumps({"name": one.name, "data": one.data, "values": list(one.values)})
-        client.log_text(run_id, text, f"{_folder(version)}/{_file(one.name)}")
+    """Store the samples of an evaluation of a version among the artifacts of its run, one JSON file per metric."""
+    for sample in samples:
+        text = json.dumps({"name": sample.name, "data": sample.data, "values": list(sample.values)})
+        client.log_text(run_id, text, f"{_folder(version)}/{sample.name.replace('/', '--')}.json")
+
+
+def load(client: MlflowClient, version: Any) -> dict[str, StoredScores]:
+    """Read the stored scores of an MLflow model version, by metric."""
+    scores = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for item in client.list_artifacts(version.run_id, _folder(Version.of(version))):
+            stored = json.loads(Path(client.download_artifacts(version.run_id, item.path, folder)).read_text())
+            scores[stored["name"]] = StoredScores(stored["data"], stored["values"])
+    return scores
 
 
 def _folder(version: Version) -> str:
     return f"evidence/{version.number}"
-
-
-def _file(metric: str) -> str:
-    return f"{metric.replace('/', '--')}.json"
-
-
-def load(client: MlflowClient, version: Any) -> dict[str, StoredScores]:
-    """What is kept of a version, by metric."""
-    known = Version(version.name, str(version.version))
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for item in client.list_artifacts(version.run_id, _folder(known)):
-            told = json.loads(Path(client.download_artifacts(version.run_id, item.path, folder)).read_text())
-            found[told["name"]] = StoredScores(told["data"], told["values"])
-    return found

@@ -1,4 +1,4 @@
-"""Whether a portable model is the one that was made, and holds no pickle; nothing in it is run to tell."""
+"""Integrity of portable models: files are those of the manifest, and none is a pickle. Nothing of a model is run."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from typing import IO, Any
 
 MANIFEST = "MANIFEST.json"
 SUFFIXES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
-"""Names under which pickles travel."""
+"""File name suffixes that are common for pickles."""
 
 
 def faults(folder: Path, sha256: str | None = None) -> list[str]:
-    """Why a portable model cannot be trusted, file by file; empty if it can.
+    """List the files of a portable model that cannot be trusted, each with the reason.
 
     Args:
-        folder: with a manifest: of every other file size and SHA-256.
-        sha256: of the manifest itself, where it is known.
+        folder: the model; its manifest has the size and SHA-256 of every other file.
+        sha256: digest of the manifest itself, where it is known.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -28,29 +28,29 @@ def faults(folder: Path, sha256: str | None = None) -> list[str]:
         return [f"{MANIFEST} was changed"]
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     paths = {name: path for name, path in paths.items() if name != MANIFEST and "__pycache__" not in path.parts}
-    told = dict.fromkeys(manifest.keys() - paths.keys(), "is missing")
+    found = dict.fromkeys(manifest.keys() - paths.keys(), "is missing")
     for name, path in paths.items():
         if name not in manifest:
-            told[name] = "is not listed"
-        elif path.is_symlink() or manifest[name] != _identity(path):
-            told[name] = "was changed"
+            found[name] = "is not listed"
+        elif path.is_symlink() or manifest[name] != _manifest_entry(path):
+            found[name] = "was changed"
         elif holds_pickle(path):
-            told[name] = "holds a pickle"
-    return [f"{name} {fault}" for name, fault in sorted(told.items())]
+            found[name] = "holds a pickle"
+    return [f"{name} {fault}" for name, fault in sorted(found.items())]
 
 
 def manifest_digest(folder: Path) -> str:
-    """SHA-256 of a portable model's manifest, which stands for all of it."""
+    """SHA-256 of a portable model's manifest, which identifies all files of the model."""
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _manifest_entry(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def holds_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, an archive with one in it, or named as pickles are."""
+    """Return True if a file is a pickle, is named like one, or is an archive that contains either."""
     if path.suffix in SUFFIXES:
         return True
     if not zipfile.is_zipfile(path):
@@ -65,7 +65,7 @@ def holds_pickle(path: Path) -> bool:
 
 
 def _is_pickle(file: IO[bytes]) -> bool:
-    """Whether there is a pickle at the start of a file, of protocol 2 or later as all are today."""
+    """Return True if a file starts with a complete pickle of protocol 2 or later; older protocols have no mark."""
     start = file.read(2)
     if len(start) < 2 or start[0] != 0x80 or not 2 <= start[1] <= 5:
         return False
@@ -73,6 +73,6 @@ def _is_pickle(file: IO[bytes]) -> bool:
         file.seek(0)
         for _ in pickletools.genops(file):
             pass
-    except Exception:  # weights that begin like one
+    except Exception:  # other data can begin with the same two bytes
         return False
     return True

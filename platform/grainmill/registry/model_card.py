@@ -1,4 +1,4 @@
-"""Where a registered model comes from: gathered when it is made, kept with the version, told in its card. Pure."""
+"""Model cards: where a registered model comes from, as tags, JSON and Markdown. Reads and writes no files."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from grainmill.errors import hidden
 from grainmill.trainable import DataPart
 
 LONGEST = 5000
-"""Characters of a version's description in MLflow's database."""
+"""Largest length of a version's description in MLflow's database, in characters."""
 
 
 class Interval(NamedTuple):
-    """A figure and the 95 % interval around it; None where none is known."""
+    """A value and its 95 % interval; None where no interval is known."""
 
     value: float
     low: float | None = None
@@ -28,36 +28,54 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Where a model comes from."""
+    """Origin of a trained model."""
 
     trainable: str
+    """Dotted path of the trainable's module."""
     experiment: str
     """The resolved experiment, as YAML."""
     places: Mapping[str, str]
     """Search, trial, training, runs and seed, by name."""
     data: Sequence[DataPart]
     environment: Mapping[str, str]
-    """Python, packages, commit, and whether that was dirty."""
+    """Versions of Python and packages, the commit, and `git.dirty` if the working tree had changes."""
     hardware: Mapping[str, str]
     cost: Mapping[str, float]
+    """Seconds by kind, such as `cpu_seconds`."""
     metrics: Mapping[str, Interval]
-    """Of this training, each with the interval of its setting's mean over trainings, if there were several."""
+    """Metrics of this training; the interval is that of the mean over the trainings of its setting, if several."""
 
     def tags(self) -> dict[str, str]:
-        """To find versions by."""
-        digests = {f"data.{source.name}": source.digest for source in self.data}
-        told = {**self.places, **self.environment, **{f"hardware.{name}": text for name, text in self.hardware.items()}}
+        """Tags of the version, to search by."""
+        hardware = {f"hardware.{name}": text for name, text in self.hardware.items()}
+        digests = {f"data.{part.name}": part.digest for part in self.data}
         cost = {f"cost.{name}": f"{seconds:.0f}" for name, seconds in self.cost.items()}
-        return {name: hidden(text) for name, text in {**told, **digests, **cost}.items()}
+        tags = {**self.places, **self.environment, **hardware, **digests, **cost}
+        return {name: hidden(text) for name, text in tags.items()}
 
     def json(self) -> str:
-        """All of it."""
-        parts = [{name: getattr(one, name) for name in DataPart.__annotations__} for one in self.data]
+        """All fields, as JSON."""
+        parts = [{name: getattr(part, name) for name in DataPart.__annotations__} for part in self.data]
         return hidden(json.dumps(asdict(self) | {"data": parts}, indent=1))
+
+    def markdown(self, name: str, facts: Mapping[str, Any]) -> str:
+        """The card for readers; `facts` are those that the export of the model returned."""
+        data = [
+            (part.name, f"{part.rows} rows for {part.role}, digest {part.digest}, {part.where}") for part in self.data
+        ]
+        cost = [(kind, f"{seconds:.0f}") for kind, seconds in self.cost.items()]
+        return hidden(
+            _section(f"# {name}", [("trainable", self.trainable), *_rows(facts)])
+            + _section("## Metrics, with 95 % intervals of the mean over trainings", self.metrics.items())
+            + _section("## Data", data)
+            + _section("## Training", [*self.places.items(), *cost, *self.hardware.items()])
+            + _section("## Software", self.environment.items())
+            + f"## Settings\n\n```yaml\n{self.experiment.strip()}\n```\n"
+        )
 
 
 def machine() -> dict[str, str]:
-    """The processor, memory and graphics cards of this machine."""
+    """Processor, memory and graphics cards of this machine."""
     import torch
 
     try:
@@ -74,46 +92,27 @@ def machine() -> dict[str, str]:
     }
 
 
-def card(name: str, facts: Mapping[str, Any], lineage: ModelCard) -> str:
-    """The model card, in Markdown.
-
-    Args:
-        name: of the model.
-        facts: that the export of the model told.
-        lineage: where it comes from.
-    """
-    data = [(one.name, f"{one.rows} rows for {one.role}, digest {one.digest}, {one.where}") for one in lineage.data]
-    cost = [(kind, f"{seconds:.0f}") for kind, seconds in lineage.cost.items()]
-    return hidden(
-        _part(f"# {name}", [("trainable", lineage.trainable), *((key, _short(value)) for key, value in facts.items())])
-        + _part("## Figures, and 95 % intervals of the mean over trainings", lineage.metrics.items())
-        + _part("## Data", data)
-        + _part("## Training", [*lineage.places.items(), *cost, *lineage.hardware.items()])
-        + _part("## Software", lineage.environment.items())
-        + f"## Settings\n\n```yaml\n{lineage.experiment.strip()}\n```\n"
-    )
-
-
-def card_of_evaluated(
-    source: str, model: str, served: str, facts: Mapping[str, Any], figures: Mapping[str, Interval]
+def evaluated_markdown(
+    source: str, model: str, served: str, facts: Mapping[str, Any], measurements: Mapping[str, Interval]
 ) -> str:
-    """The card of a model that an evaluation made of another.
+    """Card of a model that an evaluation made of a registered one.
 
     Args:
-        source: the other's card.
-        model: the other's name, with its version.
-        served: the setting that this one serves.
-        facts: that the export of this one told.
-        figures: of the evaluation.
+        source: card of the evaluated version; its sections are kept.
+        model: URI of the evaluated version.
+        served: setting that the new model serves.
+        facts: those that the export of the new model returned.
+        measurements: results of the evaluation, by name.
     """
     title, _, rest = source.partition("\n")
-    made = [("made of", model), ("serves", served), *((key, _short(value)) for key, value in facts.items())]
-    kept = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
-    return _part(title, made) + _part("## Evaluation, with 95 % intervals over queries", figures.items()) + kept
+    _, heading, kept = rest.partition("\n## ")
+    head = _section(title, [("made of", model), ("serves", served), *_rows(facts)])
+    results = _section("## Evaluation, with 95 % intervals over queries", measurements.items())
+    return head + results + (heading + kept).removeprefix("\n")
 
 
 def description(card: str, where: str) -> str:
-    """A card as a version's description: as many of its sections as fit, and where it is whole."""
+    """Shorten a card to a version's description: the first sections that fit, and the path `where` of the artifact."""
     note = f"The whole card is the artifact `{where}`."
     kept, *sections = card.split("\n## ")
     for section in sections:
@@ -124,19 +123,19 @@ def description(card: str, where: str) -> str:
     return f"{kept[: LONGEST - len(note) - 2].rstrip()}\n\n{note}"
 
 
-def _part(heading: str, rows: Any) -> str:
-    lines = [f"| {key} | {_cell(value)} |" for key, value in rows]
-    table = ["| | |", "|---|---|", *lines] if lines else ["None."]
+def _section(heading: str, rows: Any) -> str:
+    cells = [(key, str(value).replace("|", "\\|").replace("\n", " ")) for key, value in rows]
+    table = ["| | |", "|---|---|", *(f"| {key} | {cell} |" for key, cell in cells)] if cells else ["None."]
     return "\n".join([heading, "", *table, "", ""])
 
 
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, _short(value)) for key, value in facts.items()]
 
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+        return ", ".join(f"{key} {text}" for key, text in _rows(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
         first = ", ".join(map(str, value[:10]))
         return f"{len(value)}: {first}{', ...' if len(value) > 10 else ''}"

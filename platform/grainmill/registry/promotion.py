@@ -1,13 +1,14 @@
-"""Which version of a model is for users: the alias `champion` moves only to one that is shown to be better.
+"""Promotion: the alias `champion` moves only to a version that is shown to be better than the champion.
 
-`champion` is set in one step; all else can be told from it. The tag `promotion.over` of a version says which one it
-took the place of, and the alias `previous` follows from that: whatever a killed process left undone, the next one puts
-right. Each decision is a tag `promotion.<number>` of the versions that it is about, numbered as the leases are.
+Setting the alias is the one step that decides; all else follows from it. The tag `promotion.over` of a version names
+the champion before it, and the alias `previous` follows from that tag: the next promotion or rollback completes what a
+killed process left undone. Each decision is a tag `promotion.<number>` of the versions that it concerns, with the
+number of the promotion lock.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -20,21 +21,23 @@ from grainmill import trainable
 from grainmill.config.experiment import Promotion
 from grainmill.config.validation import checked_settings
 from grainmill.config.yaml_document import Document, Overrides
-from grainmill.errors import PromotionError, TrackingError, hidden
+from grainmill.errors import PromotionError
 from grainmill.registry import comparison, models, promotion_lock
+from grainmill.registry.comparison import StoredScores
 from grainmill.registry.models import CHALLENGER, CHAMPION, Version
+from grainmill.registry.promotion_lock import PromotionLock
 from grainmill.tracking.mlflow_runs import PARENT, check_server, translate_errors
 
 PREVIOUS = "previous"
+"""Alias of the version that was the champion before."""
 OVER, DECISION = "promotion.over", "promotion.{:06d}"
-QUERIES = 20
-"""Fewer show nothing: the bootstrap interval of so few is too narrow."""
-LOADS, CALLS = 3, 20
-"""Calls of a model before its time is taken, and while it is."""
+MIN_QUERIES = 20
+"""Smallest number of queries; the bootstrap interval of fewer is too narrow."""
+WARM_UP_CALLS, TIMED_CALLS = 3, 20
 
 
 class Decision(NamedTuple):
-    """What became of a model's champion."""
+    """Outcome of a promotion or a rollback: the champion, and the reason."""
 
     champion: Version
     why: str
@@ -43,61 +46,60 @@ class Decision(NamedTuple):
 def promote(tracking_uri: str, model: str, overrides: Overrides, note: Callable[[str], None]) -> Decision:
     """Make a version the champion if it passes the gates and beats the champion beyond the bootstrap interval.
 
-    The gates are the section `promotion` of the experiment that trained it.
+    The gates are the section `promotion` of the experiment that trained the version.
 
     Args:
-        tracking_uri: MLflow's.
+        tracking_uri: address of MLflow.
         model: such as `models:/name/3`, or `models:/name@challenger`.
         overrides: changes to the gates.
-        note: is told of what takes time.
+        note: receives messages about what takes time.
     Raises:
         ExperimentError: an override is wrong.
-        PromotionError: the version does not pass, or was not evaluated on what the champion was; it says so.
+        PromotionError: the version does not pass, or was not evaluated on the same data as the champion.
         TrackingError: there is no such version, or MLflow does not answer.
     """
     with _registry(tracking_uri, model) as client:
-        challenger = models.look_up(client, model.removeprefix("models:/"))
-        version = Version(challenger.name, str(challenger.version))
+        challenger = models.look_up(client, model)
+        version = Version.of(challenger)
         gates = _gates(client, challenger, overrides)
-        shown = comparison.load(client, challenger)
-        if missing := [one for one in (gates.metric, *gates.minimum) if one not in shown]:
-            raise _unshown(version, missing, shown)
-        assert gates.metric, "it was shown"
+        scores = comparison.load(client, challenger)
+        _stop_if_unmeasured(version, gates, scores)
+        assert gates.metric is not None, "checked above"
         failures = [
-            f"{name} must be at least {least:g}, but is {shown[name].mean:.4f}"
+            f"{name} must be at least {least:g}, but is {scores[name].mean:.4f}"
             for name, least in gates.minimum.items()
-            if not shown[name].mean >= least
+            if not scores[name].mean >= least
         ]
         if gates.megabytes or gates.milliseconds:
             note("loading the model")
-            failures += _size_and_time(tracking_uri, version, gates)
-        with promotion_lock.hold(client, version.name, note) as right:
+            failures += _size_and_speed_failures(tracking_uri, version, gates)
+        with promotion_lock.hold(client, version.name, note) as lock:
             champion = _champion(client, version.name)
             if champion and str(champion.version) == version.number:
                 return Decision(version, "it is the champion already")
             why, better = "there was no champion", True
             if champion:
-                why, better = _compared(gates.metric, version, shown[gates.metric], client, champion)
-            refusals = [*failures, *([] if better else [f"it must be better beyond the interval, but is not: {why}"])]
-            if refusals:
-                text = f"{version.uri} does not become the champion: {'; '.join(refusals)}"
-                _write(client, challenger, right, f"refused: {'; '.join(refusals)}")
-                raise PromotionError(text)
-            _crown(client, right, challenger, champion, why)
+                why, better = _compare(gates.metric, version, scores[gates.metric], client, champion)
+            if not better:
+                failures.append(f"it must be better beyond the interval, but is not: {why}")
+            if failures:
+                _record(client, challenger, lock, f"refused: {'; '.join(failures)}")
+                raise PromotionError(f"{version.uri} does not become the champion: {'; '.join(failures)}")
+            _replace_champion(client, lock, challenger, champion, why)
             return Decision(version, why)
 
 
 def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decision:
-    """Make the version the champion again of which the champion took the place.
+    """Make the version the champion again that the present champion has replaced.
 
     Raises:
-        PromotionError: there is none.
+        PromotionError: there is no champion, or it has replaced none.
         TrackingError: there is no such model, or MLflow does not answer.
     """
     name = name.removeprefix("models:/").partition("@")[0].partition("/")[0]
     with (
         _registry(tracking_uri, f"models:/{name}@{CHAMPION}") as client,
-        promotion_lock.hold(client, name, note) as right,
+        promotion_lock.hold(client, name, note) as lock,
     ):
         champion = _champion(client, name)
         over = champion and champion.tags.get(OVER)
@@ -107,35 +109,31 @@ def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decis
                 f"{'did not' if champion else 'is missing'}; promote a version"
             )
         earlier = client.get_model_version(name, over)
-        back, gone = Version(name, str(earlier.version)), Version(name, str(champion.version))
-        _write(client, champion, right, f"rolling back to {back.uri}")
-        right.check()
+        back, gone = Version.of(earlier), Version.of(champion)
+        _record(client, champion, lock, f"rolling back to {back.uri}")
+        lock.check()
         client.set_registered_model_alias(name, CHAMPION, back.number)
-        _follow(client, name, earlier.tags.get(OVER))
-        _write(client, champion, right, f"rolled back to {back.uri}")
-        _write(client, earlier, right, f"champion again, {gone.uri} was rolled back")
+        _set_previous(client, name, earlier.tags.get(OVER))
+        _record(client, champion, lock, f"rolled back to {back.uri}")
+        _record(client, earlier, lock, f"champion again, {gone.uri} was rolled back")
         return Decision(back, f"{gone.uri} was rolled back")
 
 
 @contextmanager
 def _registry(tracking_uri: str, model: str) -> Iterator[MlflowClient]:
-    """MLflow's client; what is not there is told as such."""
+    """Connect to MLflow, and explain errors about a model that is not in the registry."""
     check_server(tracking_uri)
     with translate_errors(tracking_uri):
-        client = MlflowClient(tracking_uri)
         try:
-            yield client
+            yield MlflowClient(tracking_uri)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            raise TrackingError(
-                f"{model} must be in the registry at {hidden(tracking_uri)}, named as models:/name@alias or "
-                f"models:/name/version, but: {error.message}"
-            ) from error
+            raise models.not_registered(tracking_uri, model, error) from error
 
 
 def _gates(client: MlflowClient, version: Any, overrides: Overrides) -> Promotion:
-    """Those of the experiment that trained a version, with changes."""
+    """Read the gates of the experiment that trained a version, and apply the overrides."""
     tree: dict[str, Any] = {}
     parent = client.get_run(version.run_id).data.tags.get(PARENT)
     if parent and any(item.path == "experiment.yaml" for item in client.list_artifacts(parent)):
@@ -145,23 +143,22 @@ def _gates(client: MlflowClient, version: Any, overrides: Overrides) -> Promotio
     return checked_settings(Promotion, overrides, tree)
 
 
-def _unshown(
-    version: Version, missing: Sequence[str | None], shown: Mapping[str, comparison.StoredScores]
-) -> PromotionError:
-    known = ", ".join(sorted(shown)) or "nothing"
-    if None in missing:
-        return PromotionError(
-            f"a promotion needs a metric in which {version.uri} must be better, got none; measured is {known}; "
+def _stop_if_unmeasured(version: Version, gates: Promotion, scores: Mapping[str, StoredScores]) -> None:
+    measured = ", ".join(sorted(scores)) or "nothing"
+    if gates.metric is None:
+        raise PromotionError(
+            f"a promotion needs a metric in which {version.uri} must be better, got none; measured is {measured}; "
             "set promotion.metric in the experiment file, or --set metric=NAME"
         )
-    return PromotionError(
-        f"{version.uri} must have been evaluated for {', '.join(map(str, missing))}, but {known} is measured; "
-        f"grainmill evaluate {version.uri} --on BENCHMARK=PATH, or --set another metric that has a value for each query"
-    )
+    if missing := [name for name in (gates.metric, *gates.minimum) if name not in scores]:
+        raise PromotionError(
+            f"{version.uri} must have been evaluated for {', '.join(missing)}, but {measured} is measured; grainmill "
+            f"evaluate {version.uri} --on BENCHMARK=PATH, or --set another metric that has a value for each query"
+        )
 
 
-def _size_and_time(tracking_uri: str, version: Version, gates: Promotion) -> list[str]:
-    """What is wrong with a model's size and speed."""
+def _size_and_speed_failures(tracking_uri: str, version: Version, gates: Promotion) -> list[str]:
+    """List the limits of size and time that the model exceeds; the time is the median of several calls."""
     stored = models.fetch(tracking_uri, version.uri)
     megabytes = sum(path.stat().st_size for path in stored.folder.rglob("*") if path.is_file()) / 1e6
     failures = []
@@ -170,53 +167,53 @@ def _size_and_time(tracking_uri: str, version: Version, gates: Promotion) -> lis
     if gates.milliseconds:
         model, row = trainable.find(stored.trainable).load(stored.folder), stored.example.head(1)
         seconds = []
-        for _ in range(LOADS + CALLS):
+        for _ in range(WARM_UP_CALLS + TIMED_CALLS):
             began = time.perf_counter()
             model(row)
             seconds.append(time.perf_counter() - began)
-        took = 1000 * median(seconds[LOADS:])
+        took = 1000 * median(seconds[WARM_UP_CALLS:])
         if took > gates.milliseconds:
             failures.append(f"a row must take at most {gates.milliseconds:g} ms, but takes {took:.1f}")
     return failures
 
 
-def _compared(
-    metric: str, version: Version, shown: comparison.StoredScores, client: MlflowClient, champion: Any
+def _compare(
+    metric: str, version: Version, scores: StoredScores, client: MlflowClient, champion: Any
 ) -> tuple[str, bool]:
-    """The comparison in words, and whether the version is better than the champion."""
-    rival, known = Version(champion.name, str(champion.version)), comparison.load(client, champion).get(metric)
-    if known is None or known.data != shown.data:
+    """Compare a version with the champion; returns the result in words, and True if the version is better."""
+    rival, known = Version.of(champion), comparison.load(client, champion).get(metric)
+    if known is None or known.data != scores.data:
         lacks = "was not evaluated for it" if known is None else "was evaluated on other data"
         raise PromotionError(
             f"{version.uri} and the champion must be compared in {metric} on the same data, but {rival.uri} {lacks}; "
             f"grainmill evaluate {rival.uri} and {version.uri} with the same --on"
         )
-    count = len(shown.values)
-    found = comparison.difference(shown.values, known.values)
+    count = len(scores.values)
+    found = comparison.difference(scores.values, known.values)
     text = (
-        f"{metric} {shown.mean:.4f} against {known.mean:.4f} of {rival.uri}, {found.mean:+.4f} with a 95 % interval "
+        f"{metric} {scores.mean:.4f} against {known.mean:.4f} of {rival.uri}, {found.mean:+.4f} with a 95 % interval "
         f"from {found.low:+.4f} to {found.high:+.4f} over {count} queries"
     )
-    if count < QUERIES:
-        return f"{text}, of which it takes at least {QUERIES}", False
+    if count < MIN_QUERIES:
+        return f"{text}, but at least {MIN_QUERIES} are needed", False
     return text, found.low > 0
 
 
 def _champion(client: MlflowClient, name: str) -> Any:
-    """The champion, None if there is none; what a killed process left undone about it is put right."""
+    """Return the champion, or None; completes what a killed process left undone about it."""
     number = client.get_registered_model(name).aliases.get(CHAMPION)
     if number is None:
         return None
     champion = client.get_model_version(name, str(number))
-    _follow(client, name, champion.tags.get(OVER))
+    _set_previous(client, name, champion.tags.get(OVER))
     for key, text in champion.tags.items():
         if text.startswith("promoting: "):
             client.set_model_version_tag(name, str(number), key, text.replace("promoting: ", "promoted: ", 1))
     return champion
 
 
-def _follow(client: MlflowClient, name: str, over: str | None) -> None:
-    """Set the alias `previous` to the version of which the champion took the place."""
+def _set_previous(client: MlflowClient, name: str, over: str | None) -> None:
+    """Set the alias `previous` to version `over`, or remove the alias."""
     now = client.get_registered_model(name).aliases.get(PREVIOUS)
     if over is None and now is not None:
         client.delete_registered_model_alias(name, PREVIOUS)
@@ -224,21 +221,21 @@ def _follow(client: MlflowClient, name: str, over: str | None) -> None:
         client.set_registered_model_alias(name, PREVIOUS, over)
 
 
-def _write(client: MlflowClient, version: Any, right: promotion_lock.PromotionLock, text: str) -> None:
-    client.set_model_version_tag(version.name, str(version.version), DECISION.format(right.number), text)
+def _record(client: MlflowClient, version: Any, lock: PromotionLock, decision: str) -> None:
+    client.set_model_version_tag(version.name, str(version.version), DECISION.format(lock.number), decision)
 
 
-def _crown(client: MlflowClient, right: promotion_lock.PromotionLock, version: Any, champion: Any, why: str) -> None:
-    """Move the alias; each step leaves what can be told apart from its outcome."""
+def _replace_champion(client: MlflowClient, lock: PromotionLock, version: Any, champion: Any, why: str) -> None:
+    """Move the alias `champion`, in steps that can be completed after a kill at any of them."""
     name, number = version.name, str(version.version)
-    _write(client, version, right, f"promoting: {why}")
+    _record(client, version, lock, f"promoting: {why}")
     if champion:
         client.set_model_version_tag(name, number, OVER, str(champion.version))
         client.set_registered_model_alias(name, PREVIOUS, str(champion.version))
-    right.check()
+    lock.check()
     client.set_registered_model_alias(name, CHAMPION, number)
-    _write(client, version, right, f"promoted: {why}")
+    _record(client, version, lock, f"promoted: {why}")
     if champion:
-        _write(client, champion, right, f"replaced by {Version(name, number).uri}")
+        _record(client, champion, lock, f"replaced by {Version(name, number).uri}")
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
         client.delete_registered_model_alias(name, CHALLENGER)

@@ -1,9 +1,9 @@
-"""One process at a time changes who is the champion, whatever machine it is on.
+"""Promotion lock: one process at a time, on whatever machine, changes the aliases of a registered model.
 
-MLflow compares and sets nothing in one step, but of several that make an experiment of one name, one does. So the
-lease on a model is an experiment whose name ends with a number: it is held while it is there, and given back by
-deleting it; MLflow keeps the name of a deleted one, so the next lease has the next number. What a dead process holds
-is taken over by making the next one.
+MLflow has no compare-and-set, but of several processes that create an experiment of the same name only one succeeds.
+So the lock on a model is an experiment whose name ends with a number. The lock is held while the experiment exists and
+released by deleting it. MLflow keeps the names of deleted experiments, so the next lock has the next number. The lock
+of a process that died is taken over by creating the next one.
 """
 
 import time
@@ -18,29 +18,29 @@ from mlflow.exceptions import MlflowException
 from grainmill.errors import PromotionError
 
 EXPIRES_SECONDS = 60
-"""After which nobody is believed to hold a lease any more; what is done under one takes a few calls."""
+"""Age of a lock at which its holder counts as dead; the work under a lock takes a few calls of MLflow."""
 POLL_SECONDS = 0.2
 EXPERIMENT_PREFIX = "grainmill promotion of "
 
 
-class _LockState(NamedTuple):
+class _Experiment(NamedTuple):
     number: int
     id: str
     active: bool
 
 
 class PromotionLock:
-    """The right to change the aliases of a registered model."""
+    """The exclusive right to change the aliases of a registered model."""
 
     def __init__(self, client: MlflowClient, model: str, number: int) -> None:
         self.client, self.model, self.number = client, model, number
         self._until = time.monotonic() + EXPIRES_SECONDS / 2
 
     def check(self) -> None:
-        """Make sure that nobody has taken it over.
+        """Make sure that no other process has taken over the lock.
 
         Raises:
-            PromotionError: it took too long.
+            PromotionError: the promotion took too long.
         """
         if time.monotonic() > self._until or _newest(self.client, self.model).number != self.number:
             raise PromotionError(
@@ -51,58 +51,51 @@ class PromotionLock:
 
 @contextmanager
 def hold(client: MlflowClient, model: str, note: Callable[[str], None]) -> Iterator[PromotionLock]:
-    """The lease on a model, for the time of the block.
+    """Hold the lock on the registered model named `model`.
 
-    Args:
-        client: of MLflow.
-        model: name of the registered model.
-        note: is told if another process must be waited for.
+    `note` receives a message if another process must be waited for.
     """
-    number, experiment = _take(client, model, note)
+    number, experiment = _acquire(client, model, note)
     try:
         yield PromotionLock(client, model, number)
     finally:
         client.delete_experiment(experiment)
 
 
-def _take(client: MlflowClient, model: str, note: Callable[[str], None]) -> tuple[int, str]:
-    seen, since = None, time.monotonic()
+def _acquire(client: MlflowClient, model: str, note: Callable[[str], None]) -> tuple[int, str]:
+    """Create the experiment with the next number; returns the number and the experiment's id."""
+    last, since = None, time.monotonic()
     while True:
         newest = _newest(client, model)
         if newest.active:
-            if newest != seen:
+            if newest != last:
                 note(f"another promotion of {model} is under way; waiting for it, {EXPIRES_SECONDS} seconds at most")
-                seen, since = newest, time.monotonic()  # by this clock alone: others may be wrong
+                last, since = newest, time.monotonic()  # by this clock alone: others may be wrong
             if time.monotonic() - since < EXPIRES_SECONDS:
                 time.sleep(POLL_SECONDS)
                 continue
         try:
-            made = client.create_experiment(f"{_prefix(model)}{newest.number + 1:06d}")
+            made = client.create_experiment(f"{EXPERIMENT_PREFIX}{model} {newest.number + 1:06d}")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             continue  # another process was faster
         if newest.active:
-            with suppress(MlflowException):  # its holder was not dead after all, and has just given it back
+            with suppress(MlflowException):  # its holder was not dead after all, and has just released the lock
                 client.delete_experiment(newest.id)
         return newest.number + 1, str(made)
 
 
-def _prefix(model: str) -> str:
-    return f"{EXPERIMENT_PREFIX}{model} "
-
-
-def _newest(client: MlflowClient, model: str) -> _LockState:
-    """The lease with the highest number; 0 before the first."""
-    found = [_LockState(0, "", False)]
+def _newest(client: MlflowClient, model: str) -> _Experiment:
+    """Find the lock of a model with the highest number; number 0 if there has been none."""
+    found = [_Experiment(0, "", False)]
+    query = f"name LIKE '{EXPERIMENT_PREFIX}%'"
     token: str | None = None
     while token != "":
-        page = client.search_experiments(
-            ViewType.ALL, filter_string=f"name LIKE '{EXPERIMENT_PREFIX}%'", page_token=token
-        )
+        page = client.search_experiments(ViewType.ALL, filter_string=query, page_token=token)
         for one in page:
-            rest = one.name.removeprefix(_prefix(model))
-            if rest.isdecimal():
-                found.append(_LockState(int(rest), one.experiment_id, one.lifecycle_stage == LifecycleStage.ACTIVE))
+            number = one.name.removeprefix(f"{EXPERIMENT_PREFIX}{model} ")
+            if number.isdecimal():
+                found.append(_Experiment(int(number), one.experiment_id, one.lifecycle_stage == LifecycleStage.ACTIVE))
         token = page.token or ""
     return max(found)

@@ -1,6 +1,6 @@
-"""The script that MLflow runs to load a registered model: table in, table out, as the model's own `model.py` has it.
+"""Script that MLflow runs to load a registered model, whose own `model.py` maps a table to a table.
 
-It is stored with the model, needs nothing but MLflow, and is not imported by the mill.
+A copy is stored with each version. The script needs nothing but MLflow and pandas, and Grainmill never imports it.
 """
 
 import runpy
@@ -15,12 +15,12 @@ class TrainedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """A portable model as an MLflow model."""
 
     def load_context(self, context: Any) -> None:
-        """Load it, after its own look at its files."""
+        """Load the model, which first checks its own files."""
         folder = Path(context.artifacts["model"])
         self._model = runpy.run_path(str(folder / "model.py"))["load"](folder)  # never from a __pycache__
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One row for each row of the input."""
+        """Return a table with one row for each row of the input."""
         return self._model(model_input)
 
 

@@ -44,10 +44,10 @@ def test_the_file_has_all_of_it():
 
 
 def test_the_card_tells_model_figures_data_training_software_and_settings():
-    card = model_card.card("apples", FACTS, CARD)
+    card = CARD.markdown("apples", FACTS)
     assert [line for line in card.splitlines() if line.startswith("#")] == [
         "# apples",
-        "## Figures, and 95 % intervals of the mean over trainings",
+        "## Metrics, with 95 % intervals of the mean over trainings",
         "## Data",
         "## Training",
         "## Software",
@@ -72,16 +72,16 @@ def test_the_card_tells_model_figures_data_training_software_and_settings():
 
 
 def test_a_card_cannot_be_broken_by_what_it_tells():
-    card = model_card.card("apples", {"trunk": "a|b\nc"}, CARD)
+    card = CARD.markdown("apples", {"trunk": "a|b\nc"})
     assert "| trunk | a\\|b c |" in card.splitlines()
 
 
 def test_an_evaluated_models_card_keeps_where_the_other_came_from():
-    source = model_card.card("apples", FACTS, CARD)
+    source = CARD.markdown("apples", FACTS)
     figures = {"scale/map": Interval(0.9, 0.8, 1.0)}
-    card = model_card.card_of_evaluated(source, "models:/apples/1", "500/p4", {"p": 4.0}, figures)
-    head, kept = card.split("## Figures")
-    assert kept == source.split("## Figures")[1]
+    card = model_card.evaluated_markdown(source, "models:/apples/1", "500/p4", {"p": 4.0}, figures)
+    head, kept = card.split("## Metrics")
+    assert kept == source.split("## Metrics")[1]
     rows = head.splitlines()
     for row in ("# apples", "| made of | models:/apples/1 |", "| serves | 500/p4 |", "| p | 4 |"):
         assert row in rows

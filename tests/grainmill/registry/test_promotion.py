@@ -71,7 +71,7 @@ def test_few_queries_show_nothing(shelf):
         shelf.add(*spread(mean, 19))
         shelf.add(*spread(mean, 20))
     shelf.crown(1)
-    with pytest.raises(PromotionError, match="over 19 queries, of which it takes at least 20"):
+    with pytest.raises(PromotionError, match="over 19 queries, but at least 20 are needed"):
         shelf.promote(3)
     shelf.crown(2)
     shelf.promote(4)
@@ -236,7 +236,7 @@ def test_a_process_may_die_anywhere_in_a_promotion_or_a_rollback(shelf, tmp_path
     assert at > 12
 
 
-def test_a_lease_is_one_holders_until_it_is_given_back_or_expires(shelf, monkeypatch):
+def test_a_promotion_lock_has_one_holder_until_it_is_released_or_expires(shelf, monkeypatch):
     order = []
     with promotion_lock.hold(shelf.client, "apples", print) as first:
 

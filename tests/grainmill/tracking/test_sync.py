@@ -160,7 +160,7 @@ def test_an_error_that_cuts_a_study_short_is_the_one_that_is_told(tmp_path, hast
     monkeypatch.setattr(sync, "BRIEF", 0.1)
     tracker = Faulty(local_uri(tmp_path), "toy", tmp_path)
     parent, study = tracker.start("parent", {}, {}), make_study(tmp_path)
-    monkeypatch.setattr(Tracker, "tagged", None)
+    monkeypatch.setattr(Tracker, "runs_by_tag", None)
 
     def search():
         with MLflowSync(study, name, tracker, parent, print) as sync:
