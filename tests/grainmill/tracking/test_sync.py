@@ -73,7 +73,7 @@ def told(client, experiment_id, parent, study):
 class Faulty(Tracker):
     """Its call number `bad` fails: before it is made, or after, so that only the answer is lost."""
 
-    CALLS = ("start", "parameters", "tagged", "last_epoch", "log", "tag", "set_status", "remove")
+    CALLS = ("start", "parameters", "runs_by_tag", "last_epoch", "log", "tag", "set_status", "remove")
     bad, after, made = None, False, 0
 
     def __getattribute__(self, key):
