@@ -1,6 +1,6 @@
-"""Drains the Ray node of a spot instance when AWS announces its end, so that its trials are saved and go on elsewhere.
+"""Drain the Ray node of a spot instance when AWS announces its end, so that its trials are saved and go on elsewhere.
 
-Runs beside Ray on every worker; needs nothing but Python and the command `ray`. AWS announces two minutes before.
+Runs on every worker node, and needs only Python and the command `ray`. AWS announces the end two minutes before.
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
 """
 
@@ -14,14 +14,14 @@ from http.client import HTTPConnection, HTTPException
 
 METADATA = "169.254.169.254"
 POLL_SECONDS = 5.0
-"""As AWS recommends."""
+"""Interval in seconds between two requests, as AWS recommends."""
 
 
 def end(metadata: str) -> datetime | None:
-    """When the instance ends; None as long as nothing is announced.
+    """Return the time when the instance ends, or None while nothing is announced.
 
     Raises:
-        OSError, ValueError, HTTPException: the service does not answer as it should.
+        OSError, ValueError, HTTPException: the metadata service does not answer as specified.
     """
     with closing(HTTPConnection(metadata, timeout=5)) as service:
         service.request("PUT", "/latest/api/token", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
@@ -36,7 +36,7 @@ def end(metadata: str) -> datetime | None:
 
 
 def drain(seconds: int) -> bool:
-    """Tell Ray that this node is force killed in so many seconds; whether it took note."""
+    """Tell Ray that this node ends in `seconds`. Returns True when Ray has accepted that."""
     command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "AWS takes the spot instance away"]
     command += ["--deadline-remaining-seconds", str(seconds)]
@@ -44,10 +44,10 @@ def drain(seconds: int) -> bool:
 
 
 def main() -> None:
-    """Wait for the announcement, and pass it on until Ray has taken note."""
+    """Wait for the announcement, and pass it on until Ray has accepted it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--metadata", default=METADATA, help="host and port of the instance metadata service")
-    parser.add_argument("--poll", type=float, default=POLL_SECONDS, help="seconds between two questions")
+    parser.add_argument("--poll", type=float, default=POLL_SECONDS, help="seconds between two requests")
     options = parser.parse_args()
     while True:
         try:
