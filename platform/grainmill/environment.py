@@ -56,7 +56,7 @@ def tracking_uri(named: str | None = None, storage: str | None = None) -> str:
     uri = named or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         storage = storage or Experiment.model_fields["storage"].default
-        if workspace.remote(storage):
+        if workspace.is_remote(storage):
             raise TrackingError(
                 "storage in S3 needs a tracking server, for MLflow's own database is a local file, but none is named; "
                 "set tracking.uri or MLFLOW_TRACKING_URI"

@@ -89,7 +89,8 @@ def test_after_a_kill_nothing_is_half_written_lost_or_embedded_twice(shades_regi
     first.send_signal(signal.SIGKILL)
     first.communicate()
     os.close(os.open(tmp_path / "images" / "99999.png", os.O_RDWR))  # lets a reader go that the kill has left
-    (out / "part.draft").write_bytes(b"PAR1 half of a file")  # as if it had been killed in the middle of another
+    draft = out / f"part-{len(index.parts(out)):06d}.parquet.draft"
+    draft.write_bytes(b"PAR1 half of a file")  # as if it had been killed in the middle of another
     before = {path: path.read_bytes() for path in index.parts(out)}
     kept = {row["id"] for row in rows(out)}
     assert kept == set(names)
@@ -102,4 +103,4 @@ def test_after_a_kill_nothing_is_half_written_lost_or_embedded_twice(shades_regi
     assert f"61 images in {out}, {len(kept)} of them from before" in told
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(row["id"] for row in rows(out)) == [*names, "99999.png"]
-    assert not (out / "part.draft").exists()
+    assert not draft.exists()

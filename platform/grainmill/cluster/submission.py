@@ -164,7 +164,7 @@ def check_storage(experiment: Experiment) -> None:
     Raises:
         SubmissionError: the path is relative, that is, inside the job's folder, which is deleted at the end.
     """
-    if not workspace.remote(experiment.storage) and not Path(experiment.storage).is_absolute():
+    if not workspace.is_remote(experiment.storage) and not Path(experiment.storage).is_absolute():
         raise SubmissionError(
             "storage must be an absolute path that all nodes see and that outlives the job, or s3://bucket/prefix, "
             f"got {experiment.storage!r}; name one, for example --set storage=/shared/grainmill-runs"

@@ -222,7 +222,7 @@ def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]
 
 
 def _warm_start_problems(place: str) -> Iterator[tuple[Location, str]]:
-    if not workspace.remote(place) and not Path(place, "study.db").is_file():
+    if not workspace.is_remote(place) and not Path(place, "study.db").is_file():
         message = f"must be the folder of an earlier search, but there is no {Path(place, 'study.db').absolute()}"
         yield ("search", "warm_start"), f"{message}; name one such as grainmill-runs/demo/run-1"
 

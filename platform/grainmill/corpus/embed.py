@@ -19,6 +19,7 @@ from grainmill.cluster.session import connect
 from grainmill.corpus import index
 from grainmill.corpus.embedder import Embedder, ModelIdentity
 from grainmill.errors import CorpusError, ResourceError
+from grainmill.storage import files
 from grainmill.storage.mirror import S3Files
 
 BLOCK = 256
@@ -239,5 +240,5 @@ def _list_faults(path: Path, faults: Mapping[str, str]) -> Path | None:
     write(("id", "reason"))
     for row in sorted(faults.items()):
         write(row)
-    index.write_text(path, text.getvalue())
+    files.write_text(path, text.getvalue())
     return path

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from grainmill.corpus.embedder import ModelIdentity
 from grainmill.errors import BusyError, CorpusError
+from grainmill.storage import files
 
 RECORD, SKIPPED = "index.json", "skipped.csv"
 KEY = b"grainmill"
@@ -133,7 +134,7 @@ def open_to_write(folder: Path, record: IndexRecord) -> Iterator[Index]:
             rule = f"one process at a time writes an index, but another writes {folder.absolute()}"
             raise BusyError(f"{rule}; wait for it, or name another with --out") from None
         if not (folder / RECORD).exists():
-            write_text(folder / RECORD, record.text())
+            files.write_text(folder / RECORD, record.text())
         index = Index(folder)
         check_model(index, record.model)
         if index.record.source != record.source:
@@ -155,29 +156,11 @@ def check_model(index: Index, model: ModelIdentity) -> None:
 def write_part(folder: Path, table: pa.Table) -> None:
     """Add a file of rows, all of it or nothing; whoever calls has claimed the index."""
     last = max((int(path.stem.removeprefix("part-")) for path in parts(folder)), default=-1)
-    draft = folder / "part.draft"
-    with draft.open("wb") as file:
+    with (
+        files.atomic(folder / f"part-{last + 1:06d}.parquet") as draft,
+        draft.open("wb") as file,
+    ):
         pq.write_table(table, file, row_group_size=GROUP, compression="zstd", use_dictionary=["class"])
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(folder / f"part-{last + 1:06d}.parquet")
-    _sync(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-    draft.rename(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make renames last."""
-    handle = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some file systems know no such thing
-        os.fsync(handle)
-    os.close(handle)
 
 
 @contextmanager

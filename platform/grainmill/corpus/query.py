@@ -15,6 +15,7 @@ from grainmill.corpus import index, nearest, thumbnails
 from grainmill.corpus.embedder import Embedder
 from grainmill.corpus.index import Index
 from grainmill.errors import CorpusError
+from grainmill.storage import files
 from grainmill.storage.mirror import S3Files
 
 PRECISION = 0.9
@@ -200,7 +201,7 @@ def _write(found: DuplicatesResult, made: Index, out: Path) -> list[Path]:
     for (first, second), score, estimate in zip(found.pairs, found.scores, found.precision, strict=True):
         write((first, second, f"{score:.6f}", "" if estimate is None else f"{estimate:.4f}"))
     table, page = out / "duplicates.csv", out / "duplicates.html"
-    index.write_text(table, text.getvalue())
+    files.write_text(table, text.getvalue())
     shown = [*range(len(found.pairs))]
     if len(shown) > SHOWN:
         shown = shown[: SHOWN // 2] + shown[-SHOWN // 2 :]

@@ -81,14 +81,14 @@ def epochs(job: TrainingJob, heartbeat: catalog.Heartbeat = catalog.no_heartbeat
         StorageError: the folder in S3 cannot be read or written.
     """
     done = 0
-    with workspace.opened(job.folder) as kept, kept.followed():
+    with workspace.opened(job.folder) as kept, kept.uploading():
         _wait_for_all_ranks()  # a rank that starts late must not find files that another has written since
         for result in catalog.find(job.trainable).fit(job.spec, job.data, kept.path, heartbeat, S3Files()):
-            kept.push()
+            kept.upload()
             variants = {name: dict(values) for name, values in result.variants.items()}
             yield EpochReport(result.epoch, {"epoch": result.epoch, **result.metrics}, variants)
             done = result.epoch
-        kept.push()
+        kept.upload()
     if done < job.spec.epochs:
         _wait_for_all_ranks()  # the first worker that raises ends its group; another may still be saving
         raise LeftNodeError

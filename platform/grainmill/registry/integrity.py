@@ -1,11 +1,12 @@
 """Integrity of portable models: files are those of the manifest, and none is a pickle. Nothing of a model is run."""
 
-import hashlib
 import json
 import pickletools
 import zipfile
 from pathlib import Path
 from typing import IO, Any
+
+from grainmill.storage.files import digest, file_digest
 
 MANIFEST = "MANIFEST.json"
 SUFFIXES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
@@ -24,7 +25,7 @@ def faults(folder: Path, sha256: str | None = None) -> list[str]:
         manifest = json.loads(content)
     except (OSError, ValueError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+    if sha256 is not None and digest(content) != sha256:
         return [f"{MANIFEST} was changed"]
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     paths = {name: path for name, path in paths.items() if name != MANIFEST and "__pycache__" not in path.parts}
@@ -41,12 +42,11 @@ def faults(folder: Path, sha256: str | None = None) -> list[str]:
 
 def manifest_digest(folder: Path) -> str:
     """SHA-256 of a portable model's manifest, which identifies all files of the model."""
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return file_digest(folder / MANIFEST)
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def holds_pickle(path: Path) -> bool:

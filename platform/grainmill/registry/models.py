@@ -1,6 +1,5 @@
 """Registered models: trained models become versions in MLflow's registry, and come back from there."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from grainmill import trainable as catalog
 from grainmill.errors import TrackingError, hidden
 from grainmill.registry import integrity, model_card
 from grainmill.registry.model_card import Interval, ModelCard
+from grainmill.storage.files import folder_digest
 from grainmill.tracking.mlflow_runs import Tracker
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -226,7 +226,7 @@ def register_evaluated(
         measurements: results of the evaluation.
     """
     client = MlflowClient(tracking_uri)
-    identity = {SETTING: served, DIGEST: _digest(folder)}
+    identity = {SETTING: served, DIGEST: folder_digest(folder)}
     name, run_id = source.version.name, source.run_id
     for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         if identity.items() <= known.tags.items():
@@ -245,16 +245,6 @@ def _dataset_input(part: catalog.DataPart) -> DatasetInput:
     profile, where = json.dumps({"rows": part.rows}), json.dumps({"uri": hidden(part.where)})
     dataset = Dataset(part.name, part.digest, "local", where, profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", part.role)])
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _signature(portable: Path) -> ModelSignature:

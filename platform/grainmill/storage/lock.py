@@ -1,7 +1,7 @@
-"""One process at a time works in a folder of S3: its lock is an object that the holder renews.
+"""A lock for a folder in S3, so that one process at a time works there: an object that its holder renews.
 
-Whether a holder is alive shows in its renewals alone. What a dead one has left is taken over as it was last written, so
-of several that try one gets it, and a holder that was only slow finds out.
+Only the renewals show that a holder is alive. A lock that a dead process left is taken over by a conditional write. So
+of several processes that try, one gets the lock, and a holder that was only slow learns that it lost the lock.
 """
 
 import json
@@ -17,104 +17,105 @@ from grainmill.errors import BusyError, StorageError
 from grainmill.storage import s3
 from grainmill.storage.s3 import S3Object, S3Prefix
 
-LEASE = ".lease"
+NAME = ".lease"
+"""Name of the object."""
 EXPIRES_SECONDS = 60.0
-"""Without a renewal, after which a holder counts as dead."""
+"""Time without a renewal after which a holder counts as dead."""
 RENEW_SECONDS = 15.0
 POLL_SECONDS = 1.0
 
 
-class Tenure:
-    """The right to work in a folder."""
+class Lock:
+    """The lock of one folder, seen by one process."""
 
     def __init__(self, store: S3Prefix) -> None:
-        self._store, self._beats, self._until = store, 0, 0.0
+        self._store, self._renewals, self._until = store, 0, 0.0
         self._etag: str | None = None
-        self._who = {"host": socket.gethostname(), "pid": os.getpid(), "token": str(uuid4())}
+        self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": str(uuid4())}
         self._one_at_a_time = threading.Lock()
 
     def renew(self, store: S3Prefix | None = None) -> bool:
-        """Put it off that others take us for dead; whether nobody has done so."""
+        """Write the lock again; return False if another process has taken it."""
         with self._one_at_a_time:
             began = time.monotonic()
-            body = json.dumps(self._who | {"beats": self._beats}).encode()
-            etag = (store or self._store).put(LEASE, body, self._etag)
+            body = json.dumps(self._holder | {"beats": self._renewals}).encode()
+            etag = (store or self._store).put(NAME, body, self._etag)
             if etag is not None:
-                self._etag, self._beats, self._until = etag, self._beats + 1, began + EXPIRES_SECONDS
+                self._etag, self._renewals, self._until = etag, self._renewals + 1, began + EXPIRES_SECONDS
             return etag is not None
 
     def take(self, left: S3Object | None) -> bool:
-        """Begin, in place of what a dead process has left; whether nobody was faster."""
+        """Take the lock in place of what a dead process left; return False if another process was faster."""
         self._etag = left and left.etag
         return self.renew()
 
     def check(self) -> None:
-        """Make sure that nobody has taken it over, and renew it if need be.
+        """Make sure that this process still holds the lock; an expired lock is renewed.
 
         Raises:
-            BusyError: somebody has.
+            BusyError: another process has taken the lock.
         """
         if time.monotonic() > self._until and not self.renew():
             raise BusyError(
                 f"one process at a time works in {self._store.url}, but while this one gave no sign of life for "
-                f"{EXPIRES_SECONDS:g} seconds, another took its place: {_holder(self._store.get(LEASE))}"
+                f"{EXPIRES_SECONDS:g} seconds, another took its place: {_holder(self._store.get(NAME))}"
             )
 
-    def lapse(self) -> None:
-        """It is somebody else's."""
+    def expire(self) -> None:
+        """Make the next `check` ask who holds the lock."""
         self._until = 0.0
 
-    def give_back(self) -> None:
-        """Let others in at once, if it is ours."""
+    def release(self) -> None:
+        """Delete the lock if this process holds it."""
         store = self._store.impatient()
-        found = store.get(LEASE)
+        found = store.get(NAME)
         if found and found.etag == self._etag:
-            store.delete(LEASE)
+            store.delete(NAME)
 
 
 @contextmanager
-def held(url: str, what: str, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """The only process in a folder, for the time of the block; yields what raises BusyError if it is not any more.
+def hold(url: str, what: str, notify: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a folder during the block; yields a function that raises BusyError once the lock is lost.
 
     Args:
-        url: of the folder.
-        what: that is worked on, in words.
-        note: is told if it takes a while to find out whether the holder is dead.
+        url: URL of the folder.
+        what: description of the work, for messages.
+        notify: receives a message if this must wait to learn whether the holder is dead.
     Raises:
-        BusyError: another process works there.
+        BusyError: another process holds the lock.
         StorageError: the bucket does not exist, or cannot be written.
     """
     with s3.opened(url) as patient:
-        store, tenure = patient.impatient(), Tenure(patient)
+        store, lock = patient.impatient(), Lock(patient)
         _probe(store)
-        while not tenure.take(_left(store, what, note)):
+        while not lock.take(_wait_for_dead(store, what, notify)):
             pass
         over = threading.Event()
 
         def renew() -> None:
             while not over.wait(RENEW_SECONDS):
                 with suppress(StorageError):
-                    if not tenure.renew(store):
-                        return tenure.lapse()
+                    if not lock.renew(store):
+                        return lock.expire()
             return None
 
-        thread = threading.Thread(target=renew, name="tenure", daemon=True)
+        thread = threading.Thread(target=renew, name="lock", daemon=True)
         thread.start()
         try:
-            yield tenure.check
+            yield lock.check
         finally:
             over.set()
             thread.join()
-            with suppress(StorageError):  # it expires by itself
-                tenure.give_back()
+            with suppress(StorageError):  # the lock expires by itself
+                lock.release()
 
 
-def _left(store: S3Prefix, what: str, note: Callable[[str], None]) -> S3Object | None:
-    """What a dead holder has left, None if there is no holder; waits until that is sure."""
-    began, before = time.monotonic(), store.get(LEASE)
+def _wait_for_dead(store: S3Prefix, what: str, notify: Callable[[str], None]) -> S3Object | None:
+    """Wait until the holder is surely dead and return the lock it left; None if nothing holds the lock."""
+    began, before = time.monotonic(), store.get(NAME)
     found = before
     while found and found.age < EXPIRES_SECONDS and time.monotonic() - began < EXPIRES_SECONDS:
-        assert before, "it was there at first"
+        assert before, "the lock was there at first"
         if found.etag != before.etag:
             raise BusyError(
                 f"one process at a time works under a name, but another has {what} in {store.url}: {_holder(found)}; "
@@ -122,21 +123,21 @@ def _left(store: S3Prefix, what: str, note: Callable[[str], None]) -> S3Object |
             )
         if found is before:
             wait = EXPIRES_SECONDS - found.age
-            note(f"{what} was left by {_holder(found)}; waiting up to {wait:.0f} seconds whether that still lives")
+            notify(f"{what} was left by {_holder(found)}; waiting up to {wait:.0f} seconds whether that still lives")
         time.sleep(POLL_SECONDS)
-        found = store.get(LEASE)
+        found = store.get(NAME)
     return found
 
 
 def _holder(found: S3Object | None) -> str:
     if found is None:
         return "one that has ended"
-    who = json.loads(found.body)
-    return f"process {who['pid']} on {who['host']}, alive {found.age:.0f} seconds ago"
+    holder = json.loads(found.body)
+    return f"process {holder['pid']} on {holder['host']}, alive {found.age:.0f} seconds ago"
 
 
 def _probe(store: S3Prefix) -> None:
-    """Make sure that objects can be written, read and deleted, before anything begins."""
+    """Write, read and delete an object, so that missing rights show before the work begins."""
     name = f".probe-{uuid4()}"
     store.put(name, b"", None)
     store.get(name)

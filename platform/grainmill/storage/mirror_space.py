@@ -8,7 +8,6 @@ killed process is gone.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grainmill.errors import StorageError
+from grainmill.storage.files import digest
 from grainmill.storage.s3 import SCHEME
 
 _held: dict[Path, int] = {}
@@ -76,7 +76,7 @@ def locked(source: str, cache: Cache, bucket: str) -> Iterator[Path]:
 def hold(state: Path, prefixes: Iterable[str]) -> None:
     """Keep what is mirrored below some prefixes until this process ends. The caller must hold the bucket's lock."""
     text = json.dumps(sorted(prefixes))
-    marker = state / "uses" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    marker = state / "uses" / digest(text.encode())[:16]
     lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
     fcntl.flock(lock, fcntl.LOCK_SH)
     if marker.read_text() != text:  # it is new, or its writer was killed

@@ -1,4 +1,4 @@
-"""What a run is made with: Python, packages, and the commit of the code, which a job carries with it."""
+"""Versions that a run is made with: Python, packages, and the commit of the code, which travels with a Ray job."""
 
 import json
 import platform
@@ -8,20 +8,20 @@ from pathlib import Path
 
 PACKAGES = ("grainmill", "mlflow", "optuna", "ray", "torch")
 CARRIED = "commit.json"
-"""Where there is no repository, such as in a job's folder: what `commit` told where there was one."""
+"""File with the result of `commit`, for places without a repository, such as the folder of a Ray job."""
 
 
 def environment() -> dict[str, str]:
-    """Python, packages, and the commit of the working directory."""
+    """Return the versions of Python and the packages, and the commit of the working directory."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **commit()}
 
 
 def commit() -> dict[str, str]:
-    """The git commit of the working directory, and whether files differ from it; empty if none is known."""
+    """Return the git commit of the working directory, and whether files differ from it; empty if unknown."""
     try:
         dirty = str(bool(_git("status", "--porcelain"))).lower()
         return {"mlflow.source.git.commit": _git("rev-parse", "HEAD"), "git.dirty": dirty}
-    except (OSError, subprocess.CalledProcessError):  # not in a repository, or no git
+    except (OSError, subprocess.CalledProcessError):  # not in a repository, or git is not installed
         carried = Path(CARRIED)
         return dict(json.loads(carried.read_text())) if carried.is_file() else {}
 

@@ -1,9 +1,9 @@
-"""Folders that all nodes see: of a file system, or kept in S3, where each process works in a copy of its own.
+"""Folders that all nodes can reach: in a shared file system, or in S3, where each process works in a local copy.
 
-In S3 a folder has an object beside its files, `.index.json`, which names those that belong to it. It is written after
-them and before others are deleted, so a reader sees the folder as it was at the end of some `push`, and what a process
-that died had begun to write is nobody's; the next push clears it away. A folder without an index, such as one that was
-copied there by hand, consists of all that lies there.
+A folder in S3 has an index object, `.index.json`, that names its files. The index is written after new files and before
+old ones are deleted, so a reader sees the folder as it was after some `upload`. Objects that a killed process left are
+not in the index; the next upload deletes them. A folder without an index, such as one that was copied to S3 by hand,
+consists of all objects below its prefix.
 """
 
 import fcntl
@@ -26,68 +26,68 @@ from grainmill.storage.s3 import S3Entry, S3Prefix
 
 INDEX = ".index.json"
 WORK = "~/.cache/grainmill/.work"
-"""Where the copies are; those of processes that died are deleted by the next."""
+"""Folder of the local copies; the copies of dead processes are deleted by the next process."""
 _UNFINISHED = re.compile(r"\.|draft|.*\.draft$")
-"""Names of files and folders that are being written; all others are whole."""
+"""Names of files and folders that are being written; all others are complete."""
 POLL_SECONDS = 1.0
 _TRIES = 5
-"""Readings of a folder that changes meanwhile."""
+"""Attempts to read or write a folder that other processes change at the same time."""
 
 
 class _Stamp(NamedTuple):
-    """Tells one content of a file from another."""
+    """State of a file that differs after each change of its content."""
 
     size: int
     time: int
     inode: int
 
 
-class Folder:
-    """A folder of a file system that all nodes see: nothing is to be done."""
+class LocalWorkspace:
+    """A folder in a file system that all nodes share; nothing is copied."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def push(self) -> None:
-        """See to it that all nodes see what is in the folder, or get it later."""
+    def upload(self) -> None:
+        """Make the content of the folder available to all nodes."""
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
-        """`push` whatever appears during the block, and what is left at its end."""
+    def uploading(self) -> Iterator[None]:
+        """Upload new files during the block, and the remaining ones at its end."""
         yield
 
 
-class Vault(Folder):
-    """A copy of a folder in S3. Several processes may have one; only those that change something write."""
+class S3Workspace(LocalWorkspace):
+    """A local copy of a folder in S3. Several processes may have one; only processes with changes write to S3."""
 
-    def __init__(self, store: S3Prefix, path: Path, besides: Collection[str]) -> None:
+    def __init__(self, store: S3Prefix, path: Path, excluded: Collection[str]) -> None:
         super().__init__(path)
-        self._store, self._besides = store, besides
+        self._store, self._excluded = store, excluded
         self._etag: str | None = None
-        """Of the index, as we know it."""
+        """ETag of the index, as last read or written."""
         self._known: dict[str, _Stamp] = {}
-        """Files that are in the bucket as they are here."""
+        """Files that are the same in S3 as here."""
         self._strays: set[str] = set()
-        """S3Prefix that do not belong to the folder."""
-        self._me = str(uuid4())
+        """Objects that are no part of the folder."""
+        self._writer = str(uuid4())
         self._one_at_a_time = threading.Lock()
 
-    def fetch(self) -> None:
-        """Make the empty folder equal to what is in the bucket.
+    def download(self) -> None:
+        """Fill the empty local folder with the files from S3.
 
         Raises:
-            StorageError: it cannot be read, it changes all the time, or this disk is too small.
+            StorageError: S3 cannot be read, the folder keeps changing, or the disk is too small.
         """
         for _ in range(_TRIES):
-            self._etag, names, there = self._look()
-            if names <= there.keys():
+            self._etag, names, entries = self._list()
+            if names <= entries.keys():
                 break
         else:
             raise StorageError(
                 f"{self._store.url} must have all that its {INDEX} names, but lacks "
-                f"{min(names - there.keys())}; put it back, or delete the index"
+                f"{min(names - entries.keys())}; put it back, or delete the index"
             )
-        needed, free = sum(there[name].size for name in names), shutil.disk_usage(self.path).free
+        needed, free = sum(entries[name].size for name in names), shutil.disk_usage(self.path).free
         if needed > free:
             raise StorageError(
                 f"{self._store.url} needs {needed / 1e9:.2f} GB free in {self.path.parent}, got {free / 1e9:.2f}; "
@@ -96,151 +96,151 @@ class Vault(Folder):
         for folder in {(self.path / name).parent for name in names}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(s3.REQUESTS) as pool:
-            list(pool.map(lambda name: self._store.download(there[name], self.path / name), names))
-        self._known, self._strays = self._whole(), there.keys() - names
+            list(pool.map(lambda name: self._store.download(entries[name], self.path / name), names))
+        self._known, self._strays = self._finished_files(), entries.keys() - names
 
-    def push(self) -> None:
-        """Bring the bucket up to what is in the folder: all of it, or for a reader nothing of it.
+    def upload(self) -> None:
+        """Copy all changes to S3: readers see all of them or none.
 
         Raises:
-            StorageError: the bucket does not take it.
-            FileNotFoundError: a file went meanwhile.
+            StorageError: S3 cannot be written.
+            FileNotFoundError: a file was deleted meanwhile.
         """
-        self._push(self._store)
+        self._upload(self._store)
 
-    def _push(self, store: S3Prefix) -> None:
+    def _upload(self, store: S3Prefix) -> None:
         with self._one_at_a_time:
-            found = self._whole()
-            if found == self._known:
+            files = self._finished_files()
+            if files == self._known:
                 return
             for _ in range(_TRIES):
-                if self._bring(store, found):
+                if self._write(store, files):
                     return
-                # Another process has written: one that was taken for dead, or that has taken us for it. Both do the
-                # same work, so ours is as good.
-                self._etag, _, there = self._look()
-                self._known, self._strays = {}, set(there)
+                # Another process has written: one of the two was taken for dead. Both do the same work, so either
+                # result will do.
+                self._etag, _, entries = self._list()
+                self._known, self._strays = {}, set(entries)
             raise StorageError(f"one process at a time writes to {store.url}, but another does, too; end it")
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
-        """See `Folder`. What goes wrong shows at the next `push`, which tries again."""
+    def uploading(self) -> Iterator[None]:
+        """Upload new files during the block. An error shows at the next `upload`, which tries again."""
         over, store = threading.Event(), self._store.impatient()
 
         def follow() -> None:
             while not over.wait(POLL_SECONDS):
                 with suppress(StorageError, FileNotFoundError):
-                    self._push(store)
+                    self._upload(store)
 
-        thread = threading.Thread(target=follow, name="vault", daemon=True)
+        thread = threading.Thread(target=follow, name="workspace", daemon=True)
         thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
-            with suppress(StorageError, FileNotFoundError):  # an error that ends the block is the one to tell
-                self._push(store)
+            with suppress(StorageError, FileNotFoundError):  # an error that ends the block must be the one to show
+                self._upload(store)
 
-    def _look(self) -> tuple[str | None, set[str], dict[str, S3Entry]]:
-        """The index's ETag, the names of the files, and all objects that could be some."""
+    def _list(self) -> tuple[str | None, set[str], dict[str, S3Entry]]:
+        """Return the index's ETag, the names of the folder's files, and all objects that can be files of it."""
         index = self._store.get(INDEX)
-        there = {name: one for name, one in self._store.listed().items() if self._ours(name)}
+        entries = {name: entry for name, entry in self._store.listed().items() if self._is_finished(name)}
         if index is None:
-            return None, set(there), there
-        return index.etag, set(json.loads(index.body)["files"]), there
+            return None, set(entries), entries
+        return index.etag, set(json.loads(index.body)["files"]), entries
 
-    def _bring(self, store: S3Prefix, found: Mapping[str, _Stamp]) -> bool:
-        """Whether it worked; not if somebody else has written the index."""
-        if self._etag is None and not self._point(store, self._known):  # from here on, what is not named does not count
+    def _write(self, store: S3Prefix, files: Mapping[str, _Stamp]) -> bool:
+        """Write changed files and the index; return False if another process has written the index."""
+        # From the first index on, objects that it does not name are no part of the folder.
+        if self._etag is None and not self._write_index(store, self._known):
             return False
-        changed = [name for name, stamp in found.items() if self._known.get(name) != stamp]
+        changed = [name for name, stamp in files.items() if self._known.get(name) != stamp]
         self._strays.update(changed)
         with ThreadPoolExecutor(s3.REQUESTS) as pool:
             list(pool.map(lambda name: store.upload(name, self.path / name), changed))
-        if not self._point(store, found):
+        if not self._write_index(store, files):
             return False
         self._strays.update(self._known)
-        self._known = dict(found)
-        for name in sorted(self._strays - found.keys()):
+        self._known = dict(files)
+        for name in sorted(self._strays - files.keys()):
             store.delete(name)
         self._strays.clear()
         return True
 
-    def _point(self, store: S3Prefix, names: Iterable[str]) -> bool:
-        body = json.dumps({"files": sorted(names), "writer": self._me}, indent=1).encode()
+    def _write_index(self, store: S3Prefix, names: Iterable[str]) -> bool:
+        body = json.dumps({"files": sorted(names), "writer": self._writer}, indent=1).encode()
         etag = store.put(INDEX, body, self._etag)
         self._etag = etag or self._etag
         return etag is not None
 
-    def _ours(self, name: str) -> bool:
-        return not any(_UNFINISHED.match(part) or part in self._besides for part in name.split("/"))
+    def _is_finished(self, name: str) -> bool:
+        return not any(_UNFINISHED.match(part) or part in self._excluded for part in name.split("/"))
 
-    def _whole(self) -> dict[str, _Stamp]:
-        """The files that are no drafts, by name."""
+    def _finished_files(self) -> dict[str, _Stamp]:
         found = {}
         for place, folders, names in os.walk(self.path):
-            folders[:] = filter(self._ours, folders)
-            for file in (Path(place, name) for name in names if self._ours(name)):
-                with suppress(FileNotFoundError):  # it went meanwhile
+            folders[:] = filter(self._is_finished, folders)
+            for file in (Path(place, name) for name in names if self._is_finished(name)):
+                with suppress(FileNotFoundError):  # it was deleted meanwhile
                     state = file.stat()
                     stamp = _Stamp(state.st_size, state.st_mtime_ns, state.st_ino)
                     found[file.relative_to(self.path).as_posix()] = stamp
         return found
 
 
-def remote(place: str) -> bool:
-    """Whether a place is in S3; else it is a folder."""
+def is_remote(place: str) -> bool:
+    """Return whether a place is in S3; otherwise it is a local folder."""
     return place.startswith(s3.SCHEME)
 
 
 def problem(place: str) -> str | None:
-    """What is wrong with the name of a place, in words."""
+    """Return what is wrong with the name of a place; None if it is valid."""
     scheme, rest, _ = place.partition("://")
-    if rest and not remote(place):
+    if rest and not is_remote(place):
         return f"must be a folder or s3://bucket/prefix, got one that begins with {scheme}://; change it"
-    return s3.problem(place) if remote(place) else None
+    return s3.problem(place) if is_remote(place) else None
 
 
 def absolute(place: str) -> str:
-    """A place as every process can name it."""
-    return place.rstrip("/") if remote(place) else str(Path(place).absolute())
+    """Return the path or URL of a place as every process can use it."""
+    return place.rstrip("/") if is_remote(place) else str(Path(place).absolute())
 
 
 def uri(place: str) -> str:
-    """A place as a URI."""
-    return absolute(place) if remote(place) else Path(place).absolute().as_uri()
+    """Return the URI of a place."""
+    return absolute(place) if is_remote(place) else Path(place).absolute().as_uri()
 
 
 @contextmanager
-def opened(place: str, besides: Collection[str] = (), within: Path | None = None) -> Iterator[Folder]:
-    """The folder at a place: itself, or a copy for the time of the block.
+def opened(place: str, excluded: Collection[str] = (), within: Path | None = None) -> Iterator[LocalWorkspace]:
+    """Open the folder at a place; a folder in S3 is copied for the time of the block.
 
     Args:
         place: a path, or `s3://bucket/prefix`.
-        besides: names of folders in it that are no part of it.
-        within: folder for the copy; one of this machine by default.
+        excluded: names of folders that are no part of it.
+        within: parent folder of the copy; `WORK` by default.
     Raises:
-        StorageError: it cannot be read.
+        StorageError: S3 cannot be read.
     """
-    if not remote(place):
-        yield Folder(Path(place))
+    if not is_remote(place):
+        yield LocalWorkspace(Path(place))
         return
-    with s3.opened(place) as store, _workspace(within or Path(WORK).expanduser()) as work:
-        path = work / store.url.rpartition("/")[2]  # a training may go by the name of its folder
+    with s3.opened(place) as store, _temporary_folder(within or Path(WORK).expanduser()) as work:
+        path = work / store.url.rpartition("/")[2]  # a training may use the name of its folder
         path.mkdir()
-        vault = Vault(store, path, besides)
-        vault.fetch()
-        yield vault
+        workspace = S3Workspace(store, path, excluded)
+        workspace.download()
+        yield workspace
 
 
 def read(place: str, name: str) -> str | None:
-    """The text of one file of a place, None if it is not there.
+    """Read one text file of a place; return None if it does not exist.
 
     Raises:
-        StorageError: S3 does not answer, or not as it should.
+        StorageError: S3 cannot be read.
     """
-    if remote(place):
+    if is_remote(place):
         with s3.opened(place, patience=0) as store:
             found = store.get(name)
         return found and found.body.decode()
@@ -251,8 +251,8 @@ def read(place: str, name: str) -> str | None:
 
 
 @contextmanager
-def _workspace(root: Path) -> Iterator[Path]:
-    """An empty folder, which goes at the end of the block; one whose process died goes with the next process's."""
+def _temporary_folder(root: Path) -> Iterator[Path]:
+    """Create an empty folder for the block, and delete the folders of dead processes."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)

@@ -90,7 +90,7 @@ def _seen_by_all(out: Path) -> Iterator[Path]:
 
 def _checkpoints(place: str) -> str:
     """Where the checkpoints are in a folder: of a finished run, those of its model."""
-    if workspace.remote(place) or Path(place).is_dir():
+    if workspace.is_remote(place) or Path(place).is_dir():
         return run_folder.checkpoints(place.rstrip("/")) or place
     raise EvaluationError(
         f"a model must be a folder or models:/name@alias, but there is no folder {Path(place).absolute()}; "

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from grainmill.config.experiment import Experiment
 from grainmill.config.yaml_document import to_yaml
 from grainmill.errors import BusyError, NameTakenError, StorageError
-from grainmill.storage import lock as tenure
-from grainmill.storage import workspace
+from grainmill.storage import files, lock, workspace
 
 RECORD = "experiment.yaml"
 WHERE = "# where things are kept, which may change:\n"
@@ -51,12 +50,12 @@ def recorded(name: str, storage: str) -> Iterator[Path]:
     text = workspace.read(f"{storage}/{name}", RECORD)
     if text is None:
         known = ", ".join(sorted(path.parent.name for path in Path(storage).glob(f"*/{RECORD}"))) or "none"
-        which = "" if workspace.remote(storage) else f"; known: {known}"
+        which = "" if workspace.is_remote(storage) else f"; known: {known}"
         raise StorageError(
             f"a run that is carried on must have begun in {storage}, but {name!r} has not{which}; "
             "name one that has, or another --set storage=FOLDER"
         )
-    if not workspace.remote(storage):
+    if not workspace.is_remote(storage):
         yield Path(storage, name, RECORD)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +104,7 @@ def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Ite
     with _alone(experiment.name, place, note) as check, workspace.opened(place, BESIDES) as home:
         check_name(experiment)  # again, now that nobody else writes
         where = experiment.model_dump(mode="json", exclude_none=True, include=set(experiment.PLACES))
-        _write(home.path / RECORD, to_yaml(experiment.identity()) + WHERE + to_yaml(where))
+        files.write_text(home.path / RECORD, to_yaml(experiment.identity()) + WHERE + to_yaml(where))
         numbers = [path.name.removeprefix(f"{kind}-") for path in home.path.glob(f"{kind}-[0-9]*")]
         last = max((int(number) for number in numbers if number.isdecimal()), default=0)
         begin = last == 0 or (home.path / f"{kind}-{last}" / "done.json").exists()
@@ -114,7 +113,7 @@ def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Ite
 
         def keep() -> None:
             check()
-            home.push()
+            home.upload()
 
         keep()
         yield Run(home.path / name, f"{place}/{name}", keep)
@@ -123,8 +122,8 @@ def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Ite
 @contextmanager
 def _alone(name: str, home: str, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """The only process in a home, which is made; yields what makes sure that it still is."""
-    if workspace.remote(home):
-        with tenure.held(home, repr(name), note) as check:
+    if workspace.is_remote(home):
+        with lock.hold(home, repr(name), note) as check:
             yield check
         return
     try:
@@ -133,9 +132,9 @@ def _alone(name: str, home: str, note: Callable[[str], None]) -> Iterator[Callab
         raise StorageError(
             f"a run needs a folder to write in, but {home} cannot be made ({error}); set storage"
         ) from error
-    with Path(home, ".lock").open("w") as lock:
+    with Path(home, ".lock").open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(
                 f"one process at a time works under a name, but another has {name!r} in {home}; "
@@ -146,7 +145,7 @@ def _alone(name: str, home: str, note: Callable[[str], None]) -> Iterator[Callab
 
 def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Mark a run as finished, with what came of it."""
-    _write(folder / "done.json", json.dumps(outcome, indent=1))
+    files.write_text(folder / "done.json", json.dumps(outcome, indent=1))
 
 
 def checkpoints(place: str) -> str | None:
@@ -155,13 +154,6 @@ def checkpoints(place: str) -> str | None:
         return f"{place}/{json.loads(workspace.read(place, 'done.json') or '')['checkpoints']}"
     except (OSError, ValueError, LookupError):
         return None
-
-
-def _write(file: Path, text: str) -> None:
-    """All of it or nothing."""
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(text)
-    draft.rename(file)
 
 
 def _home(experiment: Experiment) -> str:

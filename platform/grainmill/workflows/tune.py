@@ -288,10 +288,10 @@ def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: ca
     """The data to train with; what is built in lies where all nodes see it."""
     storage = workspace.absolute(experiment.storage)
     # In S3 beside the runs of the name: whoever works under another must not write there.
-    place = f"{storage}/{experiment.name}/data" if workspace.remote(storage) else f"{storage}/data"
+    place = f"{storage}/{experiment.name}/data" if workspace.is_remote(storage) else f"{storage}/data"
     with workspace.opened(place) as images:
         data = trainable.prepare(experiment.data, images.path, progress, files)
-        images.push()
+        images.upload()
         written = {
             name: place + value.removeprefix(str(images.path))
             for name, value in data

@@ -84,24 +84,6 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
         models.fetch(tracker.uri, "models:/pears/1")
 
 
-def test_the_digest_tells_names_and_contents_apart(tmp_path):
-    folders = []
-    for number, files in enumerate(
-        [{"a": "12", "b": "3"}, {"a": "1", "b": "23"}, {"a": "12", "c": "3"}, {"a/b": "3", "c": "12"}, {"a": "12"}]
-    ):
-        for name, text in files.items():
-            path = tmp_path / str(number) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        folders.append(tmp_path / str(number))
-    (tmp_path / "again").mkdir()
-    for name, text in (("b", "3"), ("a", "12")):
-        (tmp_path / "again" / name).write_text(text)
-    digests = [models._digest(folder) for folder in folders]
-    assert len(set(digests)) == len(folders)
-    assert models._digest(tmp_path / "again") == digests[0]
-
-
 @pytest.fixture
 def stored(tmp_path):
     """The tracker, the run, and the folder of models:/apples/1."""

@@ -11,7 +11,7 @@ from s3_servers import failing
 
 from grainmill.errors import BusyError, StorageError
 from grainmill.storage import lock, s3
-from grainmill.storage.lock import held
+from grainmill.storage.lock import hold
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -31,9 +31,9 @@ def dead(monkeypatch):
 def test_it_can_be_taken_again_when_it_was_given_back(url, bucket):
     notes = []
     for _ in range(2):
-        with held(url, "it", notes.append) as check:
+        with hold(url, "it", notes.append) as check:
             (lease,) = bucket.objects()
-            assert lease["Key"].endswith(lock.LEASE)
+            assert lease["Key"].endswith(lock.NAME)
             check()
         assert bucket.objects() == notes == []
 
@@ -41,8 +41,8 @@ def test_it_can_be_taken_again_when_it_was_given_back(url, bucket):
 def test_a_second_process_is_refused_naming_the_first(url, monkeypatch):
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
     notes = []
-    with held(url, "'demo'", notes.append) as check:
-        with pytest.raises(BusyError) as caught, held(url, "'demo'", notes.append):
+    with hold(url, "'demo'", notes.append) as check:
+        with pytest.raises(BusyError) as caught, hold(url, "'demo'", notes.append):
             pass
         check()
     parts = [f"process {os.getpid()} on {socket.gethostname()}, alive 0 seconds ago", "'demo'", url, "wait for it"]
@@ -54,7 +54,7 @@ def test_a_second_process_is_refused_naming_the_first(url, monkeypatch):
 KILLED = """
 import os, sys
 from grainmill.storage import lock
-with lock.held(sys.argv[1], "it", print):
+with lock.hold(sys.argv[1], "it", print):
     os.kill(os.getpid(), 9)
 """
 
@@ -62,16 +62,16 @@ with lock.held(sys.argv[1], "it", print):
 def test_what_a_killed_process_holds_is_taken_over(url, dead):
     subprocess.run([sys.executable, "-c", KILLED, url], check=False)
     with s3.opened(url) as store:
-        left = json.loads(store.get(lock.LEASE).body)
+        left = json.loads(store.get(lock.NAME).body)
         assert left["pid"] != os.getpid()
-        with held(url, "it", print):
-            assert json.loads(store.get(lock.LEASE).body)["pid"] == os.getpid()
+        with hold(url, "it", print):
+            assert json.loads(store.get(lock.NAME).body)["pid"] == os.getpid()
 
 
 def test_a_holder_that_was_only_slow_finds_out_and_leaves_the_other_alone(url, dead, bucket):
-    with held(url, "it", print) as check:
+    with hold(url, "it", print) as check:
         check()  # expired, but still the only one
-        with held(url, "it", print) as check_other:
+        with hold(url, "it", print) as check_other:
             with pytest.raises(BusyError, match=rf"another took its place: process {os.getpid()} on"):
                 check()
             check_other()
@@ -79,12 +79,12 @@ def test_a_holder_that_was_only_slow_finds_out_and_leaves_the_other_alone(url, d
 
 
 def test_a_holder_that_lost_it_does_not_give_back_what_another_holds(url, dead):
-    with s3.opened(url) as store, held(url, "it", print):
-        slow = lock.Tenure(store)
-        slow.take(store.get(lock.LEASE))
-        with held(url, "it", print):
-            slow.give_back()
-            assert store.get(lock.LEASE) is not None
+    with s3.opened(url) as store, hold(url, "it", print):
+        slow = lock.Lock(store)
+        slow.take(store.get(lock.NAME))
+        with hold(url, "it", print):
+            slow.release()
+            assert store.get(lock.NAME) is not None
 
 
 def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, door):
@@ -96,14 +96,14 @@ def test_an_outage_that_is_longer_than_a_lease_is_sat_out(url, dead, door):
             return (503, "SlowDown")
         return None
 
-    with held(url, "it", print) as check:
+    with hold(url, "it", print) as check:
         door.rule = rule
         check()
     assert left == [0]
 
 
 def test_a_renewal_whose_answer_was_lost_counts(url, dead, door):
-    with held(url, "it", print) as check:
+    with hold(url, "it", print) as check:
         door.rule = failing(1, "lost")
         check()
         check()
@@ -121,12 +121,12 @@ def test_a_renewal_whose_answer_was_lost_counts(url, dead, door):
 )
 def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(url, door, method, fault, told):
     door.rule = lambda sent, *_: fault if sent == method else None
-    with pytest.raises(StorageError, match=told) as caught, held(url, "it", print):
+    with pytest.raises(StorageError, match=told) as caught, hold(url, "it", print):
         pass
     assert url in str(caught.value)
     door.rule = lambda *_: None
 
 
 def test_a_bucket_that_is_not_there_is_refused_at_the_start(url):
-    with pytest.raises(StorageError, match="none of that name"), held("s3://nowhere/runs/x", "it", print):
+    with pytest.raises(StorageError, match="none of that name"), hold("s3://nowhere/runs/x", "it", print):
         pass

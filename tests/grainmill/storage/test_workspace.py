@@ -36,9 +36,9 @@ def replace_step(folder):
 
 
 def test_a_folder_that_all_nodes_see_is_used_as_it_is(tmp_path):
-    with workspace.opened(str(tmp_path)) as kept, kept.followed():
+    with workspace.opened(str(tmp_path)) as kept, kept.uploading():
         assert kept.path == tmp_path
-        kept.push()
+        kept.upload()
     assert workspace.absolute("here") == str(Path.cwd() / "here")
     assert workspace.uri("/a b") == "file:///a%20b"
     assert workspace.uri("s3://b/c/") == "s3://b/c"
@@ -48,24 +48,24 @@ def test_what_is_pushed_is_what_another_process_finds(place):
     assert seen_by_another(place) == {}
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1, **{"deep/er/file": "x"})
-        kept.push()
+        kept.upload()
         assert seen_by_another(place) == {**STEP_1, "deep/er/file": "x"}
         replace_step(kept.path)
         write(kept.path, **{"deep/er/file": "other"})
-        kept.push()
+        kept.upload()
     assert seen_by_another(place) == {**STEP_2, "deep/er/file": "other"}
 
 
 def test_only_what_changed_is_written_and_nothing_by_those_that_change_nothing(place, door):
     with workspace.opened(place) as kept:
         write(kept.path, a="1", b="2")
-        kept.push()
+        kept.upload()
     with workspace.opened(place) as kept:
         door.seen.clear()
-        kept.push()
+        kept.upload()
         assert door.seen == []
         write(kept.path, b="3")
-        kept.push()
+        kept.upload()
         assert [(method, key.rpartition("/")[2]) for method, key in door.wrote()] == [
             ("PUT", "b"),
             ("PUT", workspace.INDEX),
@@ -77,9 +77,9 @@ def test_drafts_and_folders_of_others_are_no_part_of_it(place, bucket):
     with workspace.opened(place, ["trials"]) as kept:
         assert files(kept.path) == {}
         write(kept.path, **{".hidden": "", "draft-step-1/model": "", "file.draft": "", "trials/y": "", "a": "1"})
-        kept.push()
+        kept.upload()
         write(kept.path, a="2")
-        kept.push()
+        kept.upload()
     listed = {one["Key"].removeprefix("runs/trial-0001/") for one in bucket.objects()}
     assert listed == {workspace.INDEX, "a", "trials/x/model", ".lease"}
 
@@ -89,7 +89,7 @@ def test_a_folder_that_was_copied_there_is_taken_as_it_lies(place, bucket):
     with workspace.opened(place) as kept:
         assert files(kept.path) == STEP_1
         replace_step(kept.path)
-        kept.push()
+        kept.upload()
     assert seen_by_another(place) == STEP_2
 
 
@@ -98,7 +98,7 @@ def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, doo
     both = [STEP_1, STEP_2]
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
     found = []
     for last in range(20):
         with workspace.opened(place) as kept:
@@ -108,7 +108,7 @@ def test_a_process_that_dies_at_any_request_leaves_the_old_or_the_new(place, doo
             door.seen.clear()
             door.rule = lambda *_: "cut" if len(door.wrote()) >= last else None  # noqa: B023
             with suppress(StorageError):
-                kept.push()
+                kept.upload()
         door.rule = lambda *_: None
         found.append(seen_by_another(place))
         assert found[-1] in both, last
@@ -121,16 +121,16 @@ def test_leftovers_of_a_process_that_died_go_with_the_next_push(place, door, buc
     monkeypatch.setattr(s3, "PATIENCE", 0)
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
         write(kept.path, **STEP_2)
         door.rule = lambda _, key, __: "cut" if key.endswith(workspace.INDEX) else None
         with pytest.raises(StorageError):
-            kept.push()
+            kept.upload()
     door.rule = lambda *_: None
     assert seen_by_another(place) == STEP_1
     with workspace.opened(place) as kept:
         write(kept.path, new="x")
-        kept.push()
+        kept.upload()
     listed = {one["Key"].removeprefix("runs/trial-0001/") for one in bucket.objects()}
     assert listed == {workspace.INDEX, "new", *STEP_1}
 
@@ -142,17 +142,17 @@ def test_of_two_processes_that_write_each_leaves_its_own_state_whole(place):
         for kept, state in [(slow, STEP_1), (quick, STEP_2), (slow, {**STEP_1, "a": "1"})]:
             write(kept.path, **{name: text for name, text in state.items() if name == "a"})
             kept._known = {} if kept is slow and "a" not in state else kept._known
-            kept.push()
+            kept.upload()
             assert seen_by_another(place) == state
 
 
 def test_an_index_that_somebody_deleted_is_written_anew(place, bucket):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
         bucket.delete(f"runs/trial-0001/{workspace.INDEX}")
         replace_step(kept.path)
-        kept.push()
+        kept.upload()
     assert seen_by_another(place) == STEP_2
 
 
@@ -165,16 +165,16 @@ def test_an_outage_is_sat_out(place, door, fault, key):
     door.rule = failing(12, fault, key=key)  # more often than botocore asks by itself
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
         write(kept.path, **STEP_2)
-        kept.push()
+        kept.upload()
     assert seen_by_another(place) == {**STEP_1, **STEP_2}
 
 
 def test_an_outage_at_the_start_is_sat_out_too(place, door):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
     door.rule = failing(12, (503, "SlowDown"), of="GET")
     assert seen_by_another(place) == STEP_1
 
@@ -185,7 +185,7 @@ def test_an_outage_without_an_end_is_told_with_the_object(place, door, monkeypat
         write(kept.path, **STEP_1)
         door.rule = lambda method, *_: (503, "SlowDown") if method == "PUT" else None
         with pytest.raises(StorageError, match=rf"{place}/.* answers SlowDown; try again later"):
-            kept.push()
+            kept.upload()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_what_no_patience_heals_is_told_at_once(place, door, fault, told):
         door.rule = lambda method, *_: fault if method == "PUT" else None
         door.seen.clear()
         with pytest.raises(StorageError, match=told) as caught:
-            kept.push()
+            kept.upload()
         assert len(door.seen) == 1
         assert place in str(caught.value)
         assert SECRET not in str(caught.value)
@@ -214,10 +214,10 @@ def test_parts_of_a_large_file_that_fails_are_taken_back(place, door, bucket, mo
         (kept.path / "large").write_bytes(bytes(20 * 2**20))
         door.rule = lambda _, __, query: (400, "BadDigest") if "partNumber=2" in query else None
         with pytest.raises(StorageError, match=f"{place}/large"):
-            kept.push()
+            kept.upload()
         assert "Uploads" not in moto.client.list_multipart_uploads(Bucket=bucket.name)
         door.rule = lambda *_: None
-        kept.push()
+        kept.upload()
     with workspace.opened(place) as kept:
         assert (kept.path / "large").read_bytes() == bytes(20 * 2**20)
 
@@ -225,7 +225,7 @@ def test_parts_of_a_large_file_that_fails_are_taken_back(place, door, bucket, mo
 def test_an_object_that_is_missing_is_named(place, bucket):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
     bucket.delete("runs/trial-0001/step-1/model")
     with pytest.raises(StorageError, match="lacks step-1/model; put it back"):
         seen_by_another(place)
@@ -234,7 +234,7 @@ def test_an_object_that_is_missing_is_named(place, bucket):
 def test_a_disk_that_is_too_small_is_told_with_its_folder(place, monkeypatch, tmp_path):
     with workspace.opened(place) as kept:
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
     monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: SimpleNamespace(free=2))
     copies = tmp_path / "work"
     with pytest.raises(StorageError, match=rf"needs 0.00 GB free in {copies}/\S+, got 0.00"):
@@ -249,9 +249,9 @@ def test_what_appears_meanwhile_is_pushed_without_being_asked(place, door, monke
         if method == "DELETE":
             there.set()
 
-    with workspace.opened(place) as kept, kept.followed():
+    with workspace.opened(place) as kept, kept.uploading():
         write(kept.path, **STEP_1)
-        kept.push()
+        kept.upload()
         door.rule = rule
         replace_step(kept.path)
         assert there.wait(30)
@@ -262,7 +262,7 @@ def test_what_a_block_leaves_when_it_is_cut_short_is_pushed(place, monkeypatch):
     monkeypatch.setattr(workspace, "POLL_SECONDS", 1000)
 
     def block():
-        with workspace.opened(place) as kept, kept.followed():
+        with workspace.opened(place) as kept, kept.uploading():
             write(kept.path, **STEP_1)
             raise ZeroDivisionError
 
@@ -303,7 +303,7 @@ def test_one_file_is_read_by_itself(place, tmp_path):
     assert workspace.read(str(tmp_path), "other") is workspace.read(f"{tmp_path}/file", "x") is None
     with workspace.opened(place) as kept:
         write(kept.path, file=json.dumps("ä"))
-        kept.push()
+        kept.upload()
     assert workspace.read(place, "file") == json.dumps("ä")
     assert workspace.read(place, "other") is None
 
