@@ -1,4 +1,4 @@
-"""Nothing is lost of a search when something dies: a training, a worker, a leader, a node, the whole command."""
+"""Nothing is lost of a search when something dies: a training, a worker, a group's driver, a node, the command."""
 
 import os
 import random
@@ -45,7 +45,7 @@ def test_group_that_loses_a_worker_goes_on_from_its_checkpoint(arena):
 @pytest.mark.parametrize(
     ("who", "why"),
     [("ImplicitFunc", "its process died"), ("TrainController", "its workers began again")],
-    ids=["leader", "controller"],
+    ids=["driver", "controller"],
 )
 def test_group_that_loses_its_head_goes_on_from_its_checkpoint(arena, who, why):
     from ray.util.state import list_actors
@@ -145,10 +145,10 @@ NO_DASHBOARD = """
     folder = Path(sys.argv[1])
     bench = Bench(folder, Tracker(local_uri(folder), "toy", folder), Memory())
     for name in ("trial", "final"):
-        plan = bench.plan(workers=2)
+        setup = bench.setup(workers=2)
         study = Study(f"sqlite:///{folder / name}.db", name, bench.study(1).experiment, [{"height": 0.5}], 1)
-        plan = replace(plan, study=name)
-        runner.run(plan, study, bench.tracker, bench.parent, bench.observer)
+        setup = replace(setup, study=name)
+        runner.run(setup, study, bench.tracker, bench.parent, bench.observer)
         assert [record.state for record in study.records] == ["complete"]
     ray.shutdown()
     print("nothing lost")

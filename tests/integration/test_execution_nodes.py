@@ -45,7 +45,7 @@ NODES = """
         return [(epoch, workers) for epoch, workers in said if epoch != "waits"]  # a start may take long
 
     def train(name, workers, told=lambda said: None, holds=lambda place, said: False, **resources):
-        "What the leader reports while the second worker's node dies in epoch 2 of 3; the nodes before and after that."
+        "Messages of the group while the second worker's node dies in epoch 2 of 3; the nodes before and after that."
         said, there, after, dead = [], {}, {}, []
 
         def rule(_, epoch, rank, pid):
@@ -72,8 +72,8 @@ NODES = """
             told(said)
 
         umpire.rule = rule
-        plan = StudySetup("trial", "toy", toy.Data(), str(folder), Resources(**resources), workers)
-        group = worker_group.WorkerGroup(plan, watchdog.start())
+        setup = StudySetup("trial", "toy", toy.Data(), str(folder), Resources(**resources), workers)
+        group = worker_group.WorkerGroup(setup, watchdog.start())
         group.train(TrainingJob("toy", toy.Spec(epochs=3), toy.Data(umpire=umpire.port), str(folder / name)), report)
         group.close()
         return said, *({node for (epoch, _), node in nodes.items() if epoch >= 2} for nodes in (there, after))
@@ -142,8 +142,8 @@ HOSTS = """
     settings = {"image_size": 32, "epochs": 1, "model": {"trunk": "resnet18"}, "batch": {"size": 24}}
     spec = MultiGrainSpec.model_validate(settings | {"compute": {"precision": "fp32"}})
     job = TrainingJob("multigrain.trainable", spec, DataSettings(folder=sys.argv[2]), str(folder / "checkpoints"))
-    plan = StudySetup("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
-    group = worker_group.WorkerGroup(plan, watchdog.start())
+    setup = StudySetup("trial", job.trainable, job.data, str(folder), Resources(placement="spread"), 2)
+    group = worker_group.WorkerGroup(setup, watchdog.start())
     said = [(0, hosts.crossed())]
 
     def hear(message):

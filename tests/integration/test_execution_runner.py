@@ -128,7 +128,7 @@ def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
     record = study.ask()
     spec = toy.Spec(height=record.setting["height"])
     run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
-    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.plan().checkpoint_folder(0)))
+    left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.setup().checkpoint_folder(0)))
     first = next(left).metrics
     bench.tracker.log(run_id, 1, {"epoch": 1, **first})
     study.report(0, {"epoch": 1, **first})
@@ -177,8 +177,8 @@ def test_trial_larger_than_the_cluster_is_refused_naming_what_is_missing(bench, 
 
 
 def at_once(bench, **resources):
-    plan = bench.plan(**resources)
-    return capacity.trials_at_once(plan.need, plan.resources.concurrent, bench.observer.message)
+    setup = bench.setup(**resources)
+    return capacity.trials_at_once(setup.need, setup.resources.concurrent, bench.observer.message)
 
 
 def test_as_many_are_asked_for_at_once_as_the_cluster_holds(bench):
@@ -206,9 +206,9 @@ def test_spread_workers_need_a_node_each_unless_their_number_is_open(bench):
 def test_trial_that_waits_says_what_its_fewest_workers_lack(bench):
     assert re.fullmatch(
         r"waiting for the cluster: a trial needs 3 CPU \([012] of 2 free\)",
-        placement.missing_resources(bench.plan(workers=(3, 5))),
+        placement.missing_resources(bench.setup(workers=(3, 5))),
     )
-    told = placement.missing_resources(bench.plan(workers=3, placement="spread", cpus_per_worker=2))
+    told = placement.missing_resources(bench.setup(workers=3, placement="spread", cpus_per_worker=2))
     assert told.endswith("3 nodes for its workers (1 there)")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import ray
 import toy
+from ray.util.state import list_actors
 
 from grainmill.config.resources import Resources
 from grainmill.execution import watchdog, worker_group
@@ -40,6 +41,7 @@ def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path
 
     with pytest.raises(SystemExit):
         train("stopped", stop)
+    assert list_actors(filters=[("class_name", "=", "PreemptionWatcher")]) == []  # draining is up to our watchdog
     assert train("next") == [1, 2, 3]
     assert pids("next") == first
     assert pids("stopped") <= first  # the second worker may find the first one's epoch in the checkpoint

@@ -22,7 +22,7 @@ class Bench:
         self.parent = tracker.start("parent", {}, {})
         self.diary = folder / "diary"
 
-    def plan(self, workers=1, **resources):
+    def setup(self, workers=1, **resources):
         data = toy.Data(diary=str(self.diary))
         return StudySetup("trial", "toy", data, str(self.folder), Resources(**resources), workers)
 
@@ -32,7 +32,7 @@ class Bench:
         return Study(f"sqlite:///{self.folder / 'study.db'}", "trial", checked, checked.first, count)
 
     def run(self, study, workers=1, **resources):
-        runner.run(self.plan(workers, **resources), study, self.tracker, self.parent, self.observer)
+        runner.run(self.setup(workers, **resources), study, self.tracker, self.parent, self.observer)
         return study.records
 
     def computed(self):
@@ -55,10 +55,10 @@ class Arena(Bench):
         super().__init__(folder, Tracker(local_uri(folder), "toy", folder), observer)
         self.umpire, self.data = umpire, {}
 
-    def plan(self, workers=1, **resources):
-        plan = super().plan(workers, **resources)
-        data = plan.data.model_copy(update={**self.data, "umpire": self.umpire.port})
-        return replace(plan, data=data)
+    def setup(self, workers=1, **resources):
+        setup = super().setup(workers, **resources)
+        data = setup.data.model_copy(update={**self.data, "umpire": self.umpire.port})
+        return replace(setup, data=data)
 
     def grid(self, heights, **changes):
         """A search whose outcome is known: the published 0.5, and then the heights in their order."""

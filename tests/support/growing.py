@@ -162,8 +162,8 @@ def mill(folder, settings, observer):
         if not count:
             continue
         study = Study(f"sqlite:///{folder / 'study.db'}", name, checked, first, count)
-        plan = StudySetup(name, "toy", toy.Data(), folder, checked.resources, settings["workers"])
-        runner.run(plan, study, tracker, parent, observer)
+        setup = StudySetup(name, "toy", toy.Data(), folder, checked.resources, settings["workers"])
+        runner.run(setup, study, tracker, parent, observer)
         records += study.records
     return records
 

@@ -43,7 +43,7 @@ def test_process_hangs_that_says_nothing_or_makes_no_step_for_far_longer_than_ev
 
 
 def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypatch):
-    """Whatever the order in which the ward hears of node and process."""
+    """They are told whatever the order in which the watchdog learns of node and process."""
     nodes = set()
     monkeypatch.setattr(watchdog, "draining_nodes", lambda: set(nodes))
     monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
@@ -72,7 +72,7 @@ def test_processes_on_a_drained_node_and_all_of_their_trial_must_leave(monkeypat
     asyncio.run(scene())
 
 
-def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkeypatch):
+def test_watchdog_dumps_all_processes_of_a_trial_ends_the_one_that_hangs_and_says_so(monkeypatch):
     looked = []
 
     async def on_node(work, process, end):
@@ -99,7 +99,7 @@ def test_ward_looks_into_all_of_a_trial_ends_the_one_that_hangs_and_tells(monkey
     assert heard.keys() == {OTHER}
 
 
-def test_ward_that_slept_itself_ends_nobody(monkeypatch):
+def test_watchdog_that_was_stopped_itself_ends_no_process(monkeypatch):
     monkeypatch.setattr(watchdog, "draining_nodes", lambda: time.sleep(0.2) or set())
     monkeypatch.setattr(watchdog, "_run_on_node", None)
     monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
@@ -154,7 +154,7 @@ def test_examined_process_writes_its_stacks_and_is_ended_if_asked(tmp_path, stop
     assert (tmp_path / "log").read_text().startswith("before\n")
 
 
-def test_place_is_that_of_the_thread_that_trains_else_of_any():
+def test_location_is_that_of_the_thread_that_trains_or_else_of_any():
     waits = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in wait\n  File "a.py", line 9 in run\n'
     trains = '(most recent call first):\n  File "b.py", line 2 in step\n  File "c.py", line 3 in epochs\n'
     for which in ("Thread 0x1 ", "Current thread 0x1 "):
@@ -165,7 +165,7 @@ def test_place_is_that_of_the_thread_that_trains_else_of_any():
 
 
 class Calls:
-    """A ward as a process sees it: keeps what it is told, and answers in its turn."""
+    """A watchdog as a process sees it: keeps the states that it receives, and answers them in turn."""
 
     def __init__(self):
         self.states, self.answers, self.waits = [], queue.Queue(), threading.Event()
@@ -193,11 +193,11 @@ def calls(monkeypatch):
         heartbeat.Process, "this", lambda: heartbeat.Process("here", os.getpid(), heartbeat._start_ticks(os.getpid()))
     )
     yield made
-    made.waits.wait()  # where the pulse stays for good, and never gets to ask a real ward
+    made.waits.wait()  # the sender's thread waits here for good, and never asks a real watchdog
     faulthandler.unregister(heartbeat.DUMP_SIGNAL)
 
 
-def test_pulse_tells_of_the_job_and_how_long_its_step_lasts_and_hears_that_it_must_leave(calls, monkeypatch):
+def test_sender_reports_the_job_and_the_time_of_its_step_and_is_told_to_leave(calls, monkeypatch):
     clock = itertools.count(100.0)  # a second passes with each look at it
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: next(clock))
     own, job = heartbeat.HeartbeatSender(calls), TrainingJob("toy", {}, {}, "", "trial-0003", "x")

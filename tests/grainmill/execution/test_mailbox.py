@@ -1,4 +1,4 @@
-"""The mailbox where a leader meets its workers."""
+"""The mailbox between a worker group and its driver."""
 
 import asyncio
 
@@ -66,7 +66,7 @@ def test_both_workers_get_the_job_and_no_one_gets_it_again():
     played(scene)
 
 
-def test_leader_hears_of_each_group_that_begins_once():
+def test_driver_gets_one_message_for_each_group_that_starts():
     async def scene(mailbox):
         await mailbox.put_job(JOB)
         await taken(mailbox, 0, "one"), await taken(mailbox, 0, "one")
@@ -80,7 +80,7 @@ def test_leader_hears_of_each_group_that_begins_once():
 
 
 @pytest.mark.parametrize("go_on", [True, False])
-def test_epoch_waits_for_the_leaders_word(go_on):
+def test_epoch_waits_for_the_drivers_answer(go_on):
     async def scene(mailbox):
         await mailbox.put_job(JOB)
         await taken(mailbox, 0, "one")
@@ -99,7 +99,7 @@ def test_job_that_was_stopped_is_over_and_its_end_is_not_reported():
         await taken(mailbox, 0, "one")
         word = asyncio.create_task(mailbox.report_epoch(1, epoch(1)))
         assert await waits(word)
-        await mailbox.answer(False)  # whatever the leader has read by then
+        await mailbox.answer(False)  # whatever the driver has read by then
         assert not await word
         assert not await mailbox.report_epoch(1, epoch(2))
         await mailbox.job_done(1)

@@ -1,7 +1,8 @@
 import pytest
 import toy
 
-from grainmill.execution.training_job import TrainingJob, cause, epochs
+from grainmill.execution import training_job
+from grainmill.execution.training_job import LeftNodeError, TrainingJob, cause, epochs
 
 
 def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_path):
@@ -23,3 +24,13 @@ def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_p
 )
 def test_cause_is_the_type_and_the_last_line(error, told):
     assert cause(error) == told
+
+
+def test_training_that_leaves_its_node_waits_until_all_ranks_have_saved(tmp_path, monkeypatch):
+    """The first worker that raises ends its group."""
+    events = []
+    monkeypatch.setattr(training_job, "_wait_for_all_ranks", lambda: events.append("wait"))
+    monkeypatch.setattr(toy, "fit", lambda *_: events.append("save") or iter(()))
+    with pytest.raises(LeftNodeError):
+        list(epochs(TrainingJob("toy", toy.Spec(), toy.Data(), str(tmp_path))))
+    assert events == ["wait", "save", "wait"]

@@ -1,4 +1,4 @@
-"""What the clerk makes of a group whose number of workers changes."""
+"""Recording of a trial whose number of workers changes."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from grainmill.search.study import Study
 
 @pytest.fixture
 def group(tmp_path, observer, monkeypatch):
-    """A trial of two to four workers, two CPUs each, and its clerk; `say`: some seconds later it says something."""
+    """A trial of two to four workers, two CPUs each, and its callback; `say`: the trial sends a message."""
     content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}}
     study = Study(f"sqlite:///{tmp_path}/study.db", "trial", experiment_model(toy).model_validate(content), [{}], 1)
     trial = SimpleNamespace(config={"number": study.ask().number})
@@ -34,7 +34,7 @@ def group(tmp_path, observer, monkeypatch):
         assert made.receive(trial, encode(message))
         return made._cost(0)["cpu_seconds"]
 
-    return SimpleNamespace(say=say, clerk=made, study=study, trial=trial, released=released)
+    return SimpleNamespace(say=say, callback=made, study=study, trial=trial, released=released)
 
 
 EPOCH = EpochReport(1, {"epoch": 1, "score": 0.5}, {})
@@ -58,16 +58,16 @@ def test_what_cut_a_group_short_is_told_once_each_time(group, observer):
     group.say(1, NodeLeaving())
     group.say(1, WorkersStarted(4, None))
     group.say(1, WorkersStarted(4, None))
-    group.clerk.on_trial_start(0, [], group.trial)  # by Tune, after the leader has died
+    group.callback.on_trial_start(0, [], group.trial)  # by Tune, after the trial's process has died
     group.say(1, WorkersStarted(4, None))
     # That a trial pauses and goes on is none.
     group.study.note(0, "paused", True)
-    group.clerk.on_trial_complete(0, [], group.trial)
+    group.callback.on_trial_complete(0, [], group.trial)
     group.study.note(0, "paused", False)
-    group.clerk.on_trial_start(0, [], group.trial)
+    group.callback.on_trial_start(0, [], group.trial)
     group.say(1, WorkersStarted(4, None))
     assert group.released == []
-    group.clerk.end_unfinished()
+    group.callback.end_unfinished()
     assert group.released == [1007.0]  # or a node would not go
     why = ["its node was taken away", "its workers began again", "its process died"]
     assert group.study.record(0).interruptions == tuple(f"in epoch 2: {one}" for one in why)
