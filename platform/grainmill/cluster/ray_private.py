@@ -48,18 +48,12 @@ def head_answers(address: str, seconds: float) -> tuple[str, bool]:
 
 
 def server_version(client: Any) -> str:
-    """Version of Ray on the cluster of a `JobSubmissionClient`.
-
-    Replacement: a public `client.get_version()`; the client's own request compares versions less strictly.
-    """
+    """Version of Ray on the cluster of a `JobSubmissionClient`. Replacement: a public property of the client."""
     return str(client._server_ray_version)
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that are to be taken away.
-
-    Replacement: a field of `ray.nodes()`, or `ray.train.get_preemption_info` for processes outside Ray Train.
-    """
+    """Ids of the nodes that are to be taken away. Replacement: a field of `ray.nodes()`."""
     return set(_state.get_draining_nodes())
 
 
@@ -115,7 +109,7 @@ def near_this_node() -> dict[str, str]:
 
 
 def preempted(reason: str) -> RayActorError:
-    """Error of an actor whose node is taken away. Neither Tune nor Ray Train counts that as a failure.
+    """Error of an actor whose node is taken away, which neither Tune nor Ray Train counts as a failure.
 
     Replacement: a public exception with which a training asks to be started again elsewhere.
     """

@@ -63,7 +63,7 @@ class Cluster:
         return [self.head] * (self.head.holds(bundle) > 0) + workers
 
     def trials_that_fit(self, need: Need) -> int:
-        """`trials_that_fit` for the cluster at its full size."""
+        """Count the trials that fit into the cluster at its full size; see the function `trials_that_fit`."""
         return trials_that_fit(self.nodes_for(need.bundle) or [self.head, *self.worker_types], need)
 
 
@@ -82,9 +82,6 @@ def _waste(node: NodeType, bundle: Mapping[str, float]) -> tuple[bool, float]:
 def trials_that_fit(nodes: Sequence[NodeType], need: Need) -> int:
     """Count the trials that fit on the nodes at the same time. Workers of one trial may be on several nodes.
 
-    Args:
-        nodes: type of each node.
-        need: resources of one trial.
     Raises:
         ResourceError: no trial fits; names what is missing and the nearest possible setting.
     """

@@ -172,13 +172,11 @@ def check_storage(experiment: Experiment) -> None:
 
 
 def package_job(file: Path, name: str, trainable: Trainable, folder: Path) -> JobPackage:
-    """Copy an experiment file, Grainmill and the trainable's top-level package into a new folder.
+    """Copy an experiment file, Grainmill and the trainable's top-level package into the new folder `folder`.
 
     Args:
-        file: experiment file; keeps its name, and loses its folder.
         name: the trainable's name in the file.
-        trainable: the trainable's module.
-        folder: target folder.
+        trainable: its module.
     Raises:
         SubmissionError: the files exceed `LIMIT_BYTES`; names the largest.
     """

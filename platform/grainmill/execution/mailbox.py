@@ -40,13 +40,9 @@ class Mailbox:
             self.changed.notify_all()
 
     async def take_job(self, done: int, group: str, workers: int, reservation: Reservation) -> tuple[int, TrainingJob]:
-        """Wait for the next job of a worker. A job that has failed too often is given up instead.
+        """Wait for the job after a worker's last one, number `done`. A job that failed too often is given up instead.
 
-        Args:
-            done: number of the worker's last job.
-            group: id of the worker's group.
-            workers: size of the group.
-            reservation: cluster resources of the group.
+        `workers` is the size of the worker's group. Returns the job and its number.
         """
         async with self.changed:
             while True:

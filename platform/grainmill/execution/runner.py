@@ -27,16 +27,12 @@ DRIVER_BYTES = 256 * 2**20
 def run(setup: StudySetup, study: Study, tracker: Tracker, parent: str, observer: Observer) -> None:
     """Run the study's trials until all are in a final state, or the budget is spent.
 
-    Args:
-        setup: what the trials share.
-        study: gives and records the trials.
-        tracker: gets an MLflow run for each trial, below the run `parent`.
-        parent: id of an MLflow run.
-        observer: receives the progress.
+    Each trial gets an MLflow run below the run with the id `parent`.
+
     Raises:
         ResourceError: not even one trial fits into the cluster.
         SearchError: most of the trials fail.
-        StorageError: the study's database has stopped to answer.
+        StorageError: the study's database no longer answers.
         TrackingError: at the end, MLflow has not answered for a while.
     """
     asha = ASHA(study.experiment, study.records)

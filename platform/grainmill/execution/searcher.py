@@ -19,14 +19,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     """
 
     def __init__(self, study: Study, asha: ASHA, spent: Callable[[], bool]) -> None:
-        """
-        Args:
-            study: holds the trials.
-            asha: promotes paused trials.
-            spent: returns True when the budget is used up.
-        """
         super().__init__()
-        self.study, self.asha, self.spent = study, asha, spent
+        self.study, self.asha = study, asha
+        self.spent = spent
+        """Returns True when the budget is used up."""
         self._left_running = [record for record in study.records if record.state == "running"]
         self._running: set[str] = set()
         """Tune's ids of the trials that have not ended."""
@@ -34,9 +30,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     @property
     def finished(self) -> bool:
         """Return True when no trial is left to run."""
-        return self.spent() or not (
-            self._left_running or self.study.remaining > 0 or self.asha.promoted(self._paused())
-        )
+        left = self._left_running or self.study.remaining > 0 or self.asha.promoted(self._paused())
+        return self.spent() or not left
 
     def _paused(self) -> list[TrialRecord]:
         if self.study.experiment.search.losers != "pause":

@@ -23,12 +23,7 @@ def run_trial(setup: StudySetup, config: Mapping[str, Any], watchdog: Any) -> No
 
     An error of the training is reported as `TrialFailed`: Tune's own retries are for processes and nodes that die. When
     the node is to be taken away, `NodeLeaving` is reported, and the trial or its group starts again elsewhere, as often
-    as that happens.
-
-    Args:
-        setup: what the trials of the study share.
-        config: `number` and validated `spec` of the trial.
-        watchdog: actor that receives the heartbeats of the study's processes.
+    as that happens. `config` has the `number` and the validated `spec` of the trial.
     """
     number, sender, alone = config["number"], heartbeat.own_sender(watchdog), setup.need.most == 1
     folder, name = setup.checkpoint_folder(number), setup.trial_name(number)

@@ -37,11 +37,8 @@ class Watchdog:
     """Receives the heartbeats of all processes of a study; an actor."""
 
     def __init__(self, silence: float) -> None:
-        """
-        Args:
-            silence: time in seconds without a heartbeat after which a process is taken to hang.
-        """
         self.silence = silence
+        """Time in seconds without a heartbeat after which a process is taken to hang."""
         self.reports: dict[Process, tuple[float, State]] = {}
         """Last report of each process, and when it came, in seconds."""
         self.draining: set[str] = set()
@@ -116,13 +113,7 @@ class Watchdog:
 
 
 def hanging(reports: dict[Process, tuple[float, State]], now: float, silence: float) -> dict[Process, str]:
-    """Find the processes that hang, each with the reason for the user.
-
-    Args:
-        reports: last report of each process, and when it came, in seconds.
-        now: time in seconds.
-        silence: time in seconds without a heartbeat after which a process is taken to hang.
-    """
+    """Find the processes that hang, each with the reason for the user. See `Watchdog` for `reports` and `silence`."""
     found = {}
     for process, (at, state) in reports.items():
         limit = max(STALL_SECONDS, STALL_FACTOR * state.longest_step)
