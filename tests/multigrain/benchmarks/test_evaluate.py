@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from multigrain.benchmarks import evaluate, gallery, proxy, results
 from multigrain.benchmarks.evaluate import run_benchmarks
-from multigrain.benchmarks.figures import Measurement, headlines
+from multigrain.benchmarks.results import Measurement, headlines
 from multigrain.config.evaluation import Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.folders import read_dataset
@@ -395,26 +395,33 @@ def test_whitening_needs_images(trained, roots, tmp_path):
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+def published_tables(result):
+    return {table.title: table.rows for table in result.tables if table.columns[0] == "method"}
+
+
 def test_published_figures_of_what_was_measured_come_along(evaluated, trained, imagenet_root, wnids, tmp_path):
-    found = evaluated[0].published
-    assert {(row.benchmark, row.setting, row.measure) for row in found} == {
-        ("holidays", "", "map"),
-        ("copydays", "strong", "map"),
+    found = published_tables(evaluated[0])
+    assert {(title, row[4]) for title, rows in found.items() for row in rows} == {
+        ("published: holidays", "map"),
+        ("published: copydays strong with 10,000 distractors", "map"),
     }
-    assert len(found) == len({*found}) == 2 * 6 * 3
+    assert [len({*rows}) for rows in found.values()] == [len(rows) for rows in found.values()] == [6 * 3] * 2
     for name in ("holidays", "copydays"):
         assert f"the paper's figures of {name} are of other images: the set is not whole here" in evaluated[0].notes
     assert all(one.paper is None for one in evaluated[0].measurements)
     folder = changed(trained, tmp_path / "trained", classes=wnids)
-    of_classes = run_benchmarks(folder, Evaluation(on={"imagenet": str(imagenet_root)}), tmp_path / "out").published
-    assert {(row.benchmark, row.measure) for row in of_classes} == {("imagenet", "top1"), ("imagenet", "top5")}
+    result = run_benchmarks(folder, Evaluation(on={"imagenet": str(imagenet_root)}), tmp_path / "out")
+    of_classes = published_tables(result)["published: imagenet"]
+    assert {row[4] for row in of_classes} == {"top1", "top5"}
     assert len(of_classes) == 8 * 2 * 2
+    assert ("MultiGrain", "0.5", "3", "500", "top1", "0.7860", "Table 2") in of_classes
     manifest = tmp_path / "list.csv"
     shown = sorted((imagenet_root / "val").rglob("*.png"))[:4]
     rows = [f"{path},a,{role},{number // 2}" for number, (path, role) in enumerate(zip(shown, "dqdq", strict=True))]
     rows = [row.replace(",d,", ",database,").replace(",q,", ",query,") for row in rows]
     manifest.write_text("\n".join(["image,class,role,instance_id", *rows]))
-    assert run_benchmarks(trained, Evaluation(on={"manifest": str(manifest)}), tmp_path / "more").published == []
+    result = run_benchmarks(trained, Evaluation(on={"manifest": str(manifest)}), tmp_path / "more")
+    assert published_tables(result) == {}
 
 
 # The proxy task, and a model that serves
@@ -599,7 +606,7 @@ def test_an_evaluation_that_fails_leaves_the_results_before_it(
         raise OSError("no space left")
 
     module, name = {
-        "figures": (results, "write_figures"),
+        "figures": (results, "write_measurements"),
         "page": (gallery, "page"),
         "whitening": (evaluate, "save_file"),
         "heat map": (gallery, "heat_map"),
@@ -667,7 +674,12 @@ def of_one_rank(rank, meeting, trained, settings):
     asked, ranks = [], ranking.ranks
     ranking.ranks = lambda queries, *rest: asked.append(len(queries)) or ranks(queries, *rest)
     if rank:
-        places = [(results, "write_figures"), (results, "write_proxy"), (results, "put_in_place"), (gallery, "page")]
+        places = [
+            (results, "write_measurements"),
+            (results, "write_proxy"),
+            (results, "put_in_place"),
+            (gallery, "page"),
+        ]
         places += [(gallery, "heat_map"), (served_setting, "write"), (evaluate, "save_file"), (ranking, "pairs")]
         for module, name in places:
             setattr(module, name, None)  # calling it is an error

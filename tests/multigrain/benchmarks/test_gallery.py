@@ -11,11 +11,13 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from multigrain.benchmarks.base import Benchmark, indices
-from multigrain.benchmarks.figures import Measurement, grids
+from multigrain.benchmarks.base import indices
 from multigrain.benchmarks.gallery import BEST, FOUND, SIDE, WORST, heat_map, page
+from multigrain.benchmarks.results import Measurement, grids
 from multigrain.data.picture import Picture
+from multigrain.evaluation.benchmark import Benchmark
 from multigrain.evaluation.embed import Setting
+from multigrain.evaluation.measure import Retrieval
 from multigrain.retrieval import ranking
 from multigrain.retrieval.metrics import Truth
 
@@ -35,7 +37,7 @@ def written(path, database, queries, truths, scores, part=""):
     """Headings and their rows of (kind, image, caption), of a page on items whose scores (Q, D) are given."""
     benchmark = Benchmark("set <1>", database, queries, {part: tuple(truths)}, ("map",))
     rows, items = np.array(scores, "f4"), np.eye(len(database), dtype="f4")
-    page(path, benchmark, part, rows, items, ranking.ranks(rows, items, truths))
+    page(path, Retrieval(benchmark, rows, items, ranking.ranks(rows, items, truths), {}), f"set <1> {part}".strip())
     content = path.read_text(encoding="utf-8")
     assert content.startswith("<!doctype html><meta charset=utf-8>")
     found = {}

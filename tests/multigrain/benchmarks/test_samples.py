@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from multigrain.benchmarks.base import Benchmark
-from multigrain.benchmarks.samples import digests
+from multigrain.benchmarks.results import digests
 from multigrain.data.picture import Picture
+from multigrain.evaluation.benchmark import Benchmark
 from multigrain.retrieval.metrics import Truth
 
 

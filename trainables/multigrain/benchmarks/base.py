@@ -5,7 +5,6 @@ No torch here, as in `data`.
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,37 +13,9 @@ from numpy.typing import NDArray
 from multigrain.data.folders import SUFFIXES
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
-from multigrain.retrieval.metrics import Truth
 
 SHOWN = 5
 """Names that one sentence tells; of the others, the number is."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A set of images with its protocol: one of retrieval, with `truth`, or of classification, with `labels`."""
-
-    name: str
-    database: tuple[Picture, ...]
-    queries: tuple[Picture, ...]
-    truth: Mapping[str, tuple[Truth, ...]]
-    """Setting -> the truth of each query; the setting is "" where the protocol has but one."""
-    measures: tuple[str, ...]
-    """What is reported; the first is what the literature compares."""
-    labels: tuple[int, ...] | None = None
-    """For each query an index into `classes`."""
-    classes: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    """What is missing or extra against what the set should hold, one sentence each."""
-
-    def __post_init__(self) -> None:
-        assert all(len(truths) == len(self.queries) for truths in self.truth.values())
-        assert self.labels is None or len(self.labels) == len(self.queries)
-
-    @property
-    def whole(self) -> bool:
-        """Whether results are those of the set itself, and not of what is left of it."""
-        return not self.problems
 
 
 def indices(numbers: Iterable[int]) -> NDArray[np.int64]:

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from multigrain.benchmarks.base import Benchmark, counted, demand, images, noted, pictures
+from multigrain.benchmarks.base import counted, demand, images, noted, pictures
 from multigrain.errors import DataError
+from multigrain.evaluation.benchmark import Benchmark
 
 _FOLDERS = {
     "train": ("train", "ILSVRC2012_img_train"),

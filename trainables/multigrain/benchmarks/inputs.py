@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from multigrain.benchmarks import readers
-from multigrain.benchmarks.base import Benchmark, images, noted, some
+from multigrain.benchmarks.base import images, noted, some
 from multigrain.config.evaluation import Evaluation
 from multigrain.data.dataset import Dataset
 from multigrain.data.folders import read_dataset
 from multigrain.errors import DataError
+from multigrain.evaluation.benchmark import Benchmark
 from multigrain.hooks import Files, LocalFiles, Mirror, data_errors, no_progress
 
 Found = TypeVar("Found")

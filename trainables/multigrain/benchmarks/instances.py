@@ -5,10 +5,11 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from multigrain.benchmarks.base import Benchmark, counted, demand, images, indices, listing, noted, pictures
+from multigrain.benchmarks.base import counted, demand, images, indices, listing, noted, pictures
 from multigrain.data.folders import BLOCK
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
+from multigrain.evaluation.benchmark import Benchmark
 from multigrain.retrieval.metrics import Truth
 
 TURNS = "rotations.txt"

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multigrain.benchmarks.base import Benchmark, by_stem, counted, demand, images, indices, listing, noted, pictures
+from multigrain.benchmarks.base import by_stem, counted, demand, images, indices, listing, noted, pictures
 from multigrain.benchmarks.safe_pickle import read_pickle
 from multigrain.data.folders import SUFFIXES
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
+from multigrain.evaluation.benchmark import Benchmark
 from multigrain.retrieval.metrics import Truth
 
 Box = tuple[float, float, float, float]

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multigrain.benchmarks.base import Benchmark, by_stem, demand, images, indices, noted, pictures
+from multigrain.benchmarks.base import by_stem, demand, images, indices, noted, pictures
 from multigrain.data.manifest import Reader, Row
 from multigrain.errors import DataError
+from multigrain.evaluation.benchmark import Benchmark
 from multigrain.retrieval.metrics import Truth
 
 _HEADERS = (["query", "reference"], ["query_id", "reference_id"])

@@ -1,23 +1,24 @@
-"""The paper's figures, to compare one's own with (arXiv:1902.05509v2)."""
+"""Results that the paper reports, to compare with (arXiv:1902.05509v2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from multigrain.benchmarks.base import Benchmark
+from multigrain.benchmarks.results import ResultTable
 from multigrain.config.training import MultiGrainSpec
+from multigrain.evaluation.benchmark import Benchmark
 
 
 class PublishedResult(NamedTuple):
-    """One figure of one network."""
+    """The value of one measure that the paper reports for one network."""
 
     benchmark: str
-    """One of `benchmarks.NAMES`."""
+    """One of `config.evaluation.BENCHMARKS`."""
     setting: str
-    """A key of `Benchmark.truth`; "" where there is one, or none."""
+    """A key of `Benchmark.truth`; "" where the protocol has but one part, or none."""
     distractors: int
-    """Images in the database beyond those of the set: 10,000 of YFCC100M in Copydays+10k."""
+    """Images added to the database of the set: 10,000 of YFCC100M in Copydays+10k."""
     measure: str
-    """One of `Benchmark.measures`; those in percent are shares of 1 here, as ours are."""
+    """One of `Benchmark.measures`."""
     size: int
     """s*, in pixels."""
     method: str
@@ -26,7 +27,9 @@ class PublishedResult(NamedTuple):
     p: float
     """Pooling exponent in training; 1 is average pooling."""
     value: float
+    """Percentages of the paper are shares of 1 here."""
     source: str
+    """Table of the paper."""
 
 
 SIZES = (224, 500, 800)
@@ -73,13 +76,13 @@ PUBLISHED = tuple(_rows())
 
 
 def rows(benchmark: Benchmark, part: str, measure: str) -> list[PublishedResult]:
-    """All the paper's figures of one measure, whatever the network and the size."""
+    """Return the paper's results of one measure, for all networks and sizes."""
     wanted = (benchmark.name, part, measure)
     return [row for row in PUBLISHED if (row.benchmark, row.setting, row.measure) == wanted]
 
 
 def difference(benchmark: Benchmark, row: PublishedResult) -> str:
-    """In which way a figure is of other images than those here; empty if it is of the same."""
+    """Say how the paper's images differ from those of a benchmark; empty if they are the same."""
     if not benchmark.whole:
         return "the set is not whole here"
     distractors = len(benchmark.database) - COPYDAYS_ORIGINALS if row.distractors else 0
@@ -89,10 +92,24 @@ def difference(benchmark: Benchmark, row: PublishedResult) -> str:
 
 
 def paper(benchmark: Benchmark, part: str, measure: str, size: int, spec: MultiGrainSpec) -> float | None:
-    """The paper's figure for its network of this lambda and p; none where trunk, images or database are others."""
+    """Return the paper's value for its network of this lambda and p; None where trunk, images or database differ."""
     wanted = ("MultiGrain", "resnet50", size, spec.loss.weight, spec.model.p)
     for row in rows(benchmark, part, measure):
         here = (row.method, spec.model.trunk, row.size, row.weight, row.p)
         if here == wanted and not difference(benchmark, row):
             return row.value
     return None
+
+
+def tables(results: Sequence[PublishedResult]) -> list[ResultTable]:
+    """Arrange results of the paper in tables, one for each part of a benchmark."""
+    cells: dict[str, list[tuple[str, ...]]] = {}
+    for row in results:
+        distractors = f"with {row.distractors:,} distractors" if row.distractors else ""
+        title = " ".join(part for part in ("published:", row.benchmark, row.setting, distractors) if part)
+        weight = "" if row.weight is None else f"{row.weight:g}"
+        cells.setdefault(title, []).append(
+            (row.method, weight, f"{row.p:g}", str(row.size), row.measure, f"{row.value:.4f}", row.source)
+        )
+    columns = ("method", "lambda", "p", "size", "measure", "value", "source")
+    return [ResultTable(title, columns, found) for title, found in cells.items()]

@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from multigrain.benchmarks.base import Benchmark
 from multigrain.benchmarks.imagenet import imagenet
 from multigrain.benchmarks.instances import copydays, holidays, ukbench
 from multigrain.benchmarks.landmarks import classic, revisited
 from multigrain.benchmarks.lists import disc21, manifest
 from multigrain.config.evaluation import BENCHMARKS
-from multigrain.data.picture import Picture
 from multigrain.errors import DataError
-
-__all__ = ["Benchmark", "Picture", "read"]
+from multigrain.evaluation.benchmark import Benchmark
 
 _READERS: Mapping[str, Callable[[Path], Benchmark]] = {
     "imagenet": imagenet,
