@@ -108,80 +108,50 @@ class EpochResult(Protocol):
 
 
 class Measurement(Protocol):
-    """One figure of an evaluation, and the 95 % interval around it."""
+    """One measured value of an evaluation, with its 95 % interval."""
 
     name: str
-    """Letters, digits and `_-. :/` alone, as MLflow wants it."""
+    """Letters, digits and `_-. :/` only, as MLflow requires."""
     value: float
     low: float
     high: float
-    paper: float | None
-    """The published figure to compare with."""
 
 
-class ResultGrid(Protocol):
-    """One measure at every setting of two dimensions."""
+class ResultTable(Protocol):
+    """A table to show to users; all cells are text."""
 
     title: str
-    across: str
-    """What the columns are."""
-    down: str
-    """What the rows are."""
     columns: Sequence[str]
-    rows: Mapping[str, Sequence[float]]
-
-
-class PublishedResult(Protocol):
-    """A published figure to compare with, of one network."""
-
-    benchmark: str
-    setting: str
-    """A part of the benchmark's protocol; "" where there is one, or none."""
-    distractors: int
-    """Images in the database beyond those of the benchmark."""
-    measure: str
-    size: int
-    """Of the images, in pixels."""
-    method: str
-    weight: float | None
-    """lambda; None where it plays no part."""
-    p: float
-    """Pooling exponent in training."""
-    value: float
-    source: str
+    rows: Sequence[Sequence[str]]
 
 
 class QueryScores(Protocol):
-    """What a figure is the mean of."""
+    """The score of each query, whose mean is a measure, to compare two models query by query."""
 
     name: str
-    """Letters, digits and `_-. /` alone."""
+    """Letters, digits and `_-. /` only."""
     data: str
-    """Digest of what was measured: of two samples with equal ones, values belong together by their place."""
+    """Digest of the data. Scores with equal digests are of the same queries, in the same order."""
     values: Sequence[float]
     """One for each query or image; larger is better."""
     served: bool
-    """Whether they are of the assessment's model, and not of the one that was evaluated."""
+    """True for scores of `EvaluationResult.model`, False for scores of the model that was evaluated."""
 
 
 class EvaluationResult(Protocol):
-    """What came of an evaluation; it can be pickled."""
+    """The result of an evaluation; it can be pickled."""
 
     measurements: Sequence[Measurement]
-    headlines: Sequence[Measurement]
-    """Those to show."""
-    grids: Sequence[ResultGrid]
+    tables: Sequence[ResultTable]
+    """Tables for the terminal, in their order."""
     notes: Sequence[str]
-    """What a reader must know to believe the figures."""
+    """Sentences on the conditions of the measurements, such as missing images."""
     files: Sequence[Path]
     model: Path | None
-    """Folder of a model that `load` reads, to be kept for its users; None if none was asked for."""
+    """Folder of a model that the evaluation made and `load` reads; None if the settings ask for none."""
     served: str | None
-    """The setting that this model serves, such as `500/p4-whitened`; None if there is none."""
-    published: Sequence[PublishedResult]
-    """What to hold the figures against."""
+    """Name of the setting that this model serves, such as `500/p4-whitened`."""
     query_scores: Sequence[QueryScores]
-    """Of measures that are means, as each model answers its users; to compare models by."""
 
 
 class DataPart(Protocol):

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -61,28 +61,12 @@ class Measurement:
     value: float
     low: float
     high: float
-    paper: float | None = None
 
 
-class PublishedResult(NamedTuple):
-    benchmark: str
-    setting: str
-    distractors: int
-    measure: str
-    size: int
-    method: str
-    weight: float | None
-    p: float
-    value: float
-    source: str
-
-
-class ResultGrid(NamedTuple):
+class ResultTable(NamedTuple):
     title: str
-    across: str
-    down: str
-    columns: Sequence[str]
-    rows: Mapping[str, Sequence[float]]
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 class QueryScores(NamedTuple):
@@ -95,13 +79,11 @@ class QueryScores(NamedTuple):
 @dataclass(frozen=True)
 class EvaluationResult:
     measurements: list[Measurement]
-    headlines: list[Measurement]
-    grids: list[ResultGrid]
+    tables: list[ResultTable]
     notes: list[str]
     files: list[Path]
     model: Path | None
     served: str | None
-    published: tuple[PublishedResult, ...]
     query_scores: list[QueryScores]
 
 
@@ -238,11 +220,22 @@ def export(folder: Path, out: Path) -> dict[str, Any]:
     return {"height": json.loads(state)["height"]}
 
 
-PUBLISHED = (
-    PublishedResult("scale", "", 0, "height", 500, "Toy", 0.5, 3, 0.915, "Table 7"),
-    PublishedResult("scale", "", 0, "height", 224, "None", None, 1, 3.78, "Table 8"),
-    PublishedResult("copies", "strong", 10_000, "map", 800, "Toy", 1, 3, 0.5, "Table 9"),
-)
+PUBLISHED_COLUMNS = ("method", "lambda", "p", "size", "measure", "value", "source")
+PUBLISHED = [
+    ResultTable(
+        "published: scale",
+        PUBLISHED_COLUMNS,
+        [
+            ("Toy", "0.5", "3", "500", "height", "0.9150", "Table 7"),
+            ("None", "", "1", "224", "height", "3.7800", "Table 8"),
+        ],
+    ),
+    ResultTable(
+        "published: copies strong with 10,000 distractors",
+        PUBLISHED_COLUMNS,
+        [("Toy", "1", "3", "800", "map", "0.5000", "Table 9")],
+    ),
+]
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path, files: Any = None) -> EvaluationResult:
@@ -263,20 +256,29 @@ def evaluate(folder: Path, settings: Evaluation, out: Path, files: Any = None) -
             (out / "model").mkdir(exist_ok=True)
             (out / "model" / "state.json").write_text(json.dumps({"height": height * settings.times}))
     figures = [
-        Measurement("scale/height", value, value - 0.1, value + 0.1, 0.5),
+        Measurement("scale/height", value, value - 0.1, value + 0.1),
         Measurement("scale/workers", workers, 1.0, 3.0),
         *(Measurement(f"scale/extra {number}", float(number), 0.0, 0.0) for number in range(settings.extra)),
         *([Measurement(settings.odd, 0.0, 0.0, 0.0)] if settings.odd else []),
     ]
+    interval = f"{value - 0.1:.4f} to {value + 0.1:.4f}"
+    tables = [
+        ResultTable(
+            "", ("", "value", "95 % interval", "paper"), [("scale/height", f"{value:.4f}", interval, "0.5000")]
+        ),
+        ResultTable(
+            "heights",
+            ("pixels \\ p*", "3", "inf"),
+            [("224", "0.2500", f"{value:.4f}"), ("500", "0.1250", "3.0000")],
+        ),
+    ]
     return EvaluationResult(
         figures,
-        figures[:1],
-        [ResultGrid("heights", "p*", "pixels", ["3", "inf"], {"224": [0.25, value], "500": [0.125, 3.0]})],
+        tables + (PUBLISHED if settings.paper else []),
         [f"a toy, of rank {rank}"],
         [out / "figures.csv"],
         out / "model" if settings.serve else None,
         settings.serve,
-        PUBLISHED if settings.paper else (),
         [
             QueryScores("scale/height", f"{settings.queries} queries", _ripple(mean, settings.queries), served)
             for mean, served in ((value / settings.times, False), *([(value, True)] if settings.serve else []))

@@ -32,7 +32,7 @@ from multigrain.models.weights import weight_problems
 if TYPE_CHECKING:
     import pandas as pd
 
-    from multigrain.benchmarks.evaluate import EvaluationResult
+    from multigrain.benchmarks.results import EvaluationResult
     from multigrain.data.image_sources import BucketImages, FolderImages
     from multigrain.export.standalone import Model
     from multigrain.training.fit import EpochResult

@@ -143,29 +143,10 @@ def _benchmark(text: str) -> tuple[str, str]:
 
 
 def _show_evaluation(result: catalog.EvaluationResult) -> None:
-    """Print the main values, the grids, published values by benchmark, notes and files."""
-    rows = [
-        (
-            one.name,
-            f"{one.value:.4f}",
-            f"{one.low:.4f} to {one.high:.4f}",
-            "" if one.paper is None else f"{one.paper:.4f}",
-        )
-        for one in result.headlines
-    ]
-    print_table((Column("", overflow="fold"), "value", "95 % interval", "paper"), rows)
-    for grid in result.grids:
-        lines = [(name, *(f"{value:.4f}" for value in values)) for name, values in grid.rows.items()]
-        print_table((f"{grid.down} \\ {grid.across}", *grid.columns), lines, grid.title)
-    published: dict[str, list[tuple[str, ...]]] = {}
-    for row in result.published:
-        distractors = f"with {row.distractors:,} distractors" if row.distractors else ""
-        title = " ".join(part for part in ("published:", row.benchmark, row.setting, distractors) if part)
-        weight = "" if row.weight is None else f"{row.weight:g}"
-        cells = (row.method, weight, f"{row.p:g}", str(row.size), row.measure, f"{row.value:.4f}", row.source)
-        published.setdefault(title, []).append(cells)
-    for title, cells_of in published.items():
-        print_table(("method", "lambda", "p", "size", "measure", "value", "source"), cells_of, title)
+    """Print the tables, notes and files of an evaluation."""
+    for table in result.tables:
+        first, *others = table.columns
+        print_table((Column(first, overflow="fold"), *others), table.rows, table.title or None)
     for note in result.notes:
         say(note, "yellow")
     for file in result.files:

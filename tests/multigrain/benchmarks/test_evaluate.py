@@ -292,7 +292,7 @@ def settings_of(result):
 def test_without_a_grid_only_the_own_setting_counts(trained, roots, tmp_path):
     result = run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
     assert settings_of(result) == [OWN]
-    assert not result.grids
+    assert [table.title for table in result.tables] == ["", "published: holidays"]
     assert result.headlines == result.measurements
     assert [path.name for path in result.files] == ["figures.csv", "holidays.html"]
 

@@ -13,8 +13,9 @@ import pytest
 
 from multigrain.benchmarks import imagenet, instances, landmarks
 from multigrain.benchmarks.published import PUBLISHED
-from multigrain.benchmarks.readers import Picture, read
+from multigrain.benchmarks.readers import read
 from multigrain.config.evaluation import BENCHMARKS
+from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 from multigrain.retrieval.metrics import MEASURES
 

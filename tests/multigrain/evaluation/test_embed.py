@@ -13,9 +13,9 @@ from PIL import Image
 from torch import distributed, multiprocessing
 
 from multigrain import Whitening
-from multigrain.benchmarks.readers import Picture
 from multigrain.data import loading
 from multigrain.data.loading import decode, evaluation_batches
+from multigrain.data.picture import Picture
 from multigrain.data.transforms import evaluation_view
 from multigrain.errors import DataError
 from multigrain.evaluation import embed as grid
@@ -197,7 +197,7 @@ def read(monkeypatch):
 def test_what_was_cut_goes_on_where_it_was(pictures, tmp_path, monkeypatch, read, done):
     monkeypatch.setattr(grid, "BLOCK", 3)  # four blocks
     expected = embed(network_of(3.0), pictures, 48, "rect", GRID, CPU)
-    write, written = grid._Kept.write, []
+    write, written = grid._BlockFile.write, []
 
     def cut(kept, embeddings):
         if len(written) == done:
@@ -206,7 +206,7 @@ def test_what_was_cut_goes_on_where_it_was(pictures, tmp_path, monkeypatch, read
         write(kept, embeddings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid._Kept, "write", cut)
+        patch.setattr(grid._BlockFile, "write", cut)
         with pytest.raises(KeyboardInterrupt):
             embed(network_of(3.0), pictures, 48, "rect", GRID, CPU, 0, tmp_path)
     for left in (pictures[3 * done :], ()):

@@ -1,7 +1,4 @@
-"""What a benchmark is: its pictures, what shows the same, what it lacks; and how its folders are listed.
-
-No torch here, as in `data`.
-"""
+"""Helpers for reading benchmarks from disk: lists of files, and sentences on what is missing. No torch is imported."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -15,18 +12,21 @@ from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 
 SHOWN = 5
-"""Names that one sentence tells; of the others, the number is."""
+"""Names that one sentence shows; the others are counted."""
 
 
 def indices(numbers: Iterable[int]) -> NDArray[np.int64]:
-    """(N,) ascending, as `Truth` holds them."""
+    """Return the numbers as an ascending array (N,), as `Truth` holds them."""
     return np.array(sorted(numbers), dtype=np.int64)
 
 
 def listing(folder: Path, deep: bool = False) -> list[Path]:
-    """The files in a folder, with `deep` those below it, too; sorted; none if it is missing. Hidden ones do not count.
+    """Return the files in a folder, sorted and without hidden ones; empty if the folder is missing.
 
-    Sorted here, since the order of names on disk is no order: UKBench's and Holidays' follow from the names alone.
+    The order on disk is arbitrary, but UKBench and Holidays define theirs by the names.
+
+    Args:
+        deep: include the files in subfolders.
     """
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
@@ -36,15 +36,15 @@ def listing(folder: Path, deep: bool = False) -> list[Path]:
 
 
 def images(folder: Path, deep: bool = False) -> list[Path]:
-    """Those of the `listing` that are images by their suffix."""
+    """Return the files of `listing` that are images by their suffix."""
     return [path for path in listing(folder, deep) if path.suffix.lower() in SUFFIXES]
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """The files by their name without suffix.
+    """Map each file's name without suffix to the file.
 
     Raises:
-        DataError: a name comes twice.
+        DataError: two files have the same name.
     """
     found: dict[str, Path] = {}
     problems = [
@@ -58,17 +58,17 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def pictures(paths: Iterable[Path]) -> tuple[Picture, ...]:
-    """Whole and upright images."""
+    """Return pictures that show whole files, not turned."""
     return tuple(Picture(path) for path in paths)
 
 
 def demand(title: str, root: Path, wanted: Mapping[str, object]) -> None:
-    """Stop with all that a set cannot do without.
+    """Raise an error that names everything a set needs and lacks.
 
     Args:
-        wanted: what is looked for below `root` -> what was found of it.
+        wanted: description of what is needed below `root` -> what was found of it, empty or False if nothing.
     Raises:
-        DataError: something found is empty.
+        DataError: something is lacking.
     """
     lacking = [what for what, found in wanted.items() if not found]
     if not lacking:
@@ -83,18 +83,18 @@ def demand(title: str, root: Path, wanted: Mapping[str, object]) -> None:
 
 
 def some(names: Iterable[object]) -> str:
-    """The first `SHOWN` names, and how many more there are."""
-    told = [str(name) for name in names]
-    more = len(told) - SHOWN
-    return ", ".join(told[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    """Join the first `SHOWN` names, and count the others."""
+    texts = [str(name) for name in names]
+    more = len(texts) - SHOWN
+    return ", ".join(texts[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def noted(what: str, names: Iterable[object]) -> list[str]:
-    """The sentence on some names, with their number before it; none if there are no names."""
-    told = [*names]
-    return [f"{len(told):,} {what}: {some(told)}"] if told else []
+    """Return a list with a sentence on some names and their number; an empty list if there are no names."""
+    listed = [*names]
+    return [f"{len(listed):,} {what}: {some(listed)}"] if listed else []
 
 
 def counted(what: str, expected: int, found: int) -> list[str]:
-    """The sentence on a number that is not what it should be; none if it is."""
+    """Return a list with a sentence on a number that differs from the expected one; an empty list if it does not."""
     return [] if found == expected else [f"the set holds {expected:,} {what}, found {found:,}"]

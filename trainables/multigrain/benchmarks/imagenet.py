@@ -16,24 +16,24 @@ _IMAGES, _CLASSES = 50_000, 1000
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """The WordNet ids that folders in a folder are named by, sorted."""
+    """Return the sorted WordNet ids that are names of subfolders."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if re.fullmatch("n[0-9]{8}", path.name) and path.is_dir())
 
 
 def _kit(folder: Path) -> tuple[list[str], list[str]]:
-    """The development kit: the classes, sorted, and that of each validation image.
+    """Read the development kit: all classes, sorted, and the class of each validation image.
 
     Raises:
-        DataError: what is wrong with its two files.
+        DataError: one of its two files cannot be used.
     """
     from scipy.io import loadmat
 
     file = folder / "meta.mat"
     try:
         synsets = loadmat(file, squeeze_me=True, variable_names=("synsets",))["synsets"]
-        # Beside the classes there are their 860 ancestors, which have children.
+        # The file also holds the 860 ancestors of the classes, which have children.
         wnids = {
             int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets if not int(synset["num_children"])
         }
@@ -54,7 +54,7 @@ def _kit(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _flat(found: list[Path], labels: list[str]) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Each image with its class by the number in its name, so that a missing one shifts no other; what is amiss."""
+    """Pair each image with its class by the number in its name; return the pairs, and sentences on missing images."""
     numbered, strange = {}, []
     for path in found:
         match = re.fullmatch("ILSVRC2012_val_([0-9]{8})", path.stem)
@@ -69,13 +69,13 @@ def _flat(found: list[Path], labels: list[str]) -> tuple[list[tuple[Path, str]],
 
 
 def imagenet(root: Path) -> Benchmark:
-    """ImageNet: `val/<wnid>/`, or a flat `val/` with `ILSVRC2012_devkit_t12/data/` beside it; 50,000 images.
+    """Read ImageNet's 50,000 validation images: `val/<wnid>/`, or a flat `val/` and `ILSVRC2012_devkit_t12/data/`.
 
-    `val` may be called `ILSVRC2012_img_val`, and `train` likewise, which is looked at for its folders' names only. A
-    label is the place of the class among the sorted WordNet ids.
+    `val` may be called `ILSVRC2012_img_val`, and `train` `ILSVRC2012_img_train`; of `train`, only the names of its
+    folders are read. A label is the position of the class among the sorted WordNet ids.
 
     Raises:
-        DataError: there are no images, or their classes are not known.
+        DataError: there are no images, or their classes are unknown.
     """
     train, val = (
         next((root / name for name in names if (root / name).is_dir()), root / names[0]) for names in _FOLDERS.values()

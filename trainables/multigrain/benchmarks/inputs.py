@@ -1,7 +1,4 @@
-"""Evaluation of a trained network on benchmarks: what the user asks for, and what it is made of on disk.
-
-No torch here, as in `data`.
-"""
+"""Reading of everything that an evaluation needs from disk. No torch is imported here."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,23 +18,24 @@ Found = TypeVar("Found")
 
 
 class Inputs(NamedTuple):
-    """What an evaluation reads, as it lies on disk."""
+    """Files that an evaluation reads."""
 
     benchmarks: list[Benchmark]
     whitening: list[Path]
-    """Images, sorted; none if there is no whitening."""
+    """Sorted images to fit a whitening on; empty if none is asked for."""
     proxy: Dataset | None
+    """Training images of the proxy task."""
 
 
 def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int, files: Files | None = None) -> Inputs:
-    """All that an evaluation reads; no image is opened.
+    """List everything that an evaluation reads; no image is opened.
 
     Args:
-        classes: of the network.
-        channels: C, of its embeddings.
+        classes: names of the network's classes.
+        channels: C, the number of channels of its embeddings.
         files: access to sources in S3.
     Raises:
-        DataError: with everything for which the evaluation cannot be.
+        DataError: the evaluation is impossible; all reasons are given.
     """
     problems: list[str] = []
     mirror = (files or LocalFiles()).mirror(evaluation.cache, evaluation.cache_limit)
@@ -93,7 +91,7 @@ def _whitening_images(evaluation: Evaluation, channels: int, mirror: Mirror) -> 
 
 
 def _listed(file: Path) -> list[Path]:
-    """Images that the lines of a file name, from its folder on."""
+    """Read the images that the lines of a file name, relative to its folder."""
     paths = [file.parent / line for line in os.fsdecode(file.read_bytes()).splitlines() if line.strip()]
     if missing := noted(f"images of {file.absolute()} are missing", [path for path in paths if not path.is_file()]):
         raise DataError(missing)

@@ -1,4 +1,4 @@
-"""Benchmarks whose truth is in the numbers of their files: INRIA Holidays, UKBench, INRIA Copydays."""
+"""Benchmarks whose truth follows from the numbers in file names: INRIA Holidays, UKBench, INRIA Copydays."""
 
 import re
 from collections import defaultdict
@@ -14,17 +14,20 @@ from multigrain.retrieval.metrics import Truth
 
 TURNS = "rotations.txt"
 _TURNED = {90: 200, 180: 1, 270: 27}
-"""Degrees clockwise -> images of Holidays that are turned so [R]."""
+"""Degrees clockwise -> number of images of Holidays that are turned by them [R]."""
 _COPIES = {
     "strong": 229,
     **{f"crops/{percent}": 157 for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)},
     **{f"jpegqual/{quality}": 157 for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)},
 }
-"""Folders of copies in Copydays -> images in them."""
+"""Folder of copies in Copydays -> number of its images."""
 
 
 def _numbered(folder: Path, form: str) -> tuple[dict[int, Path], list[str]]:
-    """Images whose name without suffix has a form, by the number that is its group, ascending; a note on the others."""
+    """Map the number in an image's name, which group 1 of the pattern `form` finds, to the image, ascending.
+
+    Also returned is a sentence on the images whose names do not match.
+    """
     numbered: dict[int, Path] = {}
     strange = []
     for path in images(folder):
@@ -35,7 +38,7 @@ def _numbered(folder: Path, form: str) -> tuple[dict[int, Path], list[str]]:
 
 
 def _turns(file: Path, names: Collection[str]) -> tuple[dict[str, int], list[str]]:
-    """Name without suffix -> degrees clockwise; and what is missing of either."""
+    """Read how many degrees clockwise each image, given by its name without suffix, is turned; and what is missing."""
     if not file.is_file():
         raise DataError(
             [
@@ -64,13 +67,13 @@ def _turns(file: Path, names: Collection[str]) -> tuple[dict[str, int], list[str
 
 
 def holidays(root: Path, upright: bool = False) -> Benchmark:
-    """INRIA Holidays: `jpg/NNNNNN.jpg`, 1,491 images in 500 groups of the same number // 100.
+    """Read INRIA Holidays: `jpg/NNNNNN.jpg`, 1,491 images in 500 groups of equal number // 100.
 
-    The first of a group, a multiple of 100, is its query; it is taken out of its own list.
+    The first image of a group, a multiple of 100, is the query; it is no item of its own list.
 
     Args:
-        upright: whether images are turned as `rotations.txt` says, with a line `name degrees` (clockwise) for each;
-            the protocol turns 228.
+        upright: turn images as `rotations.txt` says, which holds a line `name degrees` (clockwise) for each of them;
+            the protocol turns 228 images.
     Raises:
         DataError: no query has another image of its group, or the turns are missing or wrong.
     """
@@ -104,9 +107,9 @@ def holidays(root: Path, upright: bool = False) -> Benchmark:
 
 
 def ukbench(root: Path) -> Benchmark:
-    """UKBench: `ukbench00000.jpg` to `ukbench10199.jpg`, 4 images of each of 2,550 objects, number // 4.
+    """Read UKBench: `ukbench00000.jpg` to `ukbench10199.jpg`, 4 images of each of 2,550 objects, number // 4.
 
-    Every image is a query, and stays in its own list: of the 4 nearest, 4 can be of its object.
+    Every image is a query, and is an item of its own list: all 4 nearest items can show its object.
 
     Raises:
         DataError: there are no such images.
@@ -127,7 +130,7 @@ def ukbench(root: Path) -> Benchmark:
 
 
 def _copies(root: Path, setting: str, originals: Mapping[int, int]) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Copies in one folder with the index of their original, and what is missing or extra."""
+    """Pair the copies in one folder with the index of their original; and sentences on missing or extra files."""
     found, strange, orphans = [], [], []
     for path in images(root / setting):
         if not re.fullmatch("[0-9]{6}", path.stem):
@@ -142,11 +145,11 @@ def _copies(root: Path, setting: str, originals: Mapping[int, int]) -> tuple[lis
 
 
 def copydays(root: Path) -> Benchmark:
-    """INRIA Copydays: 157 originals `NNNN00.jpg`, in `original/` or in the root, and 229 copies in `strong/`.
+    """Read INRIA Copydays: 157 originals `NNNN00.jpg`, in `original/` or in the root, and 229 copies in `strong/`.
 
-    The setting `strong` is the protocol of the paper. The copies in `crops/<10 to 80>/` and `jpegqual/<3 to 75>/` make
-    further settings, those that hold one; to a setting's list, the queries of the others do not belong. The database
-    is the originals and all images below `distractors/`, for example 10,000 (CD10k).
+    The part `strong` is the protocol of the paper. Each folder `crops/<10 to 80>/` and `jpegqual/<3 to 75>/` that holds
+    copies is a further part. Each part asks its own queries only. The database is the originals and all images below
+    `distractors/`, for example 10,000 (CD10k).
 
     Raises:
         DataError: there are no originals or no strong copies of one.

@@ -1,4 +1,4 @@
-"""Benchmarks of landmarks: Oxford5k and Paris6k, as published and revisited. A query is a box of an image."""
+"""Benchmarks of landmarks: Oxford5k and Paris6k, as published and revisited. A query is a box in an image."""
 
 import math
 import re
@@ -23,10 +23,10 @@ _TITLES = {
     "rparis6k": "Revisited Paris",
 }
 _SIZES = {"oxford5k": (5062, 5063), "paris6k": (6392,), "roxford5k": (4993,), "rparis6k": (6322,)}
-"""Images in the database. Of Oxford5k, both numbers are told."""
+"""Number of images in the database; the literature has both numbers for Oxford5k."""
 _QUERIES = {"oxford5k": 55, "paris6k": 55, "roxford5k": 70, "rparis6k": 70}
 _PREFIX = "oxc1_"
-"""Of the names in Oxford5k's queries, not of its files."""
+"""Prefix of the image names in Oxford5k's query files; the image files do not have it."""
 _DAMAGED = {
     "louvre": (136, 146),
     "moulinrouge": (422,),
@@ -38,25 +38,25 @@ _DAMAGED = {
     "triomphe": (662, 833, 863, 867),
 }
 DAMAGED = frozenset(f"paris_{place}_{number:06}" for place, numbers in _DAMAGED.items() for number in numbers)
-"""The 20 images of Paris whose files are corrupt as published; no part of the set."""
+"""The 20 images of Paris whose published files are corrupt; they do not belong to the set."""
 _PARTS = ("query", "good", "ok", "junk")
 SETTINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
-"""Setting of the revisited sets -> what counts as positive, and what as junk."""
+"""Part of the revisited protocol -> the lists of positives, and the lists of junk."""
 
 
 class _Query(NamedTuple):
     name: str
     box: Box
     answers: Mapping[str, tuple[Collection[str], Collection[str]]]
-    """Setting -> names of the positives and of the junk."""
+    """Part of the protocol -> names of the positives and of the junk."""
 
 
 def _box(values: Sequence[Any]) -> Box | None:
-    """x1, y1, x2, y2 if it is a box."""
+    """Return x1, y1, x2, y2 if the values are a box, else None."""
     try:
         x1, y1, x2, y2 = map(float, values)
     except (TypeError, ValueError):
@@ -73,10 +73,10 @@ def _benchmark(
     measures: tuple[str, ...],
     problems: Iterable[str],
 ) -> Benchmark:
-    """The set by the names of its images; names without a file are left out, and told.
+    """Build the benchmark from the names of its images; names without a file are left out, and noted as problems.
 
     Args:
-        database: names in its order; those of the answers are among them if they exist.
+        database: names in the order of the database, the names in the queries' answers included.
     """
     names = [image for image in database if image in files]
     place = {image: index for index, image in enumerate(names)}
@@ -90,8 +90,8 @@ def _benchmark(
         )
         for setting in settings
     }
-    told = {image for query in queries for parts in query.answers.values() for part in parts for image in part}
-    wanted = {*database, *told, *(query.name for query in queries)} - DAMAGED
+    answers = {image for query in queries for parts in query.answers.values() for part in parts for image in part}
+    wanted = {*database, *answers, *(query.name for query in queries)} - DAMAGED
     twofold = [query.name for query in queries for good, junk in query.answers.values() if not {*good}.isdisjoint(junk)]
     problems = [
         *problems,
@@ -116,7 +116,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _classic_query(query: str, parts: Mapping[str, Path], wrong: list[str]) -> _Query | None:
-    """One query from its four files; adds to `wrong` what keeps it from being read."""
+    """Read one query from its four files; add sentences on what cannot be read to `wrong`."""
     lacking = [f"{query}_{part}.txt" for part in _PARTS if part not in parts]
     if lacking:
         place = next(iter(parts.values())).parent
@@ -132,13 +132,13 @@ def _classic_query(query: str, parts: Mapping[str, Path], wrong: list[str]) -> _
 
 
 def classic(name: str, root: Path) -> Benchmark:
-    """Oxford5k or Paris6k: images and the files `<landmark>_<1 to 5>_{query,good,ok,junk}.txt`, anywhere below it.
+    """Read Oxford5k or Paris6k: images and files `<landmark>_<1 to 5>_{query,good,ok,junk}.txt`, anywhere below `root`.
 
-    Positives are what is good or ok. A query's own image is among them and stays in its list; the box is what is asked.
-    Of Paris6k, the 20 corrupt images are no part.
+    Positives are the images called good or ok. The query is a box in an image, which is itself a positive of its list.
+    The 20 corrupt images of Paris6k are left out.
 
     Raises:
-        DataError: images or queries are missing altogether, the files of a query are not four, or not in their form.
+        DataError: images or queries are missing altogether, a query does not have four files, or a file is malformed.
     """
     found = listing(root, deep=True)
     every = by_stem(path for path in found if path.suffix.lower() in SUFFIXES)
@@ -164,7 +164,7 @@ def classic(name: str, root: Path) -> Benchmark:
 
 
 def _revisited_query(file: Path, number: int, name: str, gnd: Any, imlist: Sequence[str], wrong: list[str]) -> _Query:
-    """One query from its entry in the pickle; adds to `wrong` what is."""
+    """Read one query from its entry in the pickle; add sentences on what is malformed to `wrong`."""
     parts: dict[str, list[str]] = {}
     gnd = gnd if isinstance(gnd, dict) else {}
     for part in ("easy", "hard", "junk"):
@@ -187,7 +187,7 @@ def _revisited_query(file: Path, number: int, name: str, gnd: Any, imlist: Seque
 
 
 def _held(file: Path) -> tuple[list[str], list[str], list[Any]]:
-    """The names in the database, those of the queries, and an entry for each query."""
+    """Read the names in the database, the names of the queries, and an entry for each query."""
     held = read_pickle(file)
     imlist: Any
     qimlist: Any
@@ -206,13 +206,13 @@ def _held(file: Path) -> tuple[list[str], list[str], list[Any]]:
 
 
 def revisited(name: str, root: Path) -> Benchmark:
-    """Revisited Oxford or Paris: `jpg/` and `gnd_<name>.pkl` in the root, or in `<name>/` below it.
+    """Read revisited Oxford or Paris: `jpg/` and `gnd_<name>.pkl` in the root, or in `<name>/` below it.
 
-    The database is in the order of the pickle's `imlist`, so that published features fit it; then come all images below
-    `distractors/`, if there are any, for example the million. Queries are not in it.
+    The database is in the order of the pickle's `imlist`, as published features are. All images below `distractors/`
+    follow, for example the million. Queries are not in the database.
 
     Raises:
-        DataError: images or queries are missing altogether, or the pickle is not what it should be, or not safe.
+        DataError: images or queries are missing altogether, or the pickle is malformed or unsafe.
     """
     root = root / name if (root / name).is_dir() else root
     file = root / f"gnd_{name}.pkl"

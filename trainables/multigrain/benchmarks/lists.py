@@ -1,4 +1,4 @@
-"""Benchmarks that a list describes: DISC21, and a manifest of one's own."""
+"""Benchmarks that a list of files describes: DISC21, and a user's own manifest."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ from multigrain.evaluation.benchmark import Benchmark
 from multigrain.retrieval.metrics import Truth
 
 _HEADERS = (["query", "reference"], ["query_id", "reference_id"])
-"""Of the ground truth; the second is that of the set's authors."""
+"""Headers of the ground truth; the authors of the set use the second one."""
 
 
 def _pairs(file: Path) -> dict[str, set[str]]:
-    """Query -> references, none for a distractor.
+    """Read the references of each query; a distractor has none.
 
     Raises:
-        DataError: with every line that is wrong.
+        DataError: rows are wrong; each is named.
     """
     try:
         rows = [*csv.reader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""), strict=True)]
@@ -48,11 +48,11 @@ def _pairs(file: Path) -> dict[str, set[str]]:
 
 
 def disc21(root: Path) -> Benchmark:
-    """DISC21 in a layout of ours: `queries/`, `references/` and, named `groundtruth.csv`, the authors' ground truth.
+    """Read DISC21 from the folders `queries/` and `references/` and the authors' ground truth, `groundtruth.csv`.
 
-    Its columns are `query_id,reference_id` or `query,reference`, of names of files without suffix. Every query has a
-    row; that of a distractor, which shows no reference, has an empty second cell. Of how many images the set is made,
-    its parts differ, so nothing is counted.
+    The file has the columns `query_id,reference_id` or `query,reference` with names of files without suffix. Every
+    query has a row; the second cell is empty for a distractor, which shows no reference. The numbers of images are not
+    checked, because they differ between the published parts of the set.
 
     Raises:
         DataError: queries, references or rows are missing altogether, or rows are wrong.
@@ -82,13 +82,13 @@ def disc21(root: Path) -> Benchmark:
 
 
 class _Table(Reader):
-    """A manifest in a Parquet file."""
+    """Reads a manifest in a Parquet file."""
 
     def add(self, line: int, problem: str) -> None:
         self.problems.append(f"{self.file}, row {line}: {problem}")
 
     def records(self) -> list[tuple[int, list[str]]]:
-        """The names of the columns as row 0, then the rows from 1; text of every value."""
+        """Return the names of the columns as row 0, then the rows from 1, all values as text."""
         import pyarrow.parquet
 
         try:
@@ -101,7 +101,7 @@ class _Table(Reader):
 
 
 def _truths(queries: list[Row], database: list[Row], column: str) -> tuple[Truth, ...]:
-    """Of each query, what has the same in a column and, as junk, the row of its own file."""
+    """Return for each query the rows with the same value in a column and, as junk, the row of its own file."""
     same: dict[Any, list[int]] = defaultdict(list)
     itself: dict[Any, list[int]] = defaultdict(list)
     for index, row in enumerate(database):
@@ -116,14 +116,14 @@ def _truths(queries: list[Row], database: list[Row], column: str) -> tuple[Truth
 
 
 def manifest(file: Path) -> Benchmark:
-    """A set of one's own: a manifest as `manifest.read_manifest` has it, or a `.parquet` file with the same columns.
+    """Read a user's own set: a manifest as for `manifest.read_manifest`, or a `.parquet` file with the same columns.
 
-    Rows of other roles than `database` and `query` are passed over. The settings are `instance`, in which a query's
-    positives have its `instance_id`, and `class`, likewise; if only one can be asked, it is called "". Queries without
-    positives are distractors. A row of the database that is the query's own file is taken out of its list.
+    Only rows of the roles `database` and `query` are used. In the part `instance`, positives have the query's
+    `instance_id`; in the part `class`, they have its class. If only one part has positives, its name is "". Queries
+    without positives are distractors. A database row of the query's own file is no item of its list.
 
     Raises:
-        DataError: with everything that is wrong with the manifest.
+        DataError: the manifest is wrong; all reasons are given.
     """
     reader = (_Table if file.suffix.lower() == ".parquet" else Reader)(file)
     (line, header), *records = reader.records()

@@ -1,7 +1,7 @@
-"""The choice of p*, the pooling exponent for images of another size, without images beyond the training set.
+"""Choice of p*, the pooling exponent for images of another size, from training images only.
 
-The paper chooses it on a proxy task: copies of 2,000 training images, made by augmentation, are to be found among
-each other. Its exact score is not known; the rule here is our own.
+The paper chooses p* on a proxy task: finding augmented copies of 2,000 training images among each other. It does not
+give the exact score; this module uses the mean of copy mAP and top-1.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from multigrain.retrieval.ranking import mean_average_precision
 
 
 class Score(NamedTuple):
-    """What an exponent is worth; all in [0, 1], larger is better."""
+    """Scores of an exponent, in [0, 1]; larger is better."""
 
     copy_map: float
     """mAP of finding the other copies of a copy's image among all copies."""
@@ -30,12 +30,12 @@ class Score(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """What p* is chosen by: it has to serve both."""
+        """Score by which p* is chosen: the mean of both, since one exponent serves both tasks."""
         return (self.copy_map + self.top1) / 2
 
 
 def best(scores: dict[float, Score]) -> float:
-    """p*: the exponent with the largest mean, the smallest of equals."""
+    """Return p*: the exponent with the largest mean score, the smallest one of equals."""
     return max(sorted(scores), key=lambda p: scores[p].mean)
 
 
@@ -52,20 +52,19 @@ def score(
     copies: int = 5,
     seed: int = 0,
 ) -> dict[float, Score]:
-    """The score of every exponent for images of one size.
+    """Compute the scores of exponents for images of one size.
 
-    Every copy is a query, whose answers are the other copies of its image; it is not in its own list. Each copy
-    passes through the trunk once.
+    Every copy is a query for the other copies of its image. Each copy passes through the trunk once.
 
     Args:
         network: on `device`; it is left in evaluation mode.
-        settings: of the transform that makes the copies.
+        settings: the augmentation that makes the copies.
         size: s*, the side of the square copies, in pixels.
         exponents: at least 1.
-        loaders: processes that make the copies; 0: this one does.
-        images_per_class: training images of each class, the first by name [P: 2].
-        copies: of each image, at least 2 [P: 5].
-        seed: of the copies.
+        loaders: processes that make the copies; with 0, this process makes them.
+        images_per_class: number of training images of each class, the first ones by name [P: 2].
+        copies: number of copies of each image, at least 2 [P: 5].
+        seed: seed of the augmentation.
     """
     network.eval()
     chosen = first_of_each_class(dataset, images_per_class)

@@ -1,7 +1,4 @@
-"""The benchmarks of the literature as they lie on disk -> `Benchmark`, or everything that is wrong with them.
-
-No torch here, as in `data`.
-"""
+"""Reading of any benchmark by its name. No torch is imported here."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,15 +28,15 @@ _READERS: Mapping[str, Callable[[Path], Benchmark]] = {
 
 
 def read(name: str, root: Path) -> Benchmark:
-    """List the images of a benchmark, with its truth; none is opened.
+    """List the images of a benchmark, with its truth; no image is opened.
 
-    What is missing, where the rest can still be evaluated, is in the `problems` of what is returned.
+    If files are missing but the rest can be evaluated, the benchmark's `problems` say so.
 
     Args:
         name: one of `BENCHMARKS`.
-        root: the folder of the set; for `manifest`, its file. What must lie in it, see the reader of the set.
+        root: the folder of the set, or the file of a `manifest`; see the set's reader for its files.
     Raises:
-        DataError: with everything for which the set cannot be evaluated.
+        DataError: the set cannot be evaluated; all reasons are given.
         ValueError: there is no benchmark of this name.
     """
     if name not in BENCHMARKS:

@@ -1,7 +1,7 @@
-"""Pickles of ground truth, read without running what is in them.
+"""Reading of pickles of ground truth without running any code in them.
 
-A pickle names functions that are called while it is read, any functions. Here those few that plain containers and
-NumPy arrays need are our own, and every other name is refused.
+A pickle names functions to call while it is read, and may name any function. This reader has its own versions of the
+few functions that plain containers and NumPy arrays need, and refuses every other name.
 """
 
 import io
@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from multigrain.errors import DataError
 
 _KINDS = "biufU"
-"""Of NumPy's kinds of dtype, those whose bytes are numbers or text, and nothing else."""
+"""Kinds of NumPy dtypes whose bytes are plain numbers or text."""
 
 
 class _Type:
-    """A dtype on its way out of a pickle."""
+    """Stands for a dtype while a pickle is read."""
 
     def __init__(self, code: str, align: object = False, copy: object = False) -> None:
         self.dtype = np.dtype(str(code))
 
     def __setstate__(self, state: Sequence[Any]) -> None:
-        """(version, byte order, ...)"""
+        """Take the state of a NumPy dtype: (version, byte order, ...)."""
         self.dtype = self.dtype.newbyteorder(state[1])
 
     def read(self, content: bytes | str, shape: Sequence[int]) -> NDArray[Any]:
-        """(*shape) from its bytes, which Python 2 wrote as text."""
+        """Return the array (*shape) from its bytes, which Python 2 wrote as text."""
         if self.dtype.kind not in _KINDS:
             raise pickle.UnpicklingError(f"it holds an array of {self.dtype}")
         raw = content.encode("latin1") if isinstance(content, str) else content
@@ -38,13 +38,13 @@ class _Type:
 
 
 class _Array:
-    """An array on its way out of a pickle."""
+    """Stands for an array while a pickle is read."""
 
     def __init__(self, *_: object) -> None:
         self.values: NDArray[Any] = np.empty(0)
 
     def __setstate__(self, state: Sequence[Any]) -> None:
-        """(version, shape, dtype, whether Fortran's order, content)"""
+        """Take the state of a NumPy array: (version, shape, dtype, True for Fortran order, content)."""
         _, shape, kind, fortran, content = state
         self.values = kind.read(content, shape[::-1]).T if fortran else kind.read(content, shape)
 
@@ -60,14 +60,14 @@ def _scalar(kind: _Type, content: bytes | str) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the protocols of Python 2."""
+    """Rebuild bytes that Python 3 wrote in a protocol of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds bytes encoded as {encoding}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """How it writes b"" there."""
+    """Rebuild b"", which Python 3 writes as a call without arguments in a protocol of Python 2."""
     return b""
 
 
@@ -86,17 +86,17 @@ _KNOWN = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """One of ours, whatever the pickle wants."""
+        """Return this module's version of a known function, and refuse any other name."""
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it wants {module}.{name}")
         return _KNOWN[module, name]
 
 
 def read_pickle(file: Path) -> Any:
-    """What a pickle holds, of Python 2 or 3: containers, text, numbers, and lists for NumPy's arrays.
+    """Return the content of a pickle of Python 2 or 3: containers, text, numbers, and lists in place of NumPy arrays.
 
     Raises:
-        DataError: it holds anything else, or is damaged.
+        DataError: the pickle holds anything else, or is damaged.
     """
     try:
         return _plain(_Unpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load())
@@ -110,7 +110,7 @@ def read_pickle(file: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """With lists for arrays."""
+    """Replace arrays by lists."""
     if isinstance(value, _Array):
         return value.values.tolist()
     if isinstance(value, dict):

@@ -22,7 +22,7 @@ from multigrain.evaluation.measure import classify, retrieve
 from multigrain.hooks import Heartbeat, no_heartbeat
 from multigrain.models.multigrain import MultiGrain
 from multigrain.models.whitening import Whitening
-from multigrain.retrieval.metrics import Truth, same_label
+from multigrain.retrieval.metrics import Floats, Truth, same_label
 
 METRICS = {
     "top1": "share of held-out images whose class is right",
@@ -150,16 +150,14 @@ def _measured(
     ends = np.cumsum([len(part) for part in parts])[:-1]
     pooled = dict(zip(parts, np.split(embeddings, ends), strict=True))
     described = dict(zip(parts, np.split(embed.descriptors(embeddings, whitening), ends), strict=True))
-    metrics = {}
+    scores: dict[str, Floats] = {}
     for one in sets:
         if one.labels is not None:
-            metrics |= {
-                name: scores.mean() for name, scores in classify(one, network, pooled[one.queries], device).items()
-            }
+            scores |= classify(one, network, pooled[one.queries], device)
         else:
             found = retrieve(one, "", described[one.database], described[one.queries], device)
-            metrics |= {f"{one.name}_{name}": scores.mean() for name, scores in found.values.items()}
-    metrics = {name: float(value) for name, value in metrics.items()}
+            scores |= {f"{one.name}_{measure}": values for measure, values in found.values.items()}
+    metrics = {name: float(values.mean()) for name, values in scores.items()}
     if "copy_map" in metrics:
         metrics["mean_top1_copy_map"] = (metrics["top1"] + metrics["copy_map"]) / 2
     return metrics
