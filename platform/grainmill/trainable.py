@@ -1,7 +1,10 @@
-"""Trainables by name: what the mill knows of what it mills."""
+"""The protocol between the platform and the methods that it trains, and the look-up of a method by its name.
+
+A trainable is a module with the names of `Trainable`. Its records need only have the attributes of the protocols here.
+"""
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -13,43 +16,36 @@ Item = TypeVar("Item")
 
 
 class Progress(Protocol):
-    """Wraps a long loop, given a title and a length, to show its progress."""
+    """Wraps the items of a long loop to show its progress, given a title and the number of items."""
 
     def __call__(self, items: Iterable[Item], title: str, length: int) -> Iterable[Item]: ...
 
 
 def no_progress(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:  # noqa: ARG001
-    """The `Progress` that shows nothing."""
+    """Return the items as they are: the `Progress` that shows nothing."""
     return items
 
 
-class Heartbeat(Protocol):
-    """What a trainable calls on every worker after each step, and now and then in an evaluation: it is alive.
+Heartbeat = Callable[[], bool]
+"""Function that a trainable calls on every worker after each step, and between the batches of an evaluation.
 
-    Where it returns True, and it does so from then on, the worker must leave: all save a checkpoint at once, and end.
-    Of a group's workers some may hear it earlier than others.
-    """
-
-    def __call__(self) -> bool: ...
-
-
-def no_heartbeat() -> bool:
-    """The `Heartbeat` of a training that nobody watches."""
-    return False
+It shows that the worker is alive. When it returns True, which it does from then on, all workers must save a checkpoint
+at once and end; some workers of a group may be told earlier than others.
+"""
 
 
 Pin = tuple[int, str]
-"""Size in bytes and ETag: the only version of an object in S3 that will do."""
+"""Size in bytes and ETag of an object in S3, which name its only acceptable version."""
 
 
-class Objects(Protocol):
-    """Objects in S3, read one by one; can be pickled. Methods raise ValueError if S3 cannot be read."""
+class Images(Protocol):
+    """Images of a corpus, or objects in S3, which are read one by one; they can be pickled."""
 
     def names(self) -> Sequence[str]:
-        """List the objects; names are relative to the prefix."""
+        """List each image once, in a fixed order. Raises ValueError if they cannot be listed."""
 
     def read(self, name: str) -> bytes:
-        """Read an object, in any thread."""
+        """Return the content of an image, in any thread. Raises ValueError with the reason if it cannot be read."""
 
 
 class Mirror(Protocol):
@@ -74,7 +70,7 @@ class Mirror(Protocol):
         """Replace local paths of objects in a text by URLs."""
 
     def pins(self, paths: Iterable[Path]) -> Mapping[Path, tuple[str, Pin]]:
-        """Return URL and version of those files that are copies of objects."""
+        """Return URL and version of the files that are copies of objects."""
 
 
 class Files(Protocol):
@@ -82,33 +78,28 @@ class Files(Protocol):
 
     @property
     def listings(self) -> MutableMapping[Any, Any]:
-        """What a trainable has listed, by its settings: kept here, data are listed once in a run."""
+        """Lists of data that a trainable has made, by their settings, so that data are listed once in a run."""
 
     def mirror(self, cache: str, limit: float | None) -> Mirror:
         """Return the copies below the folder `cache`, which may take `limit` GB, by default half of the disk."""
 
-    def objects(self, source: str) -> Objects:
+    def objects(self, source: str) -> Images:
         """Return the objects below `s3://bucket/prefix`. Raises ValueError if that is not a valid URL."""
 
 
 class EpochResult(Protocol):
-    """What a trainable yields after each epoch."""
+    """The result that a trainable yields after each epoch."""
 
-    @property
-    def epoch(self) -> int:
-        """Epochs finished, from 1."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Among them, in every epoch, the metrics that an objective can name."""
-
-    @property
-    def variants(self) -> Mapping[str, Mapping[str, float]]:
-        """After the last epoch, metrics of the trained model at other settings of its evaluation, by name."""
+    epoch: int
+    """Number of finished epochs, from 1."""
+    metrics: Mapping[str, float]
+    """Metrics by name; in every epoch, they include those that an objective can name."""
+    variants: Mapping[str, Mapping[str, float]]
+    """After the last epoch, metrics of the trained model at other settings of its evaluation, by the setting's name."""
 
 
 class Measurement(Protocol):
-    """One measured value of an evaluation, with its 95 % interval."""
+    """A measured value of an evaluation, with its 95 % interval."""
 
     name: str
     """Letters, digits and `_-. :/` only, as MLflow requires."""
@@ -133,7 +124,7 @@ class QueryScores(Protocol):
     data: str
     """Digest of the data. Scores with equal digests are of the same queries, in the same order."""
     values: Sequence[float]
-    """One for each query or image; larger is better."""
+    """A score for each query or image; larger is better."""
     served: bool
     """True for scores of `EvaluationResult.model`, False for scores of the model that was evaluated."""
 
@@ -155,13 +146,13 @@ class EvaluationResult(Protocol):
 
 
 class DataPart(Protocol):
-    """Data that models are trained or judged on."""
+    """A part of the data on which models are trained or evaluated."""
 
     name: str
-    """Of its part in the whole, such as `val`."""
+    """Name of the part, such as `val`."""
     role: Literal["training", "evaluation"]
     digest: str
-    """At most 36 characters, the same for the same data wherever they are."""
+    """Digest of at most 36 characters, the same for the same data at any place."""
     rows: int
     where: str
 
@@ -169,21 +160,11 @@ class DataPart(Protocol):
 class Predictor(Protocol):
     """A trained model, from table to table.
 
-    One that embeds takes a column `image` of bytes, and answers, row for row, with `embedding` (floats of unit norm),
-    `class_id`, `class_name`, `score`, and `error`: why a row has no answer, None where it has one.
+    A model that embeds takes a column `image` of bytes. For each row it returns `embedding` (floats of unit norm),
+    `class_id`, `class_name`, `score`, and `error`: the reason why a row has no answer, else None.
     """
 
     def __call__(self, table: Any) -> Any: ...
-
-
-class Images(Protocol):
-    """The images of a corpus; it can be pickled."""
-
-    def names(self) -> Sequence[str]:
-        """Each image once, in a fixed order. Raises ValueError if they cannot be listed."""
-
-    def read(self, name: str) -> bytes:
-        """The content of an image, in any thread. Raises ValueError with the reason why it cannot be read."""
 
 
 class Trainable(Protocol):
@@ -192,71 +173,75 @@ class Trainable(Protocol):
     Spec: type[BaseModel]
     """Settings of one run, frozen, each with the published default; among them `epochs` and `seed`."""
     Data: type[BaseModel]
-    """Where the data are."""
+    """Settings that say where the data are."""
     Evaluation: type[BaseModel]
-    """On what, and how, a trained model is evaluated."""
+    """Settings of an evaluation of a trained model."""
 
     @staticmethod
     def metrics(data: Any, files: Files) -> Mapping[str, Direction]:
-        """The metrics that an objective can name, and which way is better. Raises ValueError if they do not tell."""
+        """Return the metrics that an objective can name, and which way is better.
+
+        Raises ValueError if the data do not say which metrics they allow.
+        """
 
     @staticmethod
     def data_problems(data: Any, progress: Progress, files: Files) -> list[str]:
-        """What is wrong with the data on disk, one sentence each."""
+        """Check the data on disk; return a sentence on each problem."""
 
     @staticmethod
     def worker_problems(spec: Any, workers: int) -> list[str]:
-        """What keeps a valid spec from running on so many workers, one sentence each."""
+        """Check that a valid spec can run on this number of workers; return a sentence on each problem."""
 
     @staticmethod
     def prepare(data: Any, root: Path, progress: Progress, files: Files) -> Any:
-        """Write built-in data below `root`; returns the settings to train with. Called once, before all trials.
+        """Write built-in data below `root`, and return the settings to train with. Called once, before all trials.
 
-        Where the storage is in S3, a setting that names something below `root` then gets its `s3://` URL.
+        If the storage is in S3, settings that name something below `root` then get its `s3://` URL.
         """
 
     @staticmethod
     def sources(data: Any, files: Files) -> Sequence[DataPart]:
-        """The parts of prepared data."""
+        """Return the parts of prepared data."""
 
     @staticmethod
     def fit(spec: Any, data: Any, folder: Path, heartbeat: Heartbeat, files: Files) -> Iterator[EpochResult]:
-        """Train, on every worker alike; goes on from the checkpoints in `folder`, an epoch's result that is kept first.
+        """Train on every worker, and continue from the checkpoints in `folder`; the last stored result comes first.
 
-        Ends before its last epoch, with all steps kept, where `heartbeat` says so on any worker.
+        Training ends before its last epoch, with all steps stored, when `heartbeat` says so on any worker.
 
-        What is being written there has a name that begins with `.` or `draft` or ends in `.draft`, and gets its own
-        when it is whole: all else may be copied at any moment. One process writes, or all write the same.
+        A file or folder that is being written there has a name that begins with `.` or `draft` or ends in `.draft`,
+        and is renamed when it is whole, so that everything else can be copied at any moment. Either one process
+        writes, or all write the same.
         """
 
     @staticmethod
     def load(folder: Path) -> Predictor:
-        """The model that `fit` left in `folder`, or that is the `checkpoint` of an export."""
+        """Load the model that `fit` left in `folder`, or the `checkpoint` of an export."""
 
     @staticmethod
     def export(folder: Path, out: Path) -> Mapping[str, Any]:
-        """Write the model that `fit` left in `folder` to a new folder `out` that needs none of our packages to load.
+        """Write the model that `fit` left in `folder` to a new folder `out`, which can be loaded without Grainmill.
 
         There, `model.py` holds `load(folder)`, which returns a `Predictor` and refuses, with ValueError, files that
-        are not in `MANIFEST.json` as {name: {"bytes": size, "sha256": digest}}; `requirements.txt` names what that
-        needs; `signature.json` has the columns `inputs` and `outputs`, as MLflow notes them; `checkpoint/` is a folder
+        are not in `MANIFEST.json` as {name: {"bytes": size, "sha256": digest}}; `requirements.txt` lists what that
+        needs; `signature.json` has the columns `inputs` and `outputs` in MLflow's form; `checkpoint/` is a folder
         for `load` and `evaluate`. No file is a pickle. Returns facts about the model, by name, for its users.
         """
 
     @staticmethod
     def evaluate(folder: Path, settings: Any, out: Path, files: Files) -> EvaluationResult:
-        """Evaluate the model that `fit` left in `folder`, writing files to `out`. Raises ValueError if it cannot.
+        """Evaluate the model that `fit` left in `folder`, and write files to `out`. Raises ValueError if it cannot.
 
-        Called on every worker alike, with a process group if there are several; that of rank 0 is kept.
+        Called on every worker, with a process group if there are several; the result of rank 0 is used.
         """
 
     @staticmethod
     def images(source: str, files: Files) -> Images:
-        """The images of a corpus. Raises ValueError if `source` names none."""
+        """Return the images of a corpus. Raises ValueError if `source` names none."""
 
     @staticmethod
     def example(data: Any, files: Files) -> Any:
-        """A small table that a `Predictor` takes."""
+        """Return a small table that a `Predictor` takes."""
 
 
 MEMBERS = (
@@ -267,15 +252,15 @@ MEMBERS = (
 
 
 def names() -> list[str]:
-    """The installed trainables."""
+    """Return the names of the installed trainables."""
     return sorted(entry.name for entry in entry_points(group="grainmill.trainables"))
 
 
 def find(name: str) -> Trainable:
-    """A trainable by its name, or the module that a dotted path names.
+    """Return an installed trainable by its name, or the module that a dotted path names.
 
     Raises:
-        LookupError: there is no such trainable, or the module is none.
+        LookupError: there is no such trainable, or the module lacks names of the protocol.
     """
     for entry in entry_points(group="grainmill.trainables", name=name):
         return entry.load()

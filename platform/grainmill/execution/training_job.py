@@ -71,7 +71,7 @@ class LeftNodeError(Exception):
     """A training saved all its steps and ended early, because its heartbeat told it to leave the node."""
 
 
-def epochs(job: TrainingJob, heartbeat: catalog.Heartbeat = catalog.no_heartbeat) -> Generator[EpochReport, None, None]:
+def epochs(job: TrainingJob, heartbeat: catalog.Heartbeat = lambda: False) -> Generator[EpochReport, None, None]:
     """Train, and yield a report after each epoch. In a worker group, every worker calls this.
 
     Files of a checkpoint folder in S3 are safe there before an epoch is yielded, and at the end.
