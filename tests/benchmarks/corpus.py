@@ -65,7 +65,7 @@ def register(folder, trunk, image):
     checkpoint.save(folder / "model", checkpoint.Checkpoint(model, {}, state))
     tracker = Tracker(local_uri(folder), "benchmark", folder)
     example = pd.DataFrame({"image": [image.read_bytes()]})
-    run = tracker.start("made", {}, {})
+    run = tracker.start("made", {})
     card = ModelCard("multigrain.trainable", "", {}, [], {}, {}, {}, {})
     made = models.register(tracker, run, "benchmark", folder / "model", example, {}, card)
     return tracker.uri, made.uri, network.eval()

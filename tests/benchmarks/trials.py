@@ -74,7 +74,7 @@ def ours(workers, count):
         tracker = Tracker(local_uri(folder), "toy", folder)
         study = Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, count)
         plan = StudySetup("trial", "toy", toy.Data(), folder, Resources(concurrent=1), workers)
-        runner.run(plan, study, tracker, tracker.start("parent", {}, {}), ends)
+        runner.run(plan, study, tracker, tracker.start("parent", {}), ends)
     assert len(ends.times) == count, "every trial is complete"
     return ends.milliseconds
 

@@ -127,7 +127,7 @@ def test_trial_left_running_goes_on_from_its_checkpoint_in_its_own_run(bench):
     study = bench.study(1)
     record = study.ask()
     spec = toy.Spec(height=record.setting["height"])
-    run_id = bench.tracker.start("trial-0000", {}, {}, bench.parent)
+    run_id = bench.tracker.start("trial-0000", {}, bench.parent)
     left = toy.fit(spec, toy.Data(diary=str(bench.diary)), Path(bench.setup().checkpoint_folder(0)))
     first = next(left).metrics
     bench.tracker.log(run_id, 1, {"epoch": 1, **first})
@@ -326,7 +326,7 @@ def test_cluster_that_is_to_grow_is_waited_for_with_a_word(bench):
 def test_run_that_a_killed_process_opened_is_the_trials_own(bench):
     study = bench.study(1)
     study.ask()
-    left = bench.tracker.start("trial-0000", {}, {}, bench.parent)
+    left = bench.tracker.start("trial-0000", {}, bench.parent)
     (record,) = bench.run(bench.study(1))
     (run,) = bench.child_runs().values()
     assert (run.info.run_id, run.info.status) == (left, "FINISHED")
@@ -337,7 +337,7 @@ def test_mlflow_is_told_in_the_end_what_a_killed_process_could_not_tell(bench):
     study = bench.study(2, search={"scheduler": "none"})
     for number in (0, 1):
         study.ask()
-        run_id = bench.tracker.start(f"trial-{number:04d}", {}, {"state": "running"}, bench.parent)
+        run_id = bench.tracker.start(f"trial-{number:04d}", {"state": "running"}, bench.parent)
         for epoch in (1, 2, 3, 4):
             row = {"epoch": epoch, "score": float(epoch), "cost": 1.0}
             study.report(number, row)

@@ -76,7 +76,8 @@ def test_the_same_calls_as_with_sqlite_register_promote_and_load_a_model(served,
     for height in (0.25, 0.75):
         folder = tmp_path / str(height)
         list(toy.fit(toy.Spec(height=height), toy.Data(), folder))
-        run_id = tracker.start(f"run of {height}", {"height": height}, {})
+        run_id = tracker.start(f"run of {height}", {})
+        tracker.parameters(run_id, {"height": height})
         version = models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {}, CARD)
         comparison.save(tracker.client, version, run_id, [toy.QueryScores("copies/map", "same", [height] * 20, False)])
     promotion.promote(server.uri, "models:/apples@challenger", ["metric=copies/map"], print)

@@ -53,7 +53,9 @@ def test_a_search_whose_server_is_gone_for_most_of_it_is_told_as_a_calm_one(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     tune.tune(search(tmp_path / "runs", umpire, "calm"), server.uri, None, observer, trainable.no_progress)
     lost = threading.Event()
-    monkeypatch.setattr(observer, "message", lambda message: lost.set() if "told later" in message else None)
+    monkeypatch.setattr(
+        observer, "message", lambda message: lost.set() if "gets the results later" in message else None
+    )
 
     def rule(name, epoch, rank, pid):
         if (name, epoch) == ("trial-0000", 2):

@@ -19,7 +19,7 @@ class Bench:
 
     def __init__(self, folder, tracker, observer):
         self.folder, self.tracker, self.observer = folder, tracker, observer
-        self.parent = tracker.start("parent", {}, {})
+        self.parent = tracker.start("parent", {})
         self.diary = folder / "diary"
 
     def setup(self, workers=1, **resources):

@@ -154,7 +154,7 @@ def mill(folder, settings, observer):
 
     checked = experiment_model(toy).model_validate(content(settings))
     tracker = Tracker(local_uri(folder), "toy", folder)
-    parent, records = tracker.start("parent", {}, {}), []
+    parent, records = tracker.start("parent", {}), []
     for name, first, count in (
         ("trial", checked.first, settings["trials"]),
         ("final", [{"height": 0.1 * number} for number in range(settings["seeds"])], settings["seeds"]),

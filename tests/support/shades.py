@@ -94,7 +94,7 @@ def register(tracker: Any, folder: Path, bias: float, name: str = "shades") -> s
 
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"bias": bias}))
-    run = tracker.start("made", {}, {})
+    run = tracker.start("made", {})
     card = ModelCard("shades", "", {}, sources(Data()), {}, {}, {}, {})
     made = models.register(tracker, run, name, folder, example(Data()), {}, card)
     tracker.client.set_registered_model_alias(name, models.CHAMPION, made.number)

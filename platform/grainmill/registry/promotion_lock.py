@@ -16,6 +16,7 @@ from mlflow.entities import LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
 
 from grainmill.errors import PromotionError
+from grainmill.tracking.mlflow_runs import all_pages
 
 EXPIRES_SECONDS = 60
 """Age of a lock at which its holder counts as dead; the work under a lock takes a few calls of MLflow."""
@@ -88,14 +89,10 @@ def _acquire(client: MlflowClient, model: str, note: Callable[[str], None]) -> t
 
 def _newest(client: MlflowClient, model: str) -> _Experiment:
     """Find the lock of a model with the highest number; number 0 if there has been none."""
-    found = [_Experiment(0, "", False)]
     query = f"name LIKE '{EXPERIMENT_PREFIX}%'"
-    token: str | None = None
-    while token != "":
-        page = client.search_experiments(ViewType.ALL, filter_string=query, page_token=token)
-        for one in page:
-            number = one.name.removeprefix(f"{EXPERIMENT_PREFIX}{model} ")
-            if number.isdecimal():
-                found.append(_Experiment(int(number), one.experiment_id, one.lifecycle_stage == LifecycleStage.ACTIVE))
-        token = page.token or ""
+    found = [_Experiment(0, "", False)]
+    for one in all_pages(lambda token: client.search_experiments(ViewType.ALL, filter_string=query, page_token=token)):
+        number = one.name.removeprefix(f"{EXPERIMENT_PREFIX}{model} ")
+        if number.isdecimal():
+            found.append(_Experiment(int(number), one.experiment_id, one.lifecycle_stage == LifecycleStage.ACTIVE))
     return max(found)

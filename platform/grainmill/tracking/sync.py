@@ -1,14 +1,13 @@
-"""Tells MLflow of a study's trials, from a thread of its own: training never waits for MLflow.
+"""MLflow sync: brings the MLflow runs of a study's trials up to date from a thread, so that training never waits.
 
-What is still to be told is not kept here but in the study. A run in MLflow is brought up to what the trial's record
-says, however much of it was missed: the server may be slow, gone for minutes, or other than before. Every epoch has
-the time of its report, so that MLflow takes it once even where it did not answer and was told again.
+The study is the record. A run is compared with the trial's record and gets whatever it lacks, so the server may be
+slow, gone for minutes, or reset. Each epoch has the time of its report: MLflow stores an epoch once even if it is sent
+again because the answer was lost.
 """
 
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from types import TracebackType
 from typing import Any
 
@@ -17,27 +16,27 @@ from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import PARENT, Status, Tracker
 
-PAUSES = (0.5, 1, 2, 4, 8)
-"""Seconds between attempts; the last one again and again."""
-PATIENCE = 300
-"""Seconds that the end of a study waits for MLflow."""
-BRIEF = 10
-"""Seconds that it waits where the study was cut short."""
+RETRY_SECONDS = (0.5, 1, 2, 4, 8)
+"""Pauses after failed attempts; the last one repeats."""
+END_SECONDS = 300
+"""Longest wait for MLflow at the end of a study."""
+CUT_SHORT_SECONDS = 10
+"""Longest wait for MLflow at the end of a study that an error cut short."""
 
 
 @dataclass
 class _Run:
-    """A trial's run, as far as MLflow is known to have it."""
+    """State of a trial's run in MLflow, as far as it is known."""
 
     id: str
     status: str
     epoch: float | None = None
-    """The last one told; None if MLflow must be asked."""
+    """Last recorded epoch; None if MLflow must be asked."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class MLflowSync:
-    """Brings the runs of one study's trials up to date. As a context, it ends when all is told, or time is up."""
+    """Keeps the runs of one study's trials up to date; leaving the context waits until they are."""
 
     def __init__(
         self,
@@ -49,114 +48,115 @@ class MLflowSync:
     ) -> None:
         """
         Args:
-            study: whose trials.
-            name: of the run of a trial, by its number.
-            tracker: where to.
-            parent: id of the run above them.
-            note: is told when MLflow is lost, and when it is back.
+            study: the study, which has the records of all trials.
+            name: maps the number of a trial to the name of its run.
+            tracker: the MLflow experiment.
+            parent: id of the parent run.
+            note: receives messages when MLflow does not answer, and when it answers again.
         """
         self._study, self._name, self._tracker, self._parent, self._note = study, name, tracker, parent, note
         self._changed = threading.Condition()
-        self._waiting: dict[int | None, tuple[TrialRecord, bool] | None] = {}
-        """By number, the newest of each trial; None stands for a look at all runs."""
-        self._busy = self._over = False
+        self._queue: dict[int | None, tuple[TrialRecord, bool] | None] = {}
+        """Newest update of each trial, by its number; the key None asks for a look at all runs."""
+        self._busy = False
         self._error: Exception | None = None
-        """Of the last attempt."""
+        """Error of the last attempt, if it failed."""
         self._runs: dict[str, _Run] | None = None
-        """By name; None if MLflow must be asked."""
+        """Runs by name; None if MLflow must be asked."""
         self._own: dict[str, str] = {}
-        """Ids of the runs that were told something, by name."""
+        """Ids of the runs that this object has written to, by name."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-sync", daemon=True)
         self._thread.start()
 
     def enqueue(self, record: TrialRecord, running: bool) -> None:
-        """See to it that MLflow gets to know all of a trial; returns at once.
+        """Have the run of a trial brought up to date; returns at once.
 
         Args:
-            record: how the trial stands.
-            running: whether a process running on it.
+            record: present state of the trial.
+            running: True if a process works on the trial.
         """
+        self._put(record.number, (record, running))
+
+    def _put(self, number: int | None, update: tuple[TrialRecord, bool] | None) -> None:
         with self._changed:
-            self._waiting[record.number] = record, running
+            self._queue[number] = update
             self._changed.notify_all()
 
     def __enter__(self) -> "MLflowSync":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait until MLflow knows everything.
+        """Wait until all runs are up to date.
 
         Raises:
-            TrackingError: it did not answer for `PATIENCE`. Where the study was cut short, it waits more briefly, and
-                the error that did so is the one to tell.
+            TrackingError: MLflow did not answer for `END_SECONDS`. After an error that cut the study short, the wait
+                is `CUT_SHORT_SECONDS`, and that error goes on instead.
         """
         try:
-            with self._changed:
-                self._waiting[None] = None
-                self._changed.notify_all()
-            patience = PATIENCE if error is None else BRIEF
+            self._put(None, None)
+            patience = END_SECONDS if error is None else CUT_SHORT_SECONDS
             if self._error and error is None:
                 self._note(f"waiting up to {patience / 60:g} minutes for MLflow")
             if not self._drained(patience) and error is None:
                 raise TrackingError(
-                    f"MLflow must be told all of a study in the end, but was not within {patience} seconds: "
-                    f"{self._error or 'it is slow'}; nothing is lost: the same command tells it and carries on"
+                    f"MLflow must have all of a study at its end, but did not take it within {patience} seconds: "
+                    f"{self._error or 'it is slow'}; nothing is lost: the same command sends it and carries on"
                 ) from self._error
         finally:
             self._ended.set()
             with self._changed:
-                self._over = True
                 self._changed.notify_all()
 
     def _drained(self, seconds: float) -> bool:
+        """Wait until nothing is left to do; returns False if that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._waiting or self._busy), seconds)
+            return self._changed.wait_for(lambda: not (self._queue or self._busy), seconds)
 
     def _next(self) -> tuple[int | None, tuple[TrialRecord, bool] | None] | None:
-        """What to tell; None at the end."""
+        """Wait for the next update and take it from the queue; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._over)
-            if self._over:
+            self._changed.wait_for(lambda: self._queue or self._ended.is_set())
+            if self._ended.is_set():
                 return None
-            number = next(iter(self._waiting))
+            number = next(iter(self._queue))
             self._busy = True
-            return number, self._waiting.pop(number)
+            return number, self._queue.pop(number)
 
     def _work(self) -> None:
-        pauses = chain(PAUSES, repeat(PAUSES[-1]))
+        failures = 0
         while (item := self._next()) is not None:
-            number, told = item
+            number, update = item
             try:
-                self._tell(*told) if told else self._look()
-            except Exception as error:  # told at the end; it must not end the thread
-                self._failed(number, told, error)
-                self._ended.wait(next(pauses))
+                self._update_run(*update) if update else self._look_up_runs()
+            except Exception as error:  # reported at the end; it must not end the thread
+                self._retry_later(number, update, error)
+                self._ended.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+                failures += 1
                 continue
             if self._error:
                 self._note("MLflow answers again")
-                self._error, pauses = None, chain(PAUSES, repeat(PAUSES[-1]))
+                self._error, failures = None, 0
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _failed(self, number: int | None, told: tuple[TrialRecord, bool] | None, error: Exception) -> None:
+    def _retry_later(self, number: int | None, update: tuple[TrialRecord, bool] | None, error: Exception) -> None:
         if not self._error:
-            self._note(f"training goes on, and MLflow is told later: {error}")
+            self._note(f"training goes on, and MLflow gets the results later: {error}")
         with self._changed:
             self._error, self._runs, self._busy = error, None, False
-            self._waiting.setdefault(number, told)
-            self._waiting.setdefault(None, None)  # an answer that got lost may have left a run twice
+            self._queue.setdefault(number, update)
+            self._queue.setdefault(None, None)  # a lost answer may have left a run twice
             self._changed.notify_all()
 
-    def _look(self) -> None:
-        """Learn which runs there are, and remove those that were made twice since an answer got lost."""
+    def _look_up_runs(self) -> None:
+        """Ask MLflow for the runs, and remove those that were created twice because an answer was lost."""
         self._runs = None
         runs: dict[str, _Run] = {}
         doubles = []
-        found = self._tracker.runs_by_tag(PARENT, self._parent)
-        for run_id, (name, status) in reversed(found.items()):  # the oldest first
-            if name in runs:
+        for run_id, (name, status) in reversed(self._tracker.runs_by_tag(PARENT, self._parent).items()):
+            if name in runs:  # the oldest comes first, and stays unless this object has written to a later one
                 ours = run_id == self._own.get(name)
                 doubles.append(runs[name].id if ours else run_id)
                 if not ours:
@@ -166,16 +166,16 @@ class MLflowSync:
             self._tracker.remove(run_id)
         self._runs = runs
 
-    def _tell(self, record: TrialRecord, running: bool) -> None:
+    def _update_run(self, record: TrialRecord, running: bool) -> None:
         name, status = self._name(record.number), _status(record, running)
         if self._runs is None:
-            self._look()
+            self._look_up_runs()
             assert self._runs is not None
         if name not in self._runs:
-            self._runs[name] = _Run(self._tracker.start(name, {}, {"state": "running"}, self._parent), "RUNNING")
+            self._runs[name] = _Run(self._tracker.start(name, {"state": "running"}, self._parent), "RUNNING")
         run = self._runs[name]
         if run.epoch is None and run.status == status and status in ("FINISHED", "FAILED"):
-            return  # the status is the last thing that is told
+            return  # the status is written last, so the run is complete
         self._own[name] = run.id
         if running:
             self._set_status(run, status)
@@ -207,9 +207,8 @@ def _status(record: TrialRecord, running: bool) -> Status:
 
 def _tags(record: TrialRecord) -> dict[str, str]:
     at = "" if record.state == "running" else f" at epoch {record.metrics.get('epoch', 0):g}"
-    interruptions = {"interruptions": "; ".join(record.interruptions)} if record.interruptions else {}
-    cause = {"cause": record.cause} if record.cause else {}
-    return {"state": f"{record.state}{at}", **interruptions, **cause}
+    others = {"interruptions": "; ".join(record.interruptions), "cause": record.cause or ""}
+    return {"state": f"{record.state}{at}", **{name: text for name, text in others.items() if text}}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

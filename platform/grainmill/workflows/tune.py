@@ -317,7 +317,7 @@ def _parent(tracker: Tracker, experiment: Experiment, home: run_folder.Run) -> s
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
     # A process that was killed before it could write the note has left its run.
     left = next(iter(tracker.runs_by_tag(FOLDER, folder)), None)
-    run_id = left or tracker.start(f"{experiment.name} {home.folder.name}", {}, {FOLDER: folder})
+    run_id = left or tracker.start(f"{experiment.name} {home.folder.name}", {FOLDER: folder})
     tracker.parameters(run_id, parameters)
     note.write_text(run_id)
     home.keep()

@@ -34,7 +34,7 @@ def register(tracker, folder, run_id):
 def test_each_run_gets_one_version_and_the_first_is_the_champion_the_last_its_challenger(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
-    first, second = (tracker.start(name, {}, {}) for name in ("first", "second"))
+    first, second = (tracker.start(name, {}) for name in ("first", "second"))
     versions = [register(tracker, tmp_path / "model", run_id) for run_id in (first, second, second)]
     assert [version.uri for version in versions] == ["models:/apples/1", "models:/apples/2", "models:/apples/2"]
     assert len(tracker.client.search_model_versions("name = 'apples'")) == 2
@@ -50,7 +50,7 @@ def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
     uri = local_uri(tmp_path)
     tracker = Tracker(uri, "apples", tmp_path)
     list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
-    run_id = tracker.start("first", {}, {})
+    run_id = tracker.start("first", {})
     register(tracker, tmp_path / "model", run_id)
     for name in ("models:/apples@champion", "models:/apples/1"):
         stored = models.fetch(uri, name)
@@ -67,7 +67,7 @@ def test_an_example_with_images_comes_back_as_it_was(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     example = pd.DataFrame({"x": [1.0, 2.5], "image": [b"\x89PNG\r\n\x00\xff", b""]})
-    models.register(tracker, tracker.start("first", {}, {}), "apples", tmp_path / "model", example, {}, CARD)
+    models.register(tracker, tracker.start("first", {}), "apples", tmp_path / "model", example, {}, CARD)
     stored = models.fetch(tracker.uri, "models:/apples/1", tmp_path / "copy" / "model")
     pd.testing.assert_frame_equal(stored.example, example)
     assert (stored.folder / "state.json").read_bytes() == (tmp_path / "model" / "state.json").read_bytes()
@@ -89,7 +89,7 @@ def stored(tmp_path):
     """The tracker, the run, and the folder of models:/apples/1."""
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
-    run_id = tracker.start("first", {}, {})
+    run_id = tracker.start("first", {})
     register(tracker, tmp_path / "model", run_id)
     return tracker, run_id, models.fetch(tracker.uri, "models:/apples/1").portable
 
@@ -170,7 +170,7 @@ def test_an_export_with_a_pickle_is_not_registered(tmp_path, monkeypatch):
     tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     with pytest.raises(TrackingError, match="weights holds a pickle"):
-        register(tracker, tmp_path / "model", tracker.start("first", {}, {}))
+        register(tracker, tmp_path / "model", tracker.start("first", {}))
     assert not tracker.client.search_registered_models()
 
 

@@ -147,7 +147,7 @@ def test_gates_are_those_of_the_experiment_that_trained_the_version(shelf):
 def test_size_and_latency_are_measured_on_the_model_itself(uri, tmp_path):
     tracker = Tracker(uri, "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
-    run_id = tracker.start("first", {}, {})
+    run_id = tracker.start("first", {})
     models.register(tracker, run_id, "apples", tmp_path / "model", toy.example(toy.Data()), {}, CARD)
     comparison.save(
         tracker.client, Version("apples", "1"), run_id, [toy.QueryScores(METRIC, "data", spread(0.5), False)]

@@ -15,8 +15,10 @@ def tracker(tmp_path_factory):
 
 
 def test_run_holds_parameters_tags_and_its_parent(tracker):
-    parent = tracker.start("parent", {"a": 1}, {})
-    child = tracker.start("child", {"loss.weight": 0.5, "model.trunk": "narrow"}, {"state": "running"}, parent)
+    parent = tracker.start("parent", {})
+    child = tracker.start("child", {"state": "running"}, parent)
+    tracker.parameters(parent, {"a": 1})
+    tracker.parameters(child, {"loss.weight": 0.5, "model.trunk": "narrow"})
     run = tracker.client.get_run(child)
     assert run.data.params == {"loss.weight": "0.5", "model.trunk": "narrow"}
     assert run.data.tags["mlflow.parentRunId"] == parent
@@ -26,7 +28,7 @@ def test_run_holds_parameters_tags_and_its_parent(tracker):
 
 
 def test_metrics_have_the_epoch_as_their_step(tracker):
-    run_id = tracker.start("metrics", {}, {})
+    run_id = tracker.start("metrics", {})
     for epoch in (1, 2, 3):
         tracker.log(run_id, epoch, {"top1": epoch / 10})
     history = tracker.client.get_metric_history(run_id, "top1")
@@ -34,7 +36,7 @@ def test_metrics_have_the_epoch_as_their_step(tracker):
 
 
 def test_status_and_tags_change_and_a_text_is_kept(tracker):
-    run_id = tracker.start("life", {}, {"state": "running"})
+    run_id = tracker.start("life", {"state": "running"})
     tracker.set_status(run_id, "KILLED")
     tracker.set_status(run_id, "RUNNING")
     assert tracker.client.get_run(run_id).info.status == "RUNNING"
@@ -78,8 +80,8 @@ def test_database_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_runs_are_found_by_a_tag_with_their_name_and_status(tmp_path):
     tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
-    parent = tracker.start("parent", {}, {"place": "file:///a%27b"})
-    child = tracker.start("child", {}, {}, parent)
+    parent = tracker.start("parent", {"place": "file:///a%27b"})
+    child = tracker.start("child", {}, parent)
     tracker.log(child, 3, {"epoch": 3.0})
     tracker.set_status(child, "SCHEDULED")
     assert tracker.runs_by_tag("mlflow.parentRunId", parent) == {child: ("child", "SCHEDULED")}
@@ -99,7 +101,7 @@ def test_server_that_takes_the_call_and_does_not_answer_is_refused_after_one_wai
 
 
 def test_metrics_that_are_told_again_with_their_time_are_there_once(tracker):
-    run_id = tracker.start("again", {}, {})
+    run_id = tracker.start("again", {})
     for _ in range(2):
         tracker.log(run_id, 1, {"top1": 0.5, "cost": float("nan")}, at=1_700_000_000_000)
     (one,) = tracker.client.get_metric_history(run_id, "top1")

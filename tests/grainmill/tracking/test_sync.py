@@ -94,7 +94,7 @@ class Faulty(Tracker):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(sync, "PAUSES", (0,))
+    monkeypatch.setattr(sync, "RETRY_SECONDS", (0,))
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["asked in vain", "answer lost"])
@@ -104,7 +104,7 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
     while bad < calls:  # the last round is the first in which none fails
         bad += 1
         tracker.bad = None
-        parent = tracker.start(f"parent {bad}", {}, {})
+        parent = tracker.start(f"parent {bad}", {})
         tracker.bad, tracker.after, tracker.made, notes = bad, after, 0, []
         folder = tmp_path / str(bad)
         folder.mkdir()
@@ -113,7 +113,7 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
             live(study, sync, deed=lambda sync=sync: sync._drained(60))  # so that each is told by itself
         calls, tracker.bad = tracker.made, None
         assert told(tracker.client, tracker.experiment_id, parent, study) == EXPECTED, bad
-        expected = ["training goes on, and MLflow is told later: no answer", "MLflow answers again"]
+        expected = ["training goes on, and MLflow gets the results later: no answer", "MLflow answers again"]
         assert [note for note in notes if "waiting" not in note] == (expected if bad <= calls else [])
     assert bad > 15
 
@@ -121,13 +121,13 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
 def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
     """Whatever it told: nothing, a part, or all but the end."""
     tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
-    parent = tracker.start("parent", {}, {})
+    parent = tracker.start("parent", {})
     study = make_study(tmp_path)
     with MLflowSync(study, name, tracker, parent, print) as sync:
         live(study, sync)
     run_ids = {run_name: run_id for run_id, (run_name, _) in tracker.runs_by_tag("mlflow.parentRunId", parent).items()}
     tracker.client.delete_run(run_ids[name(0)])
-    tracker.start(name(1), {}, {}, parent)  # a second one, of an answer that got lost
+    tracker.start(name(1), {}, parent)  # a second one, of an answer that got lost
     tracker.set_status(run_ids[name(2)], "RUNNING")
     with MLflowSync(study, name, tracker, parent, print) as sync:
         for record in study.records:
@@ -138,9 +138,9 @@ def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
 
 
 def test_an_end_without_an_answer_is_told_with_the_remedy_and_no_password(tmp_path, hasty, monkeypatch):
-    monkeypatch.setattr(sync, "PATIENCE", 0.5)
+    monkeypatch.setattr(sync, "END_SECONDS", 0.5)
     tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
-    parent, study = tracker.start("parent", {}, {}), make_study(tmp_path)
+    parent, study = tracker.start("parent", {}), make_study(tmp_path)
     tracker.client = MlflowClient("http://me:very-secret@127.0.0.1:9")
     tracker.uri = "http://me:very-secret@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -150,16 +150,16 @@ def test_an_end_without_an_answer_is_told_with_the_remedy_and_no_password(tmp_pa
         with MLflowSync(study, name, tracker, parent, notes.append) as sync:
             live(study, sync)
 
-    with pytest.raises(TrackingError, match="nothing is lost: the same command tells it") as caught:
+    with pytest.raises(TrackingError, match="nothing is lost: the same command sends it") as caught:
         search()
     assert "MLflow must answer at http://127.0.0.1:9" in str(caught.value)
     assert "very-secret" not in str(caught.value) + "".join(notes)
 
 
 def test_an_error_that_cuts_a_study_short_is_the_one_that_is_told(tmp_path, hasty, monkeypatch):
-    monkeypatch.setattr(sync, "BRIEF", 0.1)
+    monkeypatch.setattr(sync, "CUT_SHORT_SECONDS", 0.1)
     tracker = Faulty(local_uri(tmp_path), "toy", tmp_path)
-    parent, study = tracker.start("parent", {}, {}), make_study(tmp_path)
+    parent, study = tracker.start("parent", {}), make_study(tmp_path)
     monkeypatch.setattr(Tracker, "runs_by_tag", None)
 
     def search():
