@@ -16,11 +16,12 @@ import pytest
 import ray
 import yaml
 from commands import PYTHON_PATH, left_behind, run_whole
+from mlflow_tables import database
 from umpire import kill, once
 
 from grainmill.errors import SearchError
 from grainmill.execution import runner
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import local_uri
 
 KILLS = 2
 """Of one and the same command, one after the other."""
@@ -143,7 +144,7 @@ NO_DASHBOARD = """
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     folder = Path(sys.argv[1])
-    bench = Bench(folder, Tracker(local_uri(folder), "toy", folder), Memory())
+    bench = Bench(folder, Tracker(database(folder), "toy", folder), Memory())
     for name in ("trial", "final"):
         setup = bench.setup(workers=2)
         study = Study(f"sqlite:///{folder / name}.db", name, bench.study(1).experiment, [{"height": 0.5}], 1)
@@ -192,8 +193,7 @@ def test_command_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_pat
         "storage": str(tmp_path / "runs"),
     }
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
-    (tmp_path / "runs").mkdir()
-    Tracker(local_uri(tmp_path / "runs"), "mortal", tmp_path / "runs")  # MLflow cannot be killed while it makes tables
+    database(tmp_path / "runs")  # MLflow cannot be killed while it makes tables
     mark, moments = str(uuid.uuid4()), random.Random(7)
     environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "GRAINMILL_TEST": mark}
 

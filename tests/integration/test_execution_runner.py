@@ -11,13 +11,14 @@ import pytest
 import ray
 import toy
 from arena import Bench
+from mlflow_tables import database
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from grainmill.cluster import capacity
 from grainmill.errors import ResourceError
 from grainmill.execution import placement, trial_callback
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
-    return Tracker(local_uri(storage), "toy", storage)
+    return Tracker(database(storage), "toy", storage)
 
 
 @pytest.fixture

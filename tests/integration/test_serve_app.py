@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import shades
+from mlflow_tables import database
 from PIL import Image
 from servers import free_port
 
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 
 
 def picture(seed):
@@ -39,7 +40,7 @@ def service(ray_cluster, tmp_path):
 
     from grainmill.serve import app
 
-    tracker = Tracker(local_uri(tmp_path), "shades", tmp_path)
+    tracker = Tracker(database(tmp_path), "shades", tmp_path)
     shades.register(tracker, tmp_path / "1", 1)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})

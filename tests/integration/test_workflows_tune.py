@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import toy
+from mlflow_tables import database
 
 from grainmill import trainable as catalog
 from grainmill.config.experiment import experiment_model
@@ -35,7 +36,7 @@ def experiment(storage, trainable="toy", **changes):
 
 
 def call(verb, checked, storage, observer):
-    return verb(checked, local_uri(storage), None, observer, catalog.no_progress)
+    return verb(checked, database(storage), None, observer, catalog.no_progress)
 
 
 @pytest.fixture(scope="module")

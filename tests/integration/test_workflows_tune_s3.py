@@ -18,12 +18,12 @@ import optuna
 import pytest
 import yaml
 from commands import PYTHON_PATH, left_behind
+from mlflow_tables import database
 from networks import FILES
 from umpire import once
 
 from grainmill import trainable
 from grainmill.config.experiment import load
-from grainmill.tracking.mlflow_runs import local_uri
 from grainmill.workflows import tune
 
 COMMAND = """
@@ -113,7 +113,7 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
     }
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
     calm = load(tmp_path / "toy.yaml", [f"storage={tmp_path / 'calm'}", f"data.diary={tmp_path / 'calm diary'}"])
-    tune.tune(calm, local_uri(tmp_path / "calm"), None, observer, trainable.no_progress)
+    tune.tune(calm, database(tmp_path / "calm"), None, observer, trainable.no_progress)
 
     umpire.rule = once(("trial-0001", 2, 0), lambda _: end_machine(f"{far.mark}-first"))
     died = far.grainmill("first", "tune", str(tmp_path / "toy.yaml"))

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import toy
+from mlflow_tables import database
 
 from grainmill.config.experiment import experiment_model
 from grainmill.config.resources import Resources
 from grainmill.execution import runner
 from grainmill.execution.training_job import StudySetup
 from grainmill.search.study import Study
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 
 
 class Bench:
@@ -52,7 +53,7 @@ class Arena(Bench):
     """A run's folder whose trainings report to an umpire."""
 
     def __init__(self, folder, umpire, observer):
-        super().__init__(folder, Tracker(local_uri(folder), "toy", folder), observer)
+        super().__init__(folder, Tracker(database(folder), "toy", folder), observer)
         self.umpire, self.data = umpire, {}
 
     def setup(self, workers=1, **resources):

@@ -7,18 +7,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shades
+from mlflow_tables import database
 
 from grainmill import trainable
 from grainmill.corpus import embed as corpus
 from grainmill.corpus import index
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 
 
 @pytest.fixture(scope="session")
 def shades_registry(tmp_path_factory):
     """Two versions of a model that embeds, and the tracking URI."""
     folder = tmp_path_factory.mktemp("registry")
-    tracker = Tracker(local_uri(folder), "shades", folder)
+    tracker = Tracker(database(folder), "shades", folder)
     return tracker.uri, [shades.register(tracker, folder / str(bias), bias) for bias in (1, 2)]
 
 

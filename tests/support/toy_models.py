@@ -2,6 +2,7 @@
 
 import pytest
 import toy
+from mlflow_tables import database
 from toy_settings import CARD
 
 from grainmill.registry import models
@@ -26,7 +27,7 @@ def run(model, overrides, tmp_path, trainable="toy", **workers):
 
 def registered(tmp_path):
     """A tracker, and the run of the toy that is models:/apples@champion there."""
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    tracker = Tracker(database(tmp_path), "apples", tmp_path)
     run_id = tracker.start("first", {})
     folder = trained(tmp_path / "model")
     models.register(tracker, run_id, "apples", folder, toy.example(toy.Data()), {"score": "0.25"}, CARD)

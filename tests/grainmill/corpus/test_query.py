@@ -9,20 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import shades
+from mlflow_tables import database
 from PIL import Image
 
 from grainmill import trainable
 from grainmill.corpus import duplicates, embed, index
 from grainmill.corpus import query as lookup
 from grainmill.errors import CorpusError
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A registry with two models, 80 pictures of which the last 6 are copies, and an index of them by the first."""
     folder = tmp_path_factory.mktemp("world")
-    tracker = Tracker(local_uri(folder), "shades", folder)
+    tracker = Tracker(database(folder), "shades", folder)
     models = [shades.register(tracker, folder / str(bias), bias) for bias in (0.1, 2)]
     names = shades.write_images(folder / "images", 80)
     for number in range(6):

@@ -7,12 +7,13 @@ import mlflow
 import pandas as pd
 import pytest
 import toy
+from mlflow_tables import database
 from servers import free_port
 
 from grainmill.errors import TrackingError
 from grainmill.registry import models
 from grainmill.registry.model_card import Interval, ModelCard
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 
 CARD = ModelCard(
     "toy",
@@ -32,7 +33,7 @@ def register(tracker, folder, run_id):
 
 
 def test_each_run_gets_one_version_and_the_first_is_the_champion_the_last_its_challenger(tmp_path):
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    tracker = Tracker(database(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     first, second = (tracker.start(name, {}) for name in ("first", "second"))
     versions = [register(tracker, tmp_path / "model", run_id) for run_id in (first, second, second)]
@@ -47,7 +48,7 @@ def test_each_run_gets_one_version_and_the_first_is_the_champion_the_last_its_ch
 
 
 def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
-    uri = local_uri(tmp_path)
+    uri = database(tmp_path)
     tracker = Tracker(uri, "apples", tmp_path)
     list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {})
@@ -64,7 +65,7 @@ def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
 
 
 def test_an_example_with_images_comes_back_as_it_was(tmp_path):
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    tracker = Tracker(database(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     example = pd.DataFrame({"x": [1.0, 2.5], "image": [b"\x89PNG\r\n\x00\xff", b""]})
     models.register(tracker, tracker.start("first", {}), "apples", tmp_path / "model", example, {}, CARD)
@@ -75,7 +76,7 @@ def test_an_example_with_images_comes_back_as_it_was(tmp_path):
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    tracker = Tracker(database(tmp_path), "apples", tmp_path)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "MLmodel").write_text("flavors: {python_function: {loader_module: json}}\n")
     tracker.client.create_registered_model("pears")
@@ -87,7 +88,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 @pytest.fixture
 def stored(tmp_path):
     """The tracker, the run, and the folder of models:/apples/1."""
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    tracker = Tracker(database(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {})
     register(tracker, tmp_path / "model", run_id)
@@ -167,7 +168,7 @@ def test_an_export_with_a_pickle_is_not_registered(tmp_path, monkeypatch):
 
     toy_export = toy.export
     monkeypatch.setattr(toy, "export", export)
-    tracker = Tracker(local_uri(tmp_path), "apples", tmp_path)
+    tracker = Tracker(database(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     with pytest.raises(TrackingError, match="weights holds a pickle"):
         register(tracker, tmp_path / "model", tracker.start("first", {}))

@@ -9,28 +9,20 @@ import numpy as np
 import pytest
 import toy
 from mlflow import MlflowClient
+from mlflow_tables import database
 from shelf import GATE, METRIC, Shelf, spread
 from toy_settings import CARD
 
 from grainmill.errors import ExperimentError, PromotionError, TrackingError
 from grainmill.registry import comparison, models, promotion, promotion_lock
 from grainmill.registry.models import Version
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory):
-    """MLflow's tables, which take seconds to make."""
-    folder = tmp_path_factory.mktemp("empty")
-    Tracker(local_uri(folder), "none", folder)
-    return folder / "mlflow.db"
+from grainmill.tracking.mlflow_runs import Tracker
 
 
 @pytest.fixture
-def uri(empty, tmp_path, monkeypatch):
+def uri(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(empty, tmp_path / "mlflow.db")
-    return local_uri(tmp_path)
+    return database(tmp_path)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import socket
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_tables import database
 
 from grainmill.errors import TrackingError
 from grainmill.tracking import mlflow_runs
@@ -11,7 +12,7 @@ from grainmill.tracking.mlflow_runs import Tracker, local_uri
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
-    return Tracker(local_uri(storage), "apples", storage)
+    return Tracker(database(storage), "apples", storage)
 
 
 def test_run_holds_parameters_tags_and_its_parent(tracker):
@@ -79,7 +80,7 @@ def test_database_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_runs_are_found_by_a_tag_with_their_name_and_status(tmp_path):
-    tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
+    tracker = Tracker(database(tmp_path), "toy", tmp_path)
     parent = tracker.start("parent", {"place": "file:///a%27b"})
     child = tracker.start("child", {}, parent)
     tracker.log(child, 3, {"epoch": 3.0})

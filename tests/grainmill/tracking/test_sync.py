@@ -4,12 +4,13 @@ import pytest
 import toy
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
+from mlflow_tables import database
 
 from grainmill.config.experiment import experiment_model
 from grainmill.errors import TrackingError
 from grainmill.search.study import Study
 from grainmill.tracking import sync
-from grainmill.tracking.mlflow_runs import Tracker, local_uri
+from grainmill.tracking.mlflow_runs import Tracker
 from grainmill.tracking.sync import MLflowSync
 
 
@@ -99,7 +100,7 @@ def hasty(monkeypatch):
 
 @pytest.mark.parametrize("after", [False, True], ids=["asked in vain", "answer lost"])
 def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
-    tracker = Faulty(local_uri(tmp_path), "toy", tmp_path)
+    tracker = Faulty(database(tmp_path), "toy", tmp_path)
     bad, calls = 0, 1
     while bad < calls:  # the last round is the first in which none fails
         bad += 1
@@ -120,7 +121,7 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
 
 def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
     """Whatever it told: nothing, a part, or all but the end."""
-    tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
+    tracker = Tracker(database(tmp_path), "toy", tmp_path)
     parent = tracker.start("parent", {})
     study = make_study(tmp_path)
     with MLflowSync(study, name, tracker, parent, print) as sync:
@@ -139,7 +140,7 @@ def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
 
 def test_an_end_without_an_answer_is_told_with_the_remedy_and_no_password(tmp_path, hasty, monkeypatch):
     monkeypatch.setattr(sync, "END_SECONDS", 0.5)
-    tracker = Tracker(local_uri(tmp_path), "toy", tmp_path)
+    tracker = Tracker(database(tmp_path), "toy", tmp_path)
     parent, study = tracker.start("parent", {}), make_study(tmp_path)
     tracker.client = MlflowClient("http://me:very-secret@127.0.0.1:9")
     tracker.uri = "http://me:very-secret@127.0.0.1:9"
@@ -158,7 +159,7 @@ def test_an_end_without_an_answer_is_told_with_the_remedy_and_no_password(tmp_pa
 
 def test_an_error_that_cuts_a_study_short_is_the_one_that_is_told(tmp_path, hasty, monkeypatch):
     monkeypatch.setattr(sync, "CUT_SHORT_SECONDS", 0.1)
-    tracker = Faulty(local_uri(tmp_path), "toy", tmp_path)
+    tracker = Faulty(database(tmp_path), "toy", tmp_path)
     parent, study = tracker.start("parent", {}), make_study(tmp_path)
     monkeypatch.setattr(Tracker, "runs_by_tag", None)
 
