@@ -13,6 +13,10 @@ from commands import ROOT
 from pages import NOT_RUN
 from PIL import Image
 
+from multigrain.config.data import DataSettings
+from multigrain.data.builtin import write_builtin
+from multigrain.hooks import no_progress
+
 MY = {
     "name": "my",
     "data": {"folder": "photos"},
@@ -66,13 +70,13 @@ def adapted(text):
 class Newcomer:
     """A reader with an empty folder, photos, and the repository's folders beside them; runs each command once."""
 
-    def __init__(self, folder, shapes_folder):
+    def __init__(self, folder):
         self.folder, self.done = folder, set()
+        drawn = write_builtin(DataSettings(builtin="shapes", images=64, image_size=32), folder / "builtin", no_progress)
         for name in ("infra", "search_spaces"):
             (folder / name).symlink_to(ROOT / name)
-        (folder / "drawn").symlink_to(shapes_folder)
-        drawn = sorted([*shapes_folder.glob("train/*/*.png"), *shapes_folder.glob("val/*/*.png")])
-        for number, path in enumerate(drawn):
+        (folder / "drawn").symlink_to(drawn)
+        for number, path in enumerate(sorted([*drawn.glob("train/*/*.png"), *drawn.glob("val/*/*.png")])):
             target = folder / "photos" / path.parent.name / f"{number}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).save(target)
@@ -110,8 +114,8 @@ class Newcomer:
 
 
 @pytest.fixture(scope="module")
-def newcomer(tmp_path_factory, shapes_folder):
-    return Newcomer(tmp_path_factory.mktemp("newcomer"), shapes_folder)
+def newcomer(tmp_path_factory):
+    return Newcomer(tmp_path_factory.mktemp("newcomer"))
 
 
 @pytest.mark.parametrize("page", PAGES)
