@@ -12,7 +12,6 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from grainmill import trainable as catalog
-from grainmill.cluster.session import connect
 from grainmill.config.validation import checked_settings
 from grainmill.config.yaml_document import Overrides
 from grainmill.errors import EvaluationError, TrackingError, hidden
@@ -69,6 +68,8 @@ def evaluate(
             raise EvaluationError(str(error)) from error
         settings = checked_settings(found.Evaluation, overrides)
         if shared:
+            from grainmill.cluster.session import connect  # Ray is loaded for several workers only
+
             with connect(address):
                 assessment = evaluate_group.run_evaluation_on_group(workers, found, folder, settings, out, shared)
         else:
