@@ -9,8 +9,10 @@ import yaml
 
 import grainmill as gm
 from grainmill import errors, progress
+from grainmill.registry.models import Version
 from grainmill.search.records import TrialRecord
 from grainmill.search.selection import Candidate, Estimate
+from grainmill.workflows.tune import Outcome
 
 SIGNATURES = {
     "load": "file, overrides=(), *, quiet=False",
@@ -78,11 +80,13 @@ def record(number, **changes):
     return TrialRecord(**{"number": number, "cause": None, "variants": {}, "cost": {}, **values, **changes})
 
 
-def test_a_candidate_shows_its_trial_and_its_values():
-    one = Candidate(
-        record(3), [record(0), record(1)], {"score": Estimate(0.5, 0.01), "loss": Estimate(1.0, float("inf"))}
-    )
-    assert repr(one) == "Candidate(trial 3, 2 trainings, score 0.5000 ± 0.0100, loss 1.0000)"
+def test_the_outcome_of_a_run_shows_its_version_its_values_and_its_report(file):
+    estimates = {"score": Estimate(0.5, 0.01), "loss": Estimate(1.0, float("inf"))}
+    winner, version = Candidate(record(3), [record(0), record(1)], estimates), Version("mine", "2")
+    experiment, trials = gm.load(file, quiet=True), [record(3), record(4)]
+    outcome = Outcome(experiment, trials, [winner], winner, record(0), version, False, "runs/report.html", "sqlite://")
+    assert repr(outcome) == "Outcome(models:/mine/2, challenger; score 0.5000 ± 0.0100; 2 trials; runs/report.html)"
+    assert repr(winner) == "Candidate(trial 3, 2 trainings)"
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -77,8 +77,7 @@ def tune(
             storage = values[-1] if values else Experiment.model_fields["storage"].default
             file = stack.enter_context(run_folder.recorded(resume, storage))
         assert file, "one of the two is given"
-        checked = api.load(file, overrides or ())
-        _summarise(checked, api.tune(checked, address=address))
+        _summarise(api.tune(api.load(file, overrides or ()), address=address))
 
 
 @app.command()
@@ -88,8 +87,7 @@ def train(file: File, overrides: Overrides = None, address: Address = None) -> N
     Example: grainmill train my.yaml --set resources.retrain_workers=2
     """
     with clear_errors():
-        checked = api.load(file, overrides or ())
-        _summarise(checked, api.train(checked, address=address))
+        _summarise(api.train(api.load(file, overrides or ()), address=address))
 
 
 @app.command()
@@ -171,12 +169,12 @@ def schema(
         print(json.dumps(experiment.json_schema(found), indent=2))
 
 
-def _summarise(checked: Experiment, outcome: "Outcome") -> None:
+def _summarise(outcome: "Outcome") -> None:
     """Print the closing tables, the model, the report, and how to look at the rest."""
     from grainmill.registry.models import CHALLENGER, CHAMPION
     from grainmill.report.page import comparison, contest, counted
 
-    records, winner, uri = outcome.records, outcome.winner, outcome.version.uri
+    checked, records, winner, uri = outcome.experiment, outcome.records, outcome.winner, outcome.version.uri
     header, rows = comparison(checked, records, winner)
     print_table(header, rows, counted(records) if records else None, len(checked.space) - 1 if records else -1)
     if len(outcome.candidates) > 1:

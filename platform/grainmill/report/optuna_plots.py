@@ -26,7 +26,7 @@ PAIR = ("loss.weight", "model.p")
 """Parameters whose map is drawn where both are searched."""
 
 
-def pictures(experiment: Experiment, study: Study, best: TrialRecord) -> list[Chart]:
+def charts_of(experiment: Experiment, study: Study, best: TrialRecord) -> list[Chart]:
     """All pictures of a search, in the order of the report.
 
     Args:

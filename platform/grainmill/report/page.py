@@ -1,10 +1,10 @@
-"""The report of a run: one self-contained HTML page, and its pictures as files beside it."""
+"""Report of a run: one HTML page that holds its charts, and the charts as files next to it."""
 
 import base64
 from collections.abc import Sequence
-from html import escape
-from itertools import zip_longest
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
 
 from grainmill.config.experiment import Bound, Experiment
 from grainmill.config.space import shown
@@ -20,20 +20,6 @@ from grainmill.search.study import Study
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1f2933; }}
-h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .4rem; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }}
-th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e7eb; }}
-th:first-child, td:first-child {{ text-align: left; }} thead th {{ border-bottom: 2px solid #9aa5b1; }}
-tr.winner td {{ background: #e6f4ea; }} tr.reference td {{ background: #fdf1de; }}
-p {{ margin: .4rem 0; max-width: 60rem; }} .key {{ color: #52606d; }} img {{ max-width: 100%; }}
-.scroll {{ overflow-x: auto; }}
-</style></head><body>
-<h1>{title}</h1><p class="key">{summary}</p>{body}</body></html>
-"""
-
 
 def write(
     folder: Path,
@@ -41,33 +27,33 @@ def write(
     search: Study | None,
     finals: Sequence[TrialRecord],
     candidates: Sequence[Candidate],
-    chosen: Candidate,
+    winner: Candidate,
     version: Version,
 ) -> tuple[Path, list[Path]]:
-    """Write `report.html` into a folder, and the pictures of a search into `report/` below it.
+    """Write `report.html` into the folder of a run, and the charts of its search into `report/` below it.
 
     Args:
         folder: of the run.
-        experiment: what was run.
-        search: its study; None where nothing was searched.
+        experiment: its settings.
+        search: its study; None if nothing was searched.
         finals: the trainings after the search, or the one training.
-        candidates: the best trials, trained again.
-        chosen: the winner among those.
+        candidates: the best trials with their new trainings.
+        winner: the chosen candidate.
         version: the registered model.
 
     Returns:
-        The files of the page and of the pictures.
+        The files of the page and of the charts.
     """
-    drawn = optuna_plots.pictures(experiment, search, chosen.trial) if search and chosen.trial else []
-    page = html(experiment, search.records if search else (), finals, candidates, chosen, version, drawn)
-    (folder / "report.html").write_text(page)
+    charts = optuna_plots.charts_of(experiment, search, winner.trial) if search and winner.trial else []
+    page, pictures = folder / "report.html", folder / "report"
+    page.write_text(html(experiment, search.records if search else (), finals, candidates, winner, version, charts))
     files = []
-    for picture in drawn:
-        if picture.png:
-            files.append(folder / "report" / f"{picture.name}.png")
-            files[-1].parent.mkdir(exist_ok=True)
-            files[-1].write_bytes(picture.png)
-    return folder / "report.html", files
+    for chart in charts:
+        if chart.png:
+            pictures.mkdir(exist_ok=True)
+            files.append(pictures / f"{chart.name}.png")
+            files[-1].write_bytes(chart.png)
+    return page, files
 
 
 def html(
@@ -75,34 +61,32 @@ def html(
     records: Sequence[TrialRecord],
     finals: Sequence[TrialRecord],
     candidates: Sequence[Candidate],
-    chosen: Candidate,
+    winner: Candidate,
     version: Version,
-    pictures: Sequence[Chart],
+    charts: Sequence[Chart],
 ) -> str:
-    """The page; `records` are the trials of the search, the others as in `write`."""
-    sections = [_html_table(*comparison(experiment, records, chosen))]
-    if chosen.trial:
-        sections += [_heading("The best, trained again"), _html_table(*contest(experiment, candidates, chosen))]
-        sections.append(_paragraph(rule(experiment, chosen)))
-    for picture in pictures:
-        sections += [_heading(picture.title), _paragraph(picture.text)]
-        if picture.png:
-            data = base64.b64encode(picture.png).decode()
-            sections.append(f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">')
-        if picture.name == "front":
-            sections.append(_html_table(*front(experiment, records)))
-    sections += [_heading("Cost"), _html_table(*costs(records, finals))]
-    if told := saved(experiment, records):
-        sections.append(_paragraph(told))
-    if chosen.trial:
-        sections += [_heading("Trials"), _trials(experiment, records, chosen.trial)]
-    counts = counted(records or finals)
-    summary = f"{counts}; the model is {escape(version.uri)}, objective {escape(', '.join(experiment.objective))}"
-    return _PAGE.format(title=escape(f"Grainmill: {experiment.name}"), summary=summary, body="\n".join(sections))
+    """Content of the page; `records` are the trials of the search, the other arguments are those of `write`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    goals = ", ".join(experiment.objective)
+    return environment.get_template("page.html").render(
+        name=experiment.name,
+        summary=f"{counted(records or finals)}; the model is {version.uri}, objective {goals}",
+        comparison=comparison(experiment, records, winner),
+        contest=contest(experiment, candidates, winner) if winner.trial else None,
+        rule=rule(experiment, winner),
+        charts=charts,
+        front=front(experiment, records),
+        costs=costs(records, finals),
+        saved=saved(experiment, records),
+        trials=_trials(experiment, records, winner.trial) if winner.trial else None,
+    )
 
 
 def counted(records: Sequence[TrialRecord]) -> str:
-    """How many trials ended how, in words."""
+    """Number of trials by the way they ended, in words."""
     counts = {state: sum(record.state == state for record in records) for state in ("complete", "stopped", "failed")}
     plural = "trial" if len(records) == 1 else "trials"
     ended = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
@@ -110,57 +94,61 @@ def counted(records: Sequence[TrialRecord]) -> str:
     return f"{len(records)} {plural}: {ended}" + f"; {interrupted} of them interrupted" * (interrupted > 0)
 
 
-def comparison(experiment: Experiment, records: Sequence[TrialRecord], chosen: Candidate) -> Table:
-    """The published setting, the winner and its further trainings, side by side: header and rows."""
+def comparison(experiment: Experiment, records: Sequence[TrialRecord], winner: Candidate) -> Table:
+    """Settings and metrics of the published setting, the winner and the winner's new trainings, side by side."""
     columns: dict[str, TrialRecord] = {}
-    if chosen.trial:
+    if winner.trial:
         published = next((record for record in records if record.setting == experiment.reference), None)
-        columns = ({"published setting": published} if published else {}) | {"winner": chosen.trial}
-    header = ["", *columns, "trained again" if chosen.trial else "trained"]
-    setting = chosen.trial.setting if chosen.trial else {}
+        columns = ({"published setting": published} if published else {}) | {"winner": winner.trial}
+    header = ["", *columns, "trained again" if winner.trial else "trained"]
+    setting = winner.trial.setting if winner.trial else {}
     rows = [
         [name, *(shown(record.setting[name]) for record in columns.values()), shown(value)]
         for name, value in setting.items()
     ]
-    for name in metric_names(experiment, chosen):
+    # The objectives, then the other scores, all in [0, 1].
+    scores = [name for name in winner.estimates if name.startswith("top") or name.endswith("_map")]
+    for name in dict.fromkeys([*experiment.objective, *scores]):
         values = [f"{record.metrics[name]:.4f}" if name in record.metrics else "" for record in columns.values()]
-        rows.append([name, *values, _estimated(chosen, name)])
+        rows.append([name, *values, str(winner.estimates.get(name, ""))])
     return header, rows
 
 
-def contest(experiment: Experiment, candidates: Sequence[Candidate], chosen: Candidate) -> Table:
-    """The candidates, by what they reached in the search and when they were trained again: header and rows."""
+def contest(experiment: Experiment, candidates: Sequence[Candidate], winner: Candidate) -> Table:
+    """Objectives of the candidates in the search, and when they were trained again."""
     header = ["trial", *(f"{name} {when}" for name in experiment.objective for when in ("in the search", "again")), ""]
     rows = []
     for one in candidates:
         assert one.trial, "candidates come from a search"
-        cells = [(f"{one.trial.metrics[name]:.4f}", _estimated(one, name)) for name in experiment.objective]
-        rows.append([str(one.trial.number), *(cell for pair in cells for cell in pair), "winner" * (one == chosen)])
+        row = [str(one.trial.number)]
+        for name in experiment.objective:
+            row += [f"{one.trial.metrics[name]:.4f}", str(one.estimates.get(name, ""))]
+        rows.append([*row, "winner" * (one == winner)])
     return header, rows
 
 
-def rule(experiment: Experiment, chosen: Candidate) -> str:
-    """How the winner was chosen, in words."""
-    asked, several = experiment.winner, len(experiment.objective) > 1
-    goal = " and ".join(f"{'large' if way == 'max' else 'small'} {name}" for name, way in experiment.objective.items())
-    weights = ", ".join(f"{name} {asked.weights.get(name, 1):g}" for name in experiment.objective)
-    measure = (
-        f"the weighted sum of the objectives (weights: {weights})" if several else next(iter(experiment.objective))
-    )
-    places = "Pareto front, then by " if several else ""
-    first = "those inside the constraints first, then by " if experiment.constraints else "by "
-    trials = f"the {asked.candidates} best trials are" if asked.candidates > 1 else "the best trial is"
+def rule(experiment: Experiment, winner: Candidate) -> str:
+    """The rule by which the winner was chosen, in words."""
+    asked, objective = experiment.winner, experiment.objective
+    goal = " and ".join(f"{'large' if way == 'max' else 'small'} {name}" for name, way in objective.items())
+    measure, order = next(iter(objective)), ""
+    if len(objective) > 1:
+        weights = ", ".join(f"{name} {asked.weights.get(name, 1):g}" for name in objective)
+        measure, order = f"the weighted sum of the objectives (weights: {weights})", "Pareto front, then by "
+    if experiment.constraints:
+        order = f"constraints (those that meet them first), then by {order}"
+    trials = f"{asked.candidates} best trials are" if asked.candidates > 1 else "best trial is"
     seeds = f"{asked.seeds} fresh seeds" if asked.seeds > 1 else "a fresh seed"
-    ends = "the poorer ends of the 95 % intervals count" if asked.seeds > 1 else "the values of the new training count"
+    values = "the poorer ends of the 95 % intervals" if asked.seeds > 1 else "the values of the new training"
     text = (
-        f"The rule, for {goal}: of all complete trials, {first}{places}{measure}, {trials} trained again from {seeds}. "
+        f"Goal: {goal}. All complete trials are ordered by {order}{measure}, and the {trials} trained again from "
+        f"{seeds}. The winner is the best of these by {measure}, where {values} count."
     )
-    text += f"The winner is the best of these by {measure}, of which {ends}."
     if experiment.constraints:
         bounds = " and ".join(_bound(name, bound) for name, bound in experiment.constraints.items())
-        text += f" One whose means miss a constraint ({bounds}) wins only where all do"
-        missed = any(experiment.missed({name: found.mean for name, found in chosen.estimates.items()}))
-        text += ", which is so here: the winner misses it." if missed else "; the winner keeps them."
+        missed = any(experiment.missed({name: estimate.mean for name, estimate in winner.estimates.items()}))
+        text += f" A candidate whose means miss a constraint ({bounds}) wins only if all candidates do"
+        text += ", as here: the winner misses it." if missed else "; the winner meets them."
     return text
 
 
@@ -170,19 +158,19 @@ def _bound(name: str, bound: Bound) -> str:
 
 
 def front(experiment: Experiment, records: Sequence[TrialRecord]) -> Table:
-    """The Pareto front: header and rows, the best by the first objective first."""
+    """The Pareto front, the best by the first objective first."""
     first = next(iter(experiment.objective))
-    best = selection.front(experiment, records)
-    best.sort(key=lambda entry: entry.metrics[first], reverse=experiment.objective[first] == "max")
+    entries = selection.front(experiment, records)
+    entries.sort(key=lambda entry: entry.metrics[first], reverse=experiment.objective[first] == "max")
     rows = [
         [str(one.record.number), one.variant or "", *(shown(float(one.metrics[name])) for name in experiment.objective)]
-        for one in best
+        for one in entries
     ]
     return ["trial", "variant", *experiment.objective], rows
 
 
 def costs(records: Sequence[TrialRecord], finals: Sequence[TrialRecord]) -> Table:
-    """What was spent on what: header and rows."""
+    """Trainings, epochs and hours by the way the trials ended."""
     groups: dict[str, Sequence[TrialRecord]] = {
         "complete trials": [record for record in records if record.state == "complete"],
         "trials stopped early": [record for record in records if record.state == "stopped"],
@@ -198,27 +186,22 @@ def costs(records: Sequence[TrialRecord], finals: Sequence[TrialRecord]) -> Tabl
 
 
 def saved(experiment: Experiment, records: Sequence[TrialRecord]) -> str:
-    """What stopping early saved, in words; empty where nothing was stopped."""
+    """Estimate of what early stopping saved, in words; empty if no trial was stopped."""
     stopped = [record for record in records if record.state == "stopped" and record.metrics]
     if not stopped:
         return ""
-    epochs = experiment.base.epochs
-    missing = sum(epochs - int(record.metrics["epoch"]) for record in stopped)
+    left = {record.number: experiment.base.epochs - int(record.metrics["epoch"]) for record in stopped}
     parts = []
     for cost, unit in HOURS.items():
         spent = _spent(records, cost)
-        spared = sum(
-            record.cost.get(cost, 0) / record.metrics["epoch"] * (epochs - record.metrics["epoch"])
-            for record in stopped
-        )
+        spared = sum(one.cost.get(cost, 0) / one.metrics["epoch"] * left[one.number] for one in stopped)
         if spared:
-            parts.append(
-                f"{_hours(spared)} {unit}, {spared / (spent + spared):.0%} of what the search would have taken"
-            )
-    what = f": {'; '.join(parts)}" if parts else ""
+            share = f"{spared / (spent + spared):.0%} of what the search would have taken"
+            parts.append(f"{_hours(spared)} {unit}, {share}")
+    hours = f": {'; '.join(parts)}" if parts else ""
     return (
-        f"Stopping early saved {missing} epochs{what}. This is an estimate: each stopped trial's cost per epoch, times "
-        "the epochs that it did not run."
+        f"Stopping early saved {sum(left.values())} epochs{hours}. This is an estimate: each stopped trial's cost per "
+        "epoch, times the epochs that it did not run."
     )
 
 
@@ -230,59 +213,23 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.3g}"
 
 
-def _estimated(candidate: Candidate, name: str) -> str:
-    """Mean and half the width of the 95 % interval."""
-    return str(candidate.estimates.get(name, ""))
-
-
-def metric_names(experiment: Experiment, candidate: Candidate) -> list[str]:
-    """The objectives, then the other metrics that every trial is judged by: those in [0, 1] named for a score."""
-    others = [name for name in candidate.estimates if name.startswith("top") or name.endswith("_map")]
-    return list(dict.fromkeys([*experiment.objective, *others]))
-
-
-def _heading(text: str) -> str:
-    return f"<h2>{escape(text)}</h2>"
-
-
-def _paragraph(text: str) -> str:
-    return f'<p class="key">{escape(text)}</p>'
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[object]], kinds: Sequence[str] = ()) -> str:
-    """HTML; kinds are the rows' CSS classes."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = [
-        f'<tr class="{kind}">' + "".join(f"<td>{escape(shown(cell))}</td>" for cell in cells) + "</tr>"
-        for cells, kind in zip_longest(rows, kinds, fillvalue="")
-    ]
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _trials(experiment: Experiment, records: Sequence[TrialRecord], best: TrialRecord) -> str:
-    rows, kinds = [], []
+def _trials(
+    experiment: Experiment, records: Sequence[TrialRecord], winner: TrialRecord
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, rows and CSS classes of the table of all trials."""
+    rows, classes = [], []
     for record in records:
-        kinds.append("winner" if record == best else "reference" if record.setting == experiment.reference else "")
-        values = [record.metrics.get(name, "") for name in experiment.objective]
-        spent = [_hours(record.cost.get(name, 0)) for name in HOURS]
-        epoch = int(record.metrics.get("epoch", 0))
-        rows.append(
-            [
-                record.number,
-                _state(experiment, record),
-                epoch,
-                *values,
-                *spent,
-                *(record.setting[name] for name in experiment.space),
-            ]
-        )
-    return _html_table(
-        ["trial", "state", "epochs", *experiment.objective, *HOURS.values(), *experiment.space], rows, kinds
-    )
+        classes.append("winner" if record == winner else "reference" if record.setting == experiment.reference else "")
+        values = [shown(record.metrics.get(name, "")) for name in experiment.objective]
+        hours = [_hours(record.cost.get(name, 0)) for name in HOURS]
+        setting = [shown(record.setting[name]) for name in experiment.space]
+        epoch = str(int(record.metrics.get("epoch", 0)))
+        rows.append([str(record.number), _state(experiment, record), epoch, *values, *hours, *setting])
+    return ["trial", "state", "epochs", *experiment.objective, *HOURS.values(), *experiment.space], rows, classes
 
 
 def _state(experiment: Experiment, record: TrialRecord) -> str:
-    """How a trial ended, with the cause of a failure, and where it was cut short before."""
+    """The way a trial ended, the cause of a failure, and the epochs at which the trial was interrupted."""
     interrupted = "".join(f"; interrupted {where}" for where in record.interruptions)
     if record.cause:
         return f"{record.state}: {record.cause}{interrupted}"

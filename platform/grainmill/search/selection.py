@@ -60,8 +60,7 @@ class Candidate:
 
     def __repr__(self) -> str:
         source = f"trial {self.trial.number}" if self.trial else "base settings"
-        values = ", ".join(f"{name} {estimate}" for name, estimate in self.estimates.items())
-        return f"Candidate({source}, {len(self.trainings)} trainings, {values})"
+        return f"Candidate({source}, {len(self.trainings)} trainings)"
 
 
 def best(experiment: Experiment, records: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -41,6 +41,7 @@ FOLDER = "grainmill.folder"
 class Outcome:
     """Result of a run."""
 
+    experiment: Experiment
     records: Sequence[TrialRecord]
     """The trials of the search; empty after `train`."""
     candidates: Sequence[Candidate]
@@ -60,7 +61,8 @@ class Outcome:
 
     def __repr__(self) -> str:
         alias = "champion" if self.champion else "challenger"
-        return f"Outcome({self.version.uri!r}, {alias}, {len(self.records)} trials, {self.winner!r}, {self.report!r})"
+        values = ", ".join(f"{name} {self.winner.estimates.get(name)}" for name in self.experiment.objective)
+        return f"Outcome({self.version.uri}, {alias}; {values}; {len(self.records)} trials; {self.report})"
 
 
 def tune(
@@ -238,9 +240,8 @@ class _Run:
             for owner in (self.parent, run_id):
                 self.tracker.attach_file(owner, picture, "report")
         where = f"{self.home.place}/{page.name}"
-        outcome = Outcome(
-            search.records if search else (), found, chosen, final, version, champion, where, self.tracker.uri
-        )
+        records = search.records if search else ()
+        outcome = Outcome(experiment, records, found, chosen, final, version, champion, where, self.tracker.uri)
         of_model = {"checkpoints": trained.removeprefix(f"{self.home.place}/")}
         told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
         self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on

@@ -50,7 +50,7 @@ def by_name(made):
 def test_search_has_all_its_pictures_and_leaves_pyplot_as_it_was(tmp_path):
     mine = pyplot.figure()
     before = dict(matplotlib.rcParams)
-    made = optuna_plots.pictures(*searched(tmp_path, objective={"score": "max", "cost": "min"}))
+    made = optuna_plots.charts_of(*searched(tmp_path, objective={"score": "max", "cost": "min"}))
     names = ["front", "curves", "space", "importances", "coordinates", "contour", "timeline"]
     assert [picture.name for picture in made] == names
     assert all(picture.png.startswith(b"\x89PNG") for picture in made)
@@ -60,26 +60,28 @@ def test_search_has_all_its_pictures_and_leaves_pyplot_as_it_was(tmp_path):
 
 
 def test_one_objective_has_no_front_and_no_space_has_no_parameters(tmp_path):
-    made = optuna_plots.pictures(*searched(tmp_path, trials=2, space={}))
+    made = optuna_plots.charts_of(*searched(tmp_path, trials=2, space={}))
     assert [picture.name for picture in made] == ["curves", "timeline"]
 
 
 def test_too_few_complete_trials_say_nothing_of_the_parameters(tmp_path):
-    made = by_name(optuna_plots.pictures(*searched(tmp_path, trials=2)))
+    made = by_name(optuna_plots.charts_of(*searched(tmp_path, trials=2)))
     for name in ("importances", "coordinates", "contour"):
         assert made[name].png is None
         assert made[name].text == "left out: it takes 3 complete trials, got 2"
 
 
 def test_one_parameter_is_not_compared(tmp_path):
-    made = by_name(optuna_plots.pictures(*searched(tmp_path, space={"height": SPACE["height"]})))
+    made = by_name(optuna_plots.charts_of(*searched(tmp_path, space={"height": SPACE["height"]})))
     for name in ("importances", "coordinates", "contour"):
         assert made[name].png is None
         assert "it takes 2 searched parameters, got 1" in made[name].text
 
 
 def test_map_needs_two_numeric_parameters(tmp_path):
-    made = by_name(optuna_plots.pictures(*searched(tmp_path, space={name: SPACE[name] for name in ("height", "kind")})))
+    made = by_name(
+        optuna_plots.charts_of(*searched(tmp_path, space={name: SPACE[name] for name in ("height", "kind")}))
+    )
     assert made["contour"].png is None
     assert "numeric" in made["contour"].text
     assert made["importances"].png
@@ -159,7 +161,7 @@ def test_timeline_has_a_bar_for_each_trial_and_none_for_adopted_ones(tmp_path, f
     _, earlier, _ = searched(tmp_path / "earlier")
     checked, study, winner = searched(tmp_path)
     study.adopt(earlier.url, "trial")
-    optuna_plots.pictures(checked, study, winner)
+    optuna_plots.charts_of(checked, study, winner)
     (bars,) = [figure.axes[0].patches for figure in figures if figure.axes[0].get_xlabel() == "time"]
     assert [round(bar.get_y() + bar.get_height() / 2) for bar in bars] == list(range(7))
     shown = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in bars]

@@ -161,8 +161,11 @@ def test_saving_is_the_cost_of_an_epoch_times_those_that_were_not_run():
 
 def test_rule_names_what_counts():
     told = rule(experiment(), BEST)
-    assert "for large score: of all complete trials, by score, the 2 best trials are trained again from 2 fresh" in told
-    assert "best of these by score, of which the poorer ends of the 95 % intervals count" in told
+    assert (
+        "Goal: large score. All complete trials are ordered by score, and the 2 best trials are trained again" in told
+    )
+    assert "from 2 fresh seeds" in told
+    assert "best of these by score, where the poorer ends of the 95 % intervals count" in told
     assert "constraint" not in told
     assert "front" not in told
 
@@ -170,7 +173,7 @@ def test_rule_names_what_counts():
 def test_rule_of_several_objectives_names_front_and_weights():
     chosen = {"candidates": 1, "seeds": 1, "weights": {"cost": 0.5}}
     told = rule(experiment(objective={"score": "max", "cost": "min"}, winner=chosen), BEST)
-    assert "for large score and small cost: of all complete trials, by Pareto front, then by the weighted sum" in told
+    assert "Goal: large score and small cost. All complete trials are ordered by Pareto front, then by the" in told
     assert "(weights: score 1, cost 0.5)" in told
     assert "the best trial is trained again from a fresh seed" in told
     assert "the values of the new training count" in told
@@ -178,8 +181,8 @@ def test_rule_of_several_objectives_names_front_and_weights():
 
 def test_rule_says_whether_the_winner_keeps_the_constraints():
     told = rule(experiment(constraints={"score": {"min": 1.0, "max": 4.0}}), BEST)
-    assert "those inside the constraints first" in told
-    assert "(1 ≤ score ≤ 4) wins only where all do; the winner keeps them" in told
+    assert "ordered by constraints (those that meet them first), then by score" in told
+    assert "(1 ≤ score ≤ 4) wins only if all candidates do; the winner meets them" in told
     assert "the winner misses it" in rule(experiment(constraints={"score": {"max": 3.5}}), BEST)
 
 
