@@ -143,7 +143,7 @@ class Experiment(Section):
         """The objectives, signed so that larger is better."""
         return [metrics[name] if way == "max" else -metrics[name] for name, way in self.objective.items()]
 
-    def missed(self, metrics: Mapping[str, float]) -> list[float]:
+    def violations(self, metrics: Mapping[str, float]) -> list[float]:
         """By how much each constraint is missed; none is above 0 where all hold."""
         found = []
         for name, bound in self.constraints.items():

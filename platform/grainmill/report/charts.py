@@ -1,10 +1,10 @@
-"""Pictures of a search, as PNG: its front, learning curves and space."""
+"""Charts of a search as PNG: Pareto front, learning curves, space."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,41 +19,42 @@ from grainmill.search import selection
 from grainmill.search.asha import ASHA
 from grainmill.search.records import TrialRecord
 
+GREY = "#9aa5b1"
 COLOURS = {
     "winner": "#1e8449",
     "published setting": "#e08e0b",
     "complete": "#1b6ca8",
-    "stopped": "#9aa5b1",
+    "stopped": GREY,
     "failed": "#c0392b",
-    "paused": "#9aa5b1",
-    "running": "#9aa5b1",
+    "paused": GREY,
+    "running": GREY,
 }
-"""Of trials, by what they are; the later ones are drawn below the earlier ones."""
+"""Colours of trials by kind; kinds that come first are drawn on top."""
 ENDS = {"complete": "o", "stopped": "x", "failed": "X"}
-"""Markers, by how a trial ended."""
+"""Markers by the way a trial ended."""
 DPI = 110
 
 
 class Chart(NamedTuple):
-    """A picture of the report, or the reason why there is none."""
+    """A chart of the report, or the reason why it is missing."""
 
     name: str
-    """Of its file, without the suffix."""
+    """Name of its file, without the suffix."""
     title: str
     text: str
-    """What it shows, or why it was left out."""
+    """Caption, or the reason why the chart was left out."""
     png: bytes | None
 
 
 class Subject(NamedTuple):
-    """What the pictures are of."""
+    """The search that the charts show."""
 
     experiment: Experiment
     records: Sequence[TrialRecord]
     winner: TrialRecord
 
     def kind(self, record: TrialRecord) -> str:
-        """What a trial is: a key of `COLOURS`."""
+        """Kind of a trial, a key of `COLOURS`."""
         if record == self.winner:
             return "winner"
         return "published setting" if record.setting == self.experiment.reference else record.state
@@ -64,15 +65,14 @@ class Subject(NamedTuple):
         return [record for record in self.records if record.state == "complete"]
 
 
-def axis(experiment: Experiment, metric: str) -> str:
-    """The label of a metric's axis; all but costs are without a unit."""
+def _label(experiment: Experiment, metric: str) -> str:
+    """Label of an objective's axis; only costs have a unit."""
     unit = " / s" if metric in COSTS else ""
-    way = {"max": "larger", "min": "smaller"}[experiment.objective[metric]]
-    return f"{metric}{unit} ({way} is better)"
+    return f"{metric}{unit} ({'larger' if experiment.objective[metric] == 'max' else 'smaller'} is better)"
 
 
 def _canvas(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes in rows of so many."""
+    """A figure with `count` axes in rows of `columns`, each `height` inches high."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(10, height * rows), layout="constrained")
@@ -86,7 +86,7 @@ def _canvas(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a file."""
+    """A figure as PNG."""
     buffer = io.BytesIO()
     laid_out = isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine)
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=None if laid_out else "tight")
@@ -94,7 +94,7 @@ def png(figure: Figure) -> bytes:
 
 
 def legend(figure: Figure, entries: Mapping[str, tuple[str, str, str]]) -> None:
-    """Below the axes; entries are label: marker, line style, colour."""
+    """Draw a legend below the axes; the entries map a label to a marker, a line style and a colour."""
     handles = [
         Line2D([], [], marker=marker, linestyle=line, color=colour, label=label)
         for label, (marker, line, colour) in entries.items()
@@ -103,64 +103,56 @@ def legend(figure: Figure, entries: Mapping[str, tuple[str, str, str]]) -> None:
 
 
 def kinds(subject: Subject, line: str) -> dict[str, tuple[str, str, str]]:
-    """Entries of the legend for the kinds of trials that there are."""
-    there = {subject.kind(record) for record in subject.records}
-    labels = {"stopped": "stopped early"}
+    """Entries of the legend for the kinds of trials in the search."""
+    present = {subject.kind(record) for record in subject.records}
     return {
-        labels.get(kind, kind): (ENDS.get(kind, "o"), line, colour) for kind, colour in COLOURS.items() if kind in there
+        "stopped early" if kind == "stopped" else kind: (ENDS.get(kind, "o"), line, colour)
+        for kind, colour in COLOURS.items()
+        if kind in present
     }
 
 
 def front(subject: Subject) -> Chart:
-    """Complete trials and their variants in pairs of the first three objectives."""
+    """Complete trials and their variants, in pairs of the first three objectives."""
     experiment = subject.experiment
-    entries = [selection.Entry(record, None, record.metrics) for record in subject.complete]
-    entries += [
-        selection.Entry(record, name, {**record.metrics, **metrics})
-        for record in subject.complete
-        for name, metrics in record.variants.items()
-    ]
-    best = selection.front(experiment, subject.records)
+    entries, best = selection.entries(subject.records), selection.front(experiment, subject.records)
     pairs = list(combinations(list(experiment.objective)[:3], 2))
     figure, axes = _canvas(len(pairs), 3, 5 if len(pairs) == 1 else 4)
     for ax, (x, y) in zip(axes, pairs, strict=True):
         for entry in entries:
-            kind, at = subject.kind(entry.record), (entry.metrics[x], entry.metrics[y])
-            marker = "D" if entry.variant else "*" if kind == "winner" else "o"
-            size = 5 if entry.variant else 15 if kind == "winner" else 8
-            edge = "black" if entry in best else COLOURS[kind]
-            fill = "none" if entry.variant else COLOURS[kind]
-            ax.plot(
-                *at,
-                marker,
-                ms=size,
-                mec=edge,
-                mfc=fill,
-                mew=1.4,
-                zorder=_layer(kind),
-                alpha=1 if entry in best else 0.65,
-            )
-            if entry.variant or entry in best:
-                number = str(entry.record.number)
-                ax.annotate(number, at, (5, 4), textcoords="offset points", size=7.5, color="#52606d", zorder=20)
+            _draw_entry(ax, subject, entry, entry in best, (entry.metrics[x], entry.metrics[y]))
         if len(experiment.objective) == 2:
             line = sorted((entry.metrics[x], entry.metrics[y]) for entry in best)
-            # What a point of the front dominates lies on the worse side of it.
+            # The points that a point of the front dominates lie on its worse side.
             steps = "steps-pre" if experiment.objective[x] == "max" else "steps-post"
             ax.plot(*zip(*line, strict=True), color="black", lw=0.8, alpha=0.5, drawstyle=steps, zorder=1)
-        ax.set(xlabel=axis(experiment, x), ylabel=axis(experiment, y))
+        ax.set(xlabel=_label(experiment, x), ylabel=_label(experiment, y))
+    present = {subject.kind(record) for record in subject.complete}
     marks = {kind: ("*" if kind == "winner" else "o", "", COLOURS[kind]) for kind in list(COLOURS)[:3]}
-    there = {subject.kind(record) for record in subject.complete}
-    marks = {kind: mark for kind, mark in marks.items() if kind in there}
-    variants = {"variant of a trial": ("D", "", "#9aa5b1")} if any(entry.variant for entry in entries) else {}
+    marks = {kind: mark for kind, mark in marks.items() if kind in present}
+    variants = {"variant of a trial": ("D", "", GREY)} if any(entry.variant for entry in entries) else {}
     legend(figure, marks | variants | {"on the front": (".", "-", "black")})
     text = (
         "Every complete trial, and the variants at which its trained network was evaluated, too, at the cost of its "
-        "trial. Numbers are the trials'; an edge in black marks the front, which heeds no constraint."
+        "trial. Numbers are the trials'; a black edge marks the front, in which constraints play no part."
     )
     if len(experiment.objective) > 3:
         text += " Of the objectives, the first three are shown; the front is that of all."
     return Chart("front", "Pareto front", text, png(figure))
+
+
+def _draw_entry(ax: Axes, subject: Subject, entry: selection.Entry, best: bool, at: tuple[float, float]) -> None:
+    kind = subject.kind(entry.record)
+    marker, size = ("D", 5) if entry.variant else ("*", 15) if kind == "winner" else ("o", 8)
+    style: dict[str, Any] = {
+        "mec": "black" if best else COLOURS[kind],
+        "mfc": "none" if entry.variant else COLOURS[kind],
+        "mew": 1.4,
+    }
+    ax.plot(*at, marker, ms=size, **style, zorder=_layer(kind), alpha=1 if best else 0.65)
+    if entry.variant or best:
+        number = str(entry.record.number)
+        ax.annotate(number, at, (5, 4), textcoords="offset points", size=7.5, color="#52606d", zorder=20)
 
 
 def curves(subject: Subject) -> Chart:
@@ -174,17 +166,16 @@ def curves(subject: Subject) -> Chart:
             ax.axvline(rung, color="#52606d", lw=0.7, ls=":", zorder=0)
         for record in subject.records:
             kind = subject.kind(record)
+            style: dict[str, Any] = {"color": COLOURS[kind], "zorder": _layer(kind)}
             epochs, values = [row["epoch"] for row in record.history], [row[metric] for row in record.history]
-            width = 2.2 if kind in ("winner", "published setting") else 1.1
-            ax.plot(epochs, values, color=COLOURS[kind], lw=width, zorder=_layer(kind))
-            marker = ENDS.get(record.state, ".")
-            ax.plot(epochs[-1:], values[-1:], marker, ms=6, color=COLOURS[kind], zorder=_layer(kind))
-        ax.set(xlabel="epoch", ylabel=axis(experiment, metric))
+            ax.plot(epochs, values, lw=2.2 if kind in ("winner", "published setting") else 1.1, **style)
+            ax.plot(epochs[-1:], values[-1:], ENDS.get(record.state, "."), ms=6, **style)
+        ax.set(xlabel="epoch", ylabel=_label(experiment, metric))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(figure, kinds(subject, "-") | ({"rung": ("", ":", "#52606d")} if rungs else {}))
     levels = f"epoch{'s' * (len(rungs) > 1)} {', '.join(map(str, rungs))}"
-    told = f" Trials are judged after {levels}." if rungs else ""
-    return Chart("curves", "Learning curves", f"Each line ends where its trial did.{told}", png(figure))
+    judged = f" Trials are judged after {levels}." if rungs else ""
+    return Chart("curves", "Learning curves", f"Each line ends where its trial did.{judged}", png(figure))
 
 
 def space(subject: Subject) -> Chart:
@@ -193,12 +184,11 @@ def space(subject: Subject) -> Chart:
     metric = next(iter(experiment.objective))
     figure, axes = _canvas(len(experiment.space), 3, 2.7)
     for index, (ax, (name, parameter)) in enumerate(zip(axes, experiment.space.items(), strict=True)):
-        shown_here = [r for r in subject.records if r.history and parameter.active(r.setting)]
-        words = list(dict.fromkeys([*(parameter.choice or ()), *(r.setting[name] for r in shown_here)]))
-        for record in shown_here:
+        searched = [record for record in subject.records if record.history and parameter.active(record.setting)]
+        words = list(dict.fromkeys([*(parameter.choice or ()), *(record.setting[name] for record in searched)]))
+        for record in searched:
             value, kind = record.setting[name], subject.kind(record)
-            x = words.index(value) if parameter.choice else value
-            marker = ENDS.get(record.state, "o")
+            x, marker = words.index(value) if parameter.choice else value, ENDS.get(record.state, "o")
             ax.plot(x, record.metrics[metric], marker, color=COLOURS[kind], zorder=_layer(kind))
         ax.set(xlabel=name, ylabel=metric if index % 3 == 0 else "")
         _scale(ax, parameter, [shown(word) for word in words])
@@ -208,7 +198,7 @@ def space(subject: Subject) -> Chart:
 
 
 def _layer(kind: str) -> int:
-    """The higher, the nearer to the eye."""
+    """Drawing order of a kind; larger is on top."""
     return len(COLOURS) - list(COLOURS).index(kind)
 
 

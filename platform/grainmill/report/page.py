@@ -146,7 +146,7 @@ def rule(experiment: Experiment, winner: Candidate) -> str:
     )
     if experiment.constraints:
         bounds = " and ".join(_bound(name, bound) for name, bound in experiment.constraints.items())
-        missed = any(experiment.missed({name: estimate.mean for name, estimate in winner.estimates.items()}))
+        missed = any(experiment.violations({name: estimate.mean for name, estimate in winner.estimates.items()}))
         text += f" A candidate whose means miss a constraint ({bounds}) wins only if all candidates do"
         text += ", as here: the winner misses it." if missed else "; the winner meets them."
     return text
@@ -233,5 +233,5 @@ def _state(experiment: Experiment, record: TrialRecord) -> str:
     interrupted = "".join(f"; interrupted {where}" for where in record.interruptions)
     if record.cause:
         return f"{record.state}: {record.cause}{interrupted}"
-    outside = record.state == "complete" and any(experiment.missed(record.metrics))
+    outside = record.state == "complete" and any(experiment.violations(record.metrics))
     return record.state + ", outside the constraints" * outside + interrupted

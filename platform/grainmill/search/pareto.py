@@ -1,4 +1,4 @@
-"""Points of several objectives: which of them are better, and in what order."""
+"""Pareto fronts of points with several objectives, and an order of the points."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ Points = Sequence[Sequence[float]] | NDArray[np.float64]
 
 
 def fronts(points: Points) -> NDArray[np.int64]:
-    """The front of each point, (N,): 0 where no other dominates it, 1 where only those do, and so on.
+    """Front of each point, (N,): 0 if no point dominates it, 1 if only points of front 0 do, and so on.
 
     A point dominates another if it is nowhere smaller and somewhere larger.
     """
@@ -19,20 +19,19 @@ def fronts(points: Points) -> NDArray[np.int64]:
         return np.unique(-table[:, 0], return_inverse=True)[1]
     nowhere_smaller = np.all(table[:, None] >= table[None], axis=2)
     dominates = nowhere_smaller & ~nowhere_smaller.T
-    found = np.full(len(table), -1)
+    numbers = np.full(len(table), -1)
     front = 0
-    while (left := found < 0).any():
-        found[left & ~dominates[left].any(axis=0)] = front
+    while (left := numbers < 0).any():
+        numbers[left & ~dominates[left].any(axis=0)] = front
         front += 1
-    return found
+    return numbers
 
 
 def order(points: Points) -> list[int]:
-    """Indices of the points, the best first: by front, and within a front so that its beginning covers the whole.
+    """Indices of the points, the best first: by front, and within a front so that its first points cover the front.
 
-    Of a front, the point that is best by the first objective comes first, then always the one that is farthest from
-    those before, each objective scaled by its range in the front (EpsNet of arXiv:2106.12639). Among equals the
-    earlier one.
+    A front begins with its best point by the first objective. Next comes the point that is farthest from all points
+    before, with each objective scaled by its range in the front (EpsNet of arXiv:2106.12639). Ties keep their order.
     """
     table = np.atleast_2d(np.asarray(points, dtype=np.float64))
     if table.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""How Optuna draws settings."""
+"""Optuna's samplers, which draw the settings of trials."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,18 +13,17 @@ from grainmill.config.experiment import Experiment
 from grainmill.config.space import Parameter, Scalar, Space
 
 STARTUP_SHARE = 3
-"""One trial in so many is drawn at random before a model of the objective is used, ten at most."""
+"""Every third trial, at most ten, is drawn at random before the sampler models the objective."""
 POPULATION_SHARE = 5
-"""Generations of `nsga2` in a search, at the least."""
+"""Smallest number of generations of `nsga2` in a search."""
 
 
 def build(experiment: Experiment, trials: int, given: int) -> optuna.samplers.BaseSampler:
-    """The sampler of an experiment, for the trial after those that were `given` out.
+    """Sampler for the next trial of a search of `trials` trials, of which `given` have been drawn.
 
-    Each trial has random numbers of its own, so that a search that is carried on draws what it had drawn undisturbed.
-
-    Trials that were stopped early never count as complete: `gp` and `nsga2` learn of complete ones alone, `tpe` ranks
-    stopped ones behind all complete ones, and where there is one objective by how far they came.
+    Each trial has its own random numbers, so that a search that is carried on draws the same settings as one that was
+    not interrupted. Trials that were stopped early never count as complete: `gp` and `nsga2` learn from complete trials
+    alone; `tpe` ranks stopped trials behind all complete ones, with one objective by the epoch that they reached.
     """
     search = experiment.search
     seed = int(np.random.SeedSequence((search.seed, given)).generate_state(1)[0])
@@ -32,13 +31,9 @@ def build(experiment: Experiment, trials: int, given: int) -> optuna.samplers.Ba
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         match search.sampler:
             case "tpe":
-                # constant_liar: trials that still run count as poor, so that the next one is drawn elsewhere.
+                # constant_liar: running trials count as poor, so that the next trial is drawn elsewhere.
                 return optuna.samplers.TPESampler(
-                    seed=seed,
-                    n_startup_trials=startup,
-                    multivariate=True,
-                    group=True,
-                    constant_liar=True,
+                    seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
                 )
             case "gp":
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
@@ -47,7 +42,7 @@ def build(experiment: Experiment, trials: int, given: int) -> optuna.samplers.Ba
                 return optuna.samplers.NSGAIISampler(seed=seed, population_size=size)
             case "qmc":
                 return optuna.samplers.QMCSampler(
-                    seed=search.seed,  # of the whole sequence; the place in it is in the study
+                    seed=search.seed,  # of the whole sequence; the study keeps the place in it
                     scramble=True,
                     independent_sampler=optuna.samplers.RandomSampler(seed=seed),
                     warn_asynchronous_seeding=False,
@@ -58,7 +53,7 @@ def build(experiment: Experiment, trials: int, given: int) -> optuna.samplers.Ba
 
 
 def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
-    """The sampler's value of a parameter."""
+    """Value of a parameter that the sampler draws."""
     match distribution := _distribution(parameter):
         case CategoricalDistribution():
             return trial.suggest_categorical(name, distribution.choices)
@@ -68,8 +63,8 @@ def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
             return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
-def learnt(trial: FrozenTrial, space: Space, attributes: Mapping[str, Any]) -> FrozenTrial:
-    """A complete trial of another study, as far as it lies in a space."""
+def adopted(trial: FrozenTrial, space: Space, attributes: Mapping[str, Any]) -> FrozenTrial:
+    """Copy of a complete trial of another study, with the values that lie inside `space`."""
     setting = trial.user_attrs["setting"]
     inside = {
         name: _distribution(parameter)

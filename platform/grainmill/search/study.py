@@ -1,8 +1,7 @@
-"""The record of a search: an Optuna study in its own database, which other tools of Optuna open as it is.
+"""Record of a search: an Optuna study in its own database, which Optuna's other tools open as it is.
 
-It holds the trials: their settings, every epoch's metrics, their states and cost. What a killed
-process left running is handed out again, under the same number. A trial that was stopped early is PRUNED
-there, never COMPLETE.
+The study holds the trials: their settings, the metrics of every epoch, their states and cost. A trial that a killed
+process left running is handed out again under the same number. A trial that was stopped early is PRUNED, not COMPLETE.
 """
 
 import math
@@ -35,26 +34,25 @@ _STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
 }
 PATIENCE = (0.5, 1, 2, 4, 8, 15, 30, 60)
-"""Seconds between attempts to reach the database, before a search is put off."""
+"""Seconds between attempts to reach the database, before the search ends with an error."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def _patient(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Tries again while the database does not answer; StorageError in the end, with nothing lost."""
+    """Make a method of `Study` try again while the database does not answer, and raise StorageError in the end."""
 
     @wraps(method)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        for pause in PATIENCE:
+        for pause in (*PATIENCE, None):
             try:
                 return method(*args, **kwargs)
-            except (StorageInternalError, SQLAlchemyError):
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if pause is None:
+                    raise _unreachable(args[0].url, error) from error  # type: ignore[attr-defined]  # of a Study
                 time.sleep(pause)
-        try:
-            return method(*args, **kwargs)
-        except (StorageInternalError, SQLAlchemyError) as error:
-            raise _unreachable(args[0].url, error) from error  # type: ignore[attr-defined]  # of a Study
+        raise AssertionError("the last attempt returns or raises")
 
     return call
 
@@ -69,20 +67,20 @@ def _unreachable(url: str, error: Exception) -> StorageError:
 
 
 class Study:
-    """An Optuna study, and what the mill asks of it."""
+    """The Optuna study of one search."""
 
     keep: Callable[[], None] = staticmethod(lambda: None)
-    """Sees to it that a database in a file outlives this machine; set by who knows the folder."""
+    """Saves a database in a file where it outlives this machine; set by the caller that knows the folder."""
 
     def __init__(self, url: str, name: str, experiment: Experiment, first: Sequence[Setting], trials: int) -> None:
         """Open the study `name`, or make it.
 
         Args:
-            url: of the database, such as `sqlite:////folder/study.db`; a SQLite file is made if need be.
-            name: of the study in the database.
+            url: database, such as `sqlite:////folder/study.db`; a missing SQLite file is made.
+            name: name of the study in the database.
             experiment: its space, objective and search.
             first: settings of the first trials; they may lie outside the space.
-            trials: how many there are in all.
+            trials: number of all trials.
         Raises:
             StorageError: the database does not answer, or another version of Optuna wrote it.
         """
@@ -96,7 +94,7 @@ class Study:
                 study_name=name,
                 load_if_exists=True,
             )
-        except RuntimeError as error:  # Optuna's, about the version of the tables
+        except RuntimeError as error:  # the tables are of another version
             raise StorageError(
                 f"the study's database must be of this Optuna, {optuna.__version__}, but: {error}; "
                 "upgrade it with `optuna storage upgrade`, or choose another name"
@@ -116,17 +114,17 @@ class Study:
     @property
     @_patient
     def remaining(self) -> int:
-        """New trials to come. One that fails is made up for, by another, when the run is carried on."""
+        """Number of trials still to draw. A failed trial is replaced by another when the run is carried on."""
         return self._last - self._given()
 
     def _given(self, *states: TrialState) -> int:
-        """Trials that were given out and are in none of some states."""
+        """Number of trials that were drawn and are in none of `states`."""
         trials = self._study.get_trials(deepcopy=False)
         return sum("setting" in trial.user_attrs and trial.state not in states for trial in trials)
 
     @_patient
     def ask(self) -> TrialRecord | None:
-        """A new trial; None when all have been given out."""
+        """Draw a new trial; returns None when all have been drawn."""
         if self.remaining <= 0:
             return None
         self._put_back()
@@ -138,26 +136,26 @@ class Study:
 
         def draw(name: str, parameter: Parameter) -> Scalar:
             if name in fixed and not parameter.contains(fixed[name]):
-                return fixed[name]  # outside the space: the sampler is not told of it
+                return fixed[name]  # outside the space: the sampler must not see it
             return samplers.suggest(trial, name, parameter)
 
+        # Fixed values of parameters that are not searched, such as the seed, come last.
         drawn = resolve(self.experiment.space, draw)
-        beside = {name: value for name, value in fixed.items() if name not in drawn}
-        trial.set_user_attr("setting", {**drawn, **beside})
+        trial.set_user_attr("setting", drawn | {name: fixed[name] for name in fixed if name not in drawn})
         return self.record(trial.number)
 
     @_patient
     def record(self, number: int) -> TrialRecord:
-        """One trial."""
+        """Record of the trial `number`."""
         return _record(self._frozen(number))
 
     @_patient
     def note(self, number: int, key: str, value: Any) -> None:
-        """Keep something with a trial: `cause`, `variants`, `cost`, whether it is `paused`."""
+        """Store an attribute of a trial: `cause`, `variants`, `cost` or `paused`."""
         self._trial(number).set_user_attr(key, value)
 
     def interrupt(self, number: int, why: str) -> int:
-        """Take down that a trial begins again at its last checkpoint; the epoch in which it was cut short."""
+        """Record that a trial was interrupted, and starts again at its last checkpoint; returns the epoch."""
         record = self.record(number)
         epoch = int(record.metrics.get("epoch", 0)) + 1
         self.note(number, "interruptions", [*record.interruptions, f"in epoch {epoch}: {why}"])
@@ -165,13 +163,13 @@ class Study:
 
     @_patient
     def report(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """Take down an epoch's metrics; False if that epoch is known already, as it is after a resume."""
+        """Record the metrics of an epoch; returns False if the epoch is known already, as after a resume."""
         trial, before = self._trial(number), self._frozen(number)
         history = before.user_attrs.get("history", [])
         if history and metrics["epoch"] <= history[-1]["epoch"]:
             return False
         values = [metrics[name] for name in self.experiment.objective]
-        # Optuna has no intermediate values with several objectives; a killed process may have come as far as here.
+        # Optuna has no intermediate values with several objectives; a killed process may have ended after this step.
         if len(values) == 1 and int(metrics["epoch"]) not in before.intermediate_values:
             trial.report(values[0], int(metrics["epoch"]))
         trial.set_user_attr("history", [*history, {**metrics, "at": int(time.time() * 1000)}])
@@ -179,13 +177,14 @@ class Study:
 
     @_patient
     def close(self, number: int, failed: bool) -> State:
-        """Decide the final state of a trial from what it reported; closing twice changes nothing."""
+        """Set the final state of a trial by its reports, and return it; closing twice changes nothing."""
         record = self.record(number)
         values = [record.metrics.get(name, math.nan) for name in self.experiment.objective]
         if record.state in ("running", "paused"):
-            for name, missed in zip(self.experiment.constraints, self.experiment.missed(record.metrics), strict=True):
-                with warnings.catch_warnings(action="ignore"):  # that it was set before a process died
-                    self._trial(number).set_constraint(name, missed)
+            excess = self.experiment.violations(record.metrics)
+            for name, value in zip(self.experiment.constraints, excess, strict=True):
+                with warnings.catch_warnings(action="ignore"):  # the value may have been set before a process died
+                    self._trial(number).set_constraint(name, value)
         if failed or not all(map(math.isfinite, values)):
             self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         elif record.metrics["epoch"] < self.experiment.base.epochs:
@@ -196,12 +195,12 @@ class Study:
 
     @_patient
     def adopt(self, url: str, name: str) -> None:
-        """Let the sampler learn from the complete trials of an earlier study; they are no trials of this one.
+        """Let the sampler learn from the complete trials of an earlier study, which do not count as trials of this one.
 
-        Values outside the space are passed over. Called again, it adds nothing.
+        Values outside the space are ignored. A second call adds nothing.
 
         Raises:
-            StorageError: there is no such study, or it is of other objectives.
+            StorageError: there is no such study, or its objectives differ.
         """
         try:
             earlier = optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(url))
@@ -220,10 +219,10 @@ class Study:
         for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             origin = f"{name} {trial.number}"
             if "setting" in trial.user_attrs and origin not in known:
-                self._study.add_trial(samplers.learnt(trial, self.experiment.space, {"adopted": origin}))
+                self._study.add_trial(samplers.adopted(trial, self.experiment.space, {"adopted": origin}))
 
     def _prepare(self) -> None:
-        """Make sure that the first settings are given out, whatever was cut short before."""
+        """Enqueue the first settings that no trial has, also after an interruption, and count the trials to draw."""
         if self._study.metric_names is None:
             with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
                 self._study.set_metric_names(list(self.experiment.objective))
@@ -236,7 +235,7 @@ class Study:
             self._enqueue(setting)
 
     def _put_back(self) -> None:
-        """Fail the trials that were cut short while they were drawn; the settings that they were to have wait again."""
+        """Fail the trials that were interrupted while they were drawn, and enqueue their fixed settings again."""
         trials = self._study.get_trials(deepcopy=False)
         waiting = [trial.user_attrs.get("fixed") for trial in trials if trial.state == TrialState.WAITING]
         for trial in trials:
@@ -250,8 +249,8 @@ class Study:
         self._study.enqueue_trial(dict(setting), user_attrs={"fixed": dict(setting)})
 
     def _next_of_grid(self) -> Setting:
-        """One that was not tried; or else, of those that failed, one that failed least often."""
-        # Not by Optuna's samplers of grids: they never come back to what failed, and stop the loop that we do not use.
+        """A setting of the grid that was not tried; if all were, the failed one with the fewest failures."""
+        # Optuna's grid sampler never returns to a failed setting, and stops a loop that Grainmill does not use.
         records = [(frozenset(record.setting.items()), record.state) for record in self.records]
         taken = {point for point, state in records if state != "failed"}
         failures = Counter(point for point, _ in records if point not in taken)
@@ -259,15 +258,15 @@ class Study:
         return points[min((point for point in points if point not in taken), key=failures.__getitem__)]
 
     def _id(self, number: int) -> int:
-        """Of a trial's row."""
+        """Id of a trial's row in the database."""
         return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
     def _frozen(self, number: int) -> FrozenTrial:
-        # Of one row: get_trials reads every trial that runs, with its history.
+        # Reads one row; get_trials would read every running trial with its history.
         return self._study._storage.get_trial(self._id(number))
 
     def _trial(self, number: int) -> optuna.Trial:
-        # Only ask() gives out a Trial; to write on one that another process began, it is built from its row's id.
+        # Optuna hands out a Trial in ask() only; to write to a trial of another process, it is built from the id.
         return optuna.Trial(self._study, self._id(number))
 
 
