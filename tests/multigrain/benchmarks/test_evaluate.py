@@ -522,14 +522,19 @@ def test_the_setting_to_serve_joins_the_grid(trained, roots, tmp_path):
     assert settings_of(result) == [Setting(s, p, False) for s in (32, 40) for p in (3, 2.5)]
     assert result.served == "40/p2.5"
     served = inference.read(result.model)
-    assert (served.answers.network.pool.p, served.p, served.size, served.transform) == (2.5, 2.5, 40, "rect")
+    assert (served.answers.network.pool.p, served.facts["p"], served.facts["size"], served.facts["transform"]) == (
+        2.5,
+        2.5,
+        40,
+        "rect",
+    )
     assert not served.answers.whitened
 
 
 def test_one_that_is_there_is_not_there_twice(trained, roots, tmp_path):
     result = served_at(trained, roots, tmp_path, size=32, p=3)
     assert settings_of(result) == [OWN]
-    assert inference.read(result.model).transform == "crop"
+    assert inference.read(result.model).facts["transform"] == "crop"
 
 
 def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_path):
@@ -539,13 +544,13 @@ def test_a_model_to_serve_takes_the_place_of_the_one_before(trained, roots, tmp_
     newer = tmp_path / "newer"
     checkpoint.save(newer, saved._replace(state={**saved.state, "steps": saved.state["steps"] + 1}))
     served_at(newer, roots, tmp_path, size=24, p=2)
-    assert inference.read(tmp_path / "model").size == 24
+    assert inference.read(tmp_path / "model").facts["size"] == 24
     step = f"step-{saved.state['steps'] + 1:08d}"
     assert {path.name for path in (tmp_path / "model").iterdir()} == {step, "serving.json", "serving.safetensors"}
     # Without anything to serve, it stays.
     result = run_benchmarks(trained, Evaluation(on={"holidays": str(roots["holidays"])}), tmp_path)
     assert (result.model, result.served) == (None, None)
-    assert inference.read(tmp_path / "model").size == 24
+    assert inference.read(tmp_path / "model").facts["size"] == 24
 
 
 def test_only_the_newest_intact_checkpoint_is_kept_for_users(trained, roots, tmp_path):

@@ -118,7 +118,7 @@ def test_the_checkpoint_in_it_is_the_model_without_its_optimizer(whitened):
     was, now = checkpoint.latest(run), checkpoint.latest(folder / "checkpoint")
     assert (now.state, now.optimizer) == (was.state, {})
     assert all(torch.equal(tensor, was.model[name]) for name, tensor in now.model.items())
-    assert inference.read(folder / "checkpoint").facts() == inference.read(run).facts()
+    assert inference.read(folder / "checkpoint").facts == inference.read(run).facts
     assert not list(folder.rglob("*.pt"))
 
 

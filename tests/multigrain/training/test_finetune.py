@@ -255,7 +255,7 @@ def test_nothing_but_p_changes(data, spec, tmp_path):
 def test_the_result_is_loaded_with_its_p_its_size_and_whole_images(data, spec, tmp_path):
     *_, result = fit(spec(), data, tmp_path, CPU)
     served = inference.read(tmp_path)
-    assert (served.p, served.transform, served.size) == (result.metrics["p"], "rect", SIZE)
+    assert (served.facts["p"], served.facts["transform"], served.facts["size"]) == (result.metrics["p"], "rect", SIZE)
     assert not list(served.answers.network.pool.parameters())
     answers = inference.load(tmp_path)(pd.DataFrame({"image": [path.read_bytes() for path in data.val]}))
     right = [data.classes[label] == name for label, name in zip(data.val_labels, answers["class_name"], strict=True)]
@@ -289,7 +289,7 @@ def test_a_result_can_be_tuned_again(data, spec, tmp_path):
     again = spec().model_copy(update={"checkpoint": str(tmp_path / "first"), "image_size": 32, "rate": 1e-30})
     *_, second = fit(again, data, tmp_path / "second", CPU)
     assert second.metrics["p"] == pytest.approx(first.metrics["p"])
-    assert inference.read(tmp_path / "second").size == 32
+    assert inference.read(tmp_path / "second").facts["size"] == 32
 
 
 # Going on

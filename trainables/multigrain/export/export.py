@@ -1,16 +1,16 @@
-"""A trained network -> a folder that anyone can load: no package of ours, no pickle.
+"""Export of a trained network to a folder that can be loaded without MultiGrain or Grainmill, and holds no pickle.
 
     model.pt2          the exported program, weights included, for PyTorch
     model.onnx         the same for ONNX runtimes
     model.json         classes, and how an image becomes the network's input
-    model.py           `portable`, which reads these: `load(folder)`
-    requirements.txt   what that needs
-    signature.json     columns in and out, as MLflow notes them
-    checkpoint/        the weights as trained, with all settings, to evaluate or fine-tune
+    model.py           `standalone`, with `load(folder)`
+    requirements.txt   packages that `model.py` needs
+    signature.json     columns in and out, in MLflow's form
+    checkpoint/        trained weights with all settings, to evaluate or fine-tune
     MANIFEST.json      size and SHA-256 of each of these
 
-Both networks take uint8 (B, 3, H, W) of any B, H and W, and scale and normalise the pixels themselves. They are read
-again and held against the trained one before the folder is given away.
+Both networks take uint8 (B, 3, H, W) of any B, H and W, and scale and normalise the pixels themselves. They are loaded
+from the folder and compared with the trained network before the export counts as done.
 """
 
 import json
@@ -27,7 +27,7 @@ from multigrain.export import inference, standalone
 from multigrain.models import checkpoint, served_setting
 
 PARITY = 1e-5
-"""Largest difference from the trained network, of any component of an embedding and any probability."""
+"""Largest allowed difference from the trained network, in an embedding or a probability."""
 REQUIREMENTS = ("numpy", "pandas", "pillow", "torch")
 SIGNATURE = {
     "inputs": [{"name": "image", "type": "binary", "required": True}],
@@ -42,29 +42,28 @@ SIGNATURE = {
 
 
 def export(folder: Path, out: Path) -> dict[str, Any]:
-    """Write the model of a training folder, as `predict.read` finds it, to a new folder.
+    """Write the model of a training folder, as `inference.read` finds it, to a new folder.
 
     Returns:
         The facts of `model.json`.
     Raises:
-        FileNotFoundError, ValueError: see `predict.read`; or the exported network answers differently.
+        FileNotFoundError, ValueError: see `inference.read`; or the exported network answers differently.
     """
     served = inference.read(folder)
     saved = checkpoint.latest(folder)
-    assert saved, "was read before"
+    assert saved, "inference.read() found it"
     out.mkdir(parents=True)
     served_setting.write(out / "checkpoint", saved, served_setting.read(folder))
     _programs(served, out)
     shutil.copyfile(standalone.__file__, out / "model.py")
-    facts = {"format": 1, **served.facts(), "parity": _parity(served, out)}
+    facts = {"format": 1, **served.facts, "parity": _parity(served, out)}
     _write_json(out / standalone.FACTS, facts)
     _write_json(out / "signature.json", SIGNATURE)
     lines = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
     (out / "requirements.txt").write_text("\n".join(lines) + "\n")
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    _write_json(
-        out / standalone.MANIFEST, {path.relative_to(out).as_posix(): standalone.digest(path) for path in files}
-    )
+    manifest = {path.relative_to(out).as_posix(): standalone.digest(path) for path in files}
+    _write_json(out / standalone.MANIFEST, manifest)
     return facts
 
 
@@ -73,13 +72,13 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def _side(size: int) -> int:
-    """A multiple of 32, which every trunk takes, near a size."""
+    """Return a multiple of 32 near a size; every trunk takes it."""
     return max(32, round(size / 32) * 32)
 
 
 def _programs(served: inference.Served, out: Path) -> None:
-    # At 32 pixels the map of a trunk is 1 x 1, which would be taken for its size whatever the image's.
-    side, free = max(64, _side(served.size)), Dim.DYNAMIC
+    # At 32 pixels the map of a trunk is 1 x 1, and the program would take 1 x 1 for its size in all images.
+    side, free = max(64, _side(served.facts["size"])), Dim.DYNAMIC
     images = torch.zeros(2, 3, side, side + 32, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(served.answers, (images,), dynamic_shapes=({0: free, 2: free, 3: free},))
@@ -98,12 +97,12 @@ def _programs(served: inference.Served, out: Path) -> None:
 
 @torch.no_grad()
 def _parity(served: inference.Served, out: Path) -> dict[str, float]:
-    """The largest differences between the trained network and each exported one, over images of three shapes.
+    """Return the largest difference between the trained network and each exported one, over images of three shapes.
 
     Raises:
-        ValueError: one is too large.
+        ValueError: a difference is larger than `PARITY`.
     """
-    side, rng = _side(served.size), np.random.default_rng(0)
+    side, rng = _side(served.facts["size"]), np.random.default_rng(0)
     runs = {"torch": standalone._torch(out / standalone.PROGRAM), "onnx": standalone._onnx(out / standalone.NETWORK)}
     parity = dict.fromkeys(runs, 0.0)
     for shape in ((1, side, side), (2, side, side + 32), (3, side + 64, side)):
@@ -115,6 +114,6 @@ def _parity(served: inference.Served, out: Path) -> dict[str, float]:
     if wrong := [f"{name} by {value:.1e}" for name, value in parity.items() if not value <= PARITY]:
         raise ValueError(
             f"an exported network must answer as the trained one to {PARITY:g}, but {', '.join(wrong)} differs; "
-            f"report the trunk, {served.trunk}"
+            f"report the trunk, {served.facts['trunk']}"
         )
     return parity

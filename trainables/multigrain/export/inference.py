@@ -1,6 +1,5 @@
-"""A trained network as it answers: at the setting that it serves, images in, embedding and class out."""
+"""A trained network at the setting that it serves: images in, embeddings and classes out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from multigrain.models.whitening import Whitening
 
 
 class Answers(nn.Module):
-    """(B, 3, H, W) uint8, RGB -> embeddings (B, D) of unit norm, whitened if so served, and probabilities (B, K)."""
+    """Module from (B, 3, H, W) uint8 to embeddings (B, D) of unit norm, possibly whitened, and probabilities (B, K)."""
 
     def __init__(self, network: MultiGrain, whitening: Whitening | None = None) -> None:
         super().__init__()
@@ -36,34 +35,22 @@ class Served(NamedTuple):
     """A network at the setting that it serves."""
 
     answers: Answers
-    """In evaluation mode, on the CPU."""
-    trunk: str
-    classes: Sequence[str]
-    """In the order of the probabilities."""
-    transform: str
-    """`crop` or `rect`, as in `augment.evaluation_pixels`."""
-    size: int
-    """s*, in pixels."""
-    p: float
-    """p*, the exponent."""
-    dimension: int
-    """D."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the exported model needs; an infinite exponent as the text `inf`."""
-        told = self._asdict() | {"classes": list(self.classes), "p": self.p if self.p < float("inf") else "inf"}
-        return {name: value for name, value in told.items() if name != "answers"} | {"whitened": self.answers.whitened}
+    """Module in evaluation mode, on the CPU."""
+    facts: dict[str, Any]
+    """Facts for `standalone.Model`: `trunk`, `classes` in the order of the probabilities, `transform` (`crop` or
+    `rect`), `size` (s*, in pixels), `p` (p*; infinity as the text `inf`), `dimension` (D, of an embedding), `whitened`.
+    """
 
 
 def read(folder: Path) -> Served:
-    """The newest intact checkpoint below a training folder.
+    """Read the newest intact checkpoint below a training folder.
 
-    A model that an evaluation made to serve a setting answers at that one: images of that size, whole (`rect`)
-    unless it is the network's own, its exponent in place of the network's, descriptors whitened if they are to be.
+    A model that an evaluation made serves another setting: images of that size, shown whole (`rect`) unless it is the
+    network's own size, pooled with that exponent, and whitened if the setting says so.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the setting to serve is damaged.
+        FileNotFoundError: there is no intact checkpoint.
+        ValueError: the file of the served setting is damaged.
     """
     setting = served_setting.read(folder)
     saved = checkpoint.latest(folder)
@@ -76,23 +63,24 @@ def read(folder: Path) -> Served:
         learnt = max(1.0, p.item()) if isinstance(p, Tensor) else p  # as it counts
         setting = served_setting.ServedSetting(own, learnt, None)
     network.pool = GeM(setting.p)
-    return Served(
-        Answers(network, setting.whitening).eval(),
-        spec.model.trunk,
-        tuple(saved.state["classes"]),
-        transform if setting.size == own else "rect",
-        setting.size,
-        setting.p,
-        setting.whitening.projection.shape[1] if setting.whitening else network.classifier.in_features,
-    )
+    facts = {
+        "trunk": spec.model.trunk,
+        "classes": list(saved.state["classes"]),
+        "transform": transform if setting.size == own else "rect",
+        "size": setting.size,
+        "p": setting.p if setting.p < float("inf") else "inf",
+        "dimension": setting.whitening.projection.shape[1] if setting.whitening else network.classifier.in_features,
+        "whitened": setting.whitening is not None,
+    }
+    return Served(Answers(network, setting.whitening).eval(), facts)
 
 
 def load(folder: Path) -> standalone.Model:
-    """The model in a training folder, as `read` finds it, without an export."""
+    """Load the model of a training folder, as `read` finds it, without an export."""
     served = read(folder)
 
     @torch.no_grad()
     def run(images: np.ndarray[Any, Any]) -> Any:
         return tuple(output.numpy() for output in served.answers(torch.from_numpy(images)))
 
-    return standalone.Model(served.facts(), run, standalone.scale_by_torch)
+    return standalone.Model(served.facts, run, standalone.scale_by_torch)

@@ -1,7 +1,7 @@
 """An exported MultiGrain model: images in, embeddings and classes out.
 
-Needs NumPy, Pillow, and PyTorch or ONNX Runtime. This file is copied beside each exported model as `model.py` and
-imports nothing of the package that made it.
+This file lies next to each exported model as `model.py`. It needs NumPy, Pillow, and PyTorch or ONNX Runtime, and no
+package of its author.
 
     model = load(Path("folder"))
     for answer in model.answers(Path("photos").glob("*.jpg")):
@@ -26,45 +26,45 @@ from PIL import Image, UnidentifiedImageError
 
 COLUMNS = ("embedding", "class_id", "class_name", "score", "error")
 BATCH = 32
-"""Images that are read before the network sees them, those of one shape at once."""
+"""Number of images that are read at a time; images of one shape pass through the network together."""
 MOST_PIXELS = 2**27
-"""Of an image after scaling: one that is a line of pixels would fill the memory."""
+"""Largest number of pixels in a scaled image; a very narrow image would otherwise fill the memory."""
 PROGRAM, NETWORK, FACTS, MANIFEST = "model.pt2", "model.onnx", "model.json", "MANIFEST.json"
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-"""(H, W, 3), RGB."""
+"""Image (H, W, 3), RGB."""
 Run = Callable[[np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 Scale = Callable[[Pixels, int, int], Pixels]
 
 
 class Model:
-    """Answers for images: `bytes` of any format that Pillow reads, `pathlib.Path`, or arrays of uint8.
+    """Embeds and classifies images: `bytes` of any format that Pillow reads, `pathlib.Path`, or arrays of uint8.
 
-    An array is (H, W, 3), RGB, or (H, W), grey. A string is refused: where requests come from a network, it would let
-    anybody name a file of this machine.
+    An array is (H, W, 3), RGB, or (H, W), grey. A string is refused: in a service, it would let any client name a file
+    of this machine.
     """
 
     def __init__(self, facts: dict[str, Any], run: Run, scale: Scale) -> None:
         """
         Args:
-            facts: of `model.json`.
+            facts: content of `model.json`.
             run: images (B, 3, H, W) uint8 -> embeddings (B, D) of unit norm, and probabilities (B, K).
-            scale: an image to height and width; `scale_by_torch` or, slower and the same, `scale_by_numpy`.
+            scale: scales an image to height and width; `scale_by_numpy` is slower than `scale_by_torch`, and equal.
         """
         self.facts, self.run, self.scale = facts, run, scale
 
     def answers(self, images: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """One for each image, in their order.
+        """Yield an answer for each image, in order.
 
-        `embedding` (D floats of unit norm), `class_id`, `class_name`, `score` (its probability), and `error`: None,
-        or what keeps the image from being read, and then the others are None.
+        It holds `embedding` (D floats of unit norm), `class_id`, `class_name`, `score` (the class's probability), and
+        `error`: None, or the reason why the image cannot be read, and then the other values are None.
         """
         remaining = iter(images)
         while block := list(islice(remaining, BATCH)):
             yield from self._block(block)
 
     def __call__(self, table: Any) -> Any:
-        """`answers` of the column `image` of a pandas table, as a table."""
+        """Return the answers for the column `image` of a pandas table, as a table."""
         import pandas as pd
 
         found = list(self.answers(table["image"]))
@@ -88,7 +88,7 @@ class Model:
         return answers
 
     def _shown(self, image: Any) -> Pixels | str:
-        """What the network is shown, or why the image is none."""
+        """Return the pixels for the network, or the reason why the image cannot be read."""
         try:
             return prepare(decode(image), self.facts["transform"], self.facts["size"], self.scale)
         except Exception as error:  # Pillow raises many types, SyntaxError among them
@@ -96,13 +96,13 @@ class Model:
 
 
 def load(folder: Path, engine: str | None = None) -> Model:
-    """The model in a folder, after a look at every file in it.
+    """Check every file in a folder, and load the model.
 
     Args:
-        folder: with `model.json` and what it lists.
+        folder: an exported model.
         engine: `torch` or `onnx`; by default PyTorch if it is installed.
     Raises:
-        ValueError: a file is not the one that was exported, or holds a pickle; it is named.
+        ValueError: a file differs from the exported one, or holds a pickle; it is named.
     """
     check(folder)
     facts = json.loads((folder / FACTS).read_text())
@@ -116,10 +116,10 @@ def load(folder: Path, engine: str | None = None) -> Model:
 
 
 def _torch(file: Path) -> Run:
-    """Runs the exported program.
+    """Load the exported program.
 
-    `torch.export.load` unpickles the example inputs and what the archive calls pickled, so that an archive with either
-    is refused before. That is no defence against its author: torch evaluates the sizes in a graph as Python.
+    `torch.export.load` unpickles example inputs and entries marked as pickled; an archive with either is refused first.
+    This is no defence against the author of the archive: torch evaluates the sizes in a graph as Python code.
     """
     if fault := _pickled(file):
         raise ValueError(f"a program must not hold a pickle, but {file} does: {fault}; export the model again")
@@ -142,10 +142,10 @@ def _onnx(file: Path) -> Run:
 
 
 def check(folder: Path) -> None:
-    """Compare every file below a folder with the manifest in it.
+    """Compare every file below a folder with its manifest.
 
     Raises:
-        ValueError: naming the files that are changed, missing, or not listed.
+        ValueError: files are changed, missing, or not listed; they are named.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -159,18 +159,18 @@ def check(folder: Path) -> None:
     wrong += [f"{name} is not listed" for name in found - manifest.keys()]
     wrong += [f"{name} was changed" for name in found & manifest.keys() if manifest[name] != digest(folder / name)]
     if wrong:
-        told = ", ".join(sorted(wrong))
-        raise ValueError(f"a model's files must match its {MANIFEST}, but in {folder} {told}; fetch it again")
+        faults = ", ".join(sorted(wrong))
+        raise ValueError(f"a model's files must match its {MANIFEST}, but in {folder} {faults}; fetch it again")
 
 
 def digest(file: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Return the size and the SHA-256 of a file."""
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def _pickled(program: Path) -> str | None:
-    """What in an archive of `torch.export` would be unpickled, or run as machine code; None if nothing would."""
+    """Name the entry of a `torch.export` archive that would be unpickled, or run as machine code; None without one."""
     with zipfile.ZipFile(program) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) < len(archive.infolist()):
@@ -190,9 +190,9 @@ _RAW = r"data/(weights/weight|constants/tensor)_\d+"
 
 
 def decode(image: Any) -> Pixels:
-    """Pixels of an encoded image, a file, or an array.
+    """Return the pixels of an encoded image, a file, or an array.
 
-    Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
+    Transparency is dropped, 16-bit grey keeps its upper eight bits, and an orientation tag is ignored.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
@@ -215,10 +215,10 @@ def decode(image: Any) -> Pixels:
 
 
 def prepare(image: Pixels, transform: str, size: int, scale: Scale) -> Pixels:
-    """What the network is shown: (H, W, 3) -> (h, w, 3).
+    """Scale and crop an image for the network: (H, W, 3) -> (h, w, 3).
 
-    `crop`: smaller side to int(256/224 size), the central square of `size` out of it. `rect`: larger side to
-    `size`, proportions kept.
+    `crop` scales the smaller side to int(256/224 size) and cuts out the central square of `size`. `rect` scales the
+    larger side to `size` and keeps the proportions.
     """
     height, width = image.shape[:2]
     if transform == "rect":
@@ -233,7 +233,7 @@ def prepare(image: Pixels, transform: str, size: int, scale: Scale) -> Pixels:
 
 
 def scale_by_torch(image: Pixels, height: int, width: int) -> Pixels:
-    """(H, W, 3) -> (height, width, 3), bilinear with antialiasing."""
+    """Scale an image (H, W, 3) to (height, width, 3), bilinear with antialiasing."""
     import torch
 
     pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)[None]
@@ -242,13 +242,13 @@ def scale_by_torch(image: Pixels, height: int, width: int) -> Pixels:
 
 
 def scale_by_numpy(image: Pixels, height: int, width: int) -> Pixels:
-    """`scale_by_torch`, bit for bit, in whole numbers as there."""
+    """Do the same as `scale_by_torch` to the bit, in whole numbers as PyTorch does."""
     across = _scale_rows(np.ascontiguousarray(image.transpose(1, 0, 2)), width)
     return _scale_rows(np.ascontiguousarray(across.transpose(1, 0, 2)), height)
 
 
 def _scale_rows(image: Pixels, count: int) -> Pixels:
-    """The first axis to `count`: weights of 16 bits, as many of them after the point as the largest allows."""
+    """Scale the first axis to `count` with 16-bit weights; the largest weight sets the position of the binary point."""
     length = len(image)
     if length == count:
         return image

@@ -1,7 +1,4 @@
-"""Measures of retrieval and classification: pure functions of ranks, of pairs and of logits, in numpy.
-
-`multigrain.retrieval.ranking` makes ranks and pairs of descriptors.
-"""
+"""Measures of retrieval and classification: functions of ranks, of pairs or of logits, in NumPy."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -12,38 +9,37 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.integer]
 Floats: TypeAlias = NDArray[np.float64]
 
-
 BLOCK = 2**22
-"""Numbers that are held at a time where samples are drawn."""
+"""Numbers that are in memory at a time where samples are drawn."""
 
 
 class Truth(NamedTuple):
-    """What a query should find. An item that is positive and junk is junk; one that is neither is a negative."""
+    """Right answers to a query. An item in both lists is junk; an item in neither is a negative."""
 
     positives: NDArray[np.int64]
-    """Indices into the database of what shows what the query shows."""
+    """Indices of the database items that show the same as the query."""
     junk: NDArray[np.int64]
-    """Indices of items that are taken out of the query's list, the query itself where the protocol says so."""
+    """Indices of the items that are ignored, such as the query itself in some protocols."""
 
 
 class Pairs(NamedTuple):
-    """The one ranking of all pairs of a query and an item, as far as measures need it: its M positive pairs."""
+    """The M positive pairs in the one ranking of all pairs of a query and an item."""
 
     owner: NDArray[np.int64]
-    """(M,), the query of each positive pair, the highest score first."""
+    """Query of each positive pair (M,), the highest score first."""
     above: NDArray[np.int32]
-    """(Q, M), how many of each query's negatives score at least as high as a positive pair."""
+    """Number of each query's negatives that score at least as high as a positive pair, (Q, M)."""
 
 
 def average_precision(ranks: Ints, num_positives: int | None = None) -> float:
-    """Trapezoidal average precision of one query: that of Holidays, Copydays and Oxford/Paris, old and revisited.
+    """Return the trapezoidal average precision of a query, as for Holidays, Copydays, (revisited) Oxford and Paris.
 
     AP = 1/n sum_j 1/2 [j / r_j + (j + 1) / (r_j + 1)], with j / r_j = 1 at r_j = 0 (Philbin et al., CVPR 2007;
     revisited: arXiv:1803.11285).
 
     Args:
         ranks: 0-based ranks of the retrieved positives, ascending, junk not counted.
-        num_positives: n, by default as many as there are ranks; positives that were not retrieved add nothing.
+        num_positives: n, by default the number of ranks; positives that were not retrieved add nothing.
     """
     j = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, j / np.maximum(ranks, 1))
@@ -51,24 +47,24 @@ def average_precision(ranks: Ints, num_positives: int | None = None) -> float:
 
 
 def average_precision_finite(ranks: Ints, num_positives: int | None = None) -> float:
-    """Average precision of one query as the mean of the precisions at its positives: 1/n sum_j (j + 1) / (r_j + 1).
+    """Return the mean of the precisions at the positives of one query: 1/n sum_j (j + 1) / (r_j + 1).
 
-    That of TREC and of scikit-learn. It is the larger one: one positive at rank 1 has 0.5 here, 0.25 above.
-    Arguments are those of `average_precision`.
+    TREC and scikit-learn use it. It is larger than `average_precision`, which has the same arguments: one positive at
+    rank 1 gives 0.5 instead of 0.25.
     """
     return float(((np.arange(len(ranks)) + 1) / (ranks + 1)).sum() / (num_positives or len(ranks)))
 
 
 def average_precision_at_r(ranks: Ints) -> float:
-    """`average_precision_finite` over the first R items alone, R being the number of positives (arXiv:2003.08505)."""
+    """Return `average_precision_finite` of the first R items, where R is the number of positives (arXiv:2003.08505)."""
     return average_precision_finite(ranks[ranks < len(ranks)], len(ranks))
 
 
 def precision_at(k: int) -> Callable[[Ints], float]:
-    """mP@k of the revisited Oxford and Paris (arXiv:1803.11285): the share of positives among the first k'.
+    """Return mP@k of the revisited Oxford and Paris (arXiv:1803.11285): the share of positives among the first k'.
 
-    k' is the smaller of k and the rank of the last positive, counted from 1: a query with two positives can have 1
-    at k = 10.
+    k' is the smaller of k and the rank of the last positive, counted from 1, so that a query with two positives can
+    reach 1 at k = 10.
     """
 
     def precision(ranks: Ints) -> float:
@@ -79,25 +75,23 @@ def precision_at(k: int) -> Callable[[Ints], float]:
 
 
 def recall_at(k: int) -> Callable[[Ints], float]:
-    """Recall@k of metric learning: 1 if a positive is among the first k, else 0 (Jegou et al., PAMI 2011)."""
+    """Return recall@k of metric learning: 1 if a positive is among the first k, else 0 (Jegou et al., PAMI 2011)."""
     return lambda ranks: float(ranks[0] < k)
 
 
 def ukb(ranks: Ints) -> float:
-    """UKBench's score: how many of the object's four images are among the first four, the query being one of them.
+    """Return UKBench's score: the number of the object's four images, the query included, among the first four.
 
-    In [0, 4] (Nister and Stewenius, CVPR 2006).
+    It is in [0, 4] (Nister and Stewenius, CVPR 2006).
     """
     return float((ranks < 4).sum())
 
 
-def per_query(
-    measure: Callable[[Ints], float],
-) -> Callable[[Sequence[Ints]], Floats]:
-    """The measure of each query that has a positive: ranks of Q queries -> (A,), A at most Q, whose mean is reported.
+def per_query(measure: Callable[[Ints], float]) -> Callable[[Sequence[Ints]], Floats]:
+    """Apply a measure to each query with a positive: ranks of Q queries -> (A,), A at most Q, whose mean is reported.
 
-    Queries without a positive are left out, as in the revisited Oxford and Paris. The function that is
-    returned raises a ValueError where none is left.
+    Queries without a positive are left out, as in the revisited Oxford and Paris. The returned function raises a
+    ValueError if no query is left.
     """
 
     def values(ranks: Sequence[Ints]) -> Floats:
@@ -110,13 +104,11 @@ def per_query(
 
 
 def _precisions(pairs: Pairs, times: Ints | None) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Of the global ranking at each positive pair, (B, m), by blocks of m: how often that pair is there, how many
-    positive ones there are so far, and the precision.
-    """
+    """Yield blocks (B, m) of the positive pairs: how often each was drawn, positives up to it, and the precision."""
     if not len(pairs.owner):
         raise ValueError("a ranking of pairs needs a positive one, got none; check the truth")
     times = np.ones((1, len(pairs.above)), np.int64) if times is None else times
-    # Counts are exact in fp32 below 2^24; what is left is its rounding of a ratio, which no sample minds.
+    # Below 2^24, counts are exact in fp32; only the ratio is rounded, which does not matter in a sample.
     most = int(times.sum(axis=1).max()) * int(pairs.above.max()) + int(times.max()) * len(pairs.owner)
     weights = times.astype(np.float32 if len(times) > 1 and most < 2**24 else np.float64)
     before = np.zeros((len(times), 1), weights.dtype)
@@ -130,10 +122,12 @@ def _precisions(pairs: Pairs, times: Ints | None) -> Iterator[tuple[NDArray[Any]
 
 
 def micro_ap(pairs: Pairs, times: Ints | None = None) -> Floats:
-    """Micro-AP of copy detection: the finite-sum average precision of the one ranking of all pairs (arXiv:2106.09672).
+    """Return the micro-AP of copy detection: the finite-sum average precision of the one ranking of all pairs.
+
+    See arXiv:2106.09672.
 
     Args:
-        times: (B, Q), how often each query is drawn in each of B samples; once by default.
+        times: number of times each query is drawn in each of B samples, (B, Q); once by default.
     Returns:
         (B,), or (1,) without `times`; nan for a sample without a positive pair.
     Raises:
@@ -146,9 +140,9 @@ def micro_ap(pairs: Pairs, times: Ints | None = None) -> Floats:
 
 
 def recall_at_p90(pairs: Pairs, times: Ints | None = None) -> Floats:
-    """The largest recall at a threshold of the score that leaves a precision of 90 % or more (arXiv:2106.09672).
+    """Return the largest recall at a score threshold with a precision of at least 90 %, else 0 (arXiv:2106.09672).
 
-    Arguments, result and errors are those of `micro_ap`; 0 if no threshold does.
+    Arguments, result and errors are those of `micro_ap`.
     """
     reached, total = np.zeros(1), np.zeros(1)
     for _, right, precision in _precisions(pairs, times):
@@ -157,9 +151,9 @@ def recall_at_p90(pairs: Pairs, times: Ints | None = None) -> Floats:
 
 
 def top_at(k: int) -> Callable[[NDArray[np.floating], Ints], Floats]:
-    """Whether fewer than k other classes have a logit as high as the right one: logits (N, K), labels (N,) -> (N,).
+    """Return 1 where fewer than k other classes have a logit as high as the right class, else 0.
 
-    Ties, and what is not a number, go against the classifier.
+    Logits (N, K), labels (N,) -> (N,). Ties and nan count against the classifier.
     """
 
     def values(logits: NDArray[np.floating], labels: Ints) -> Floats:
@@ -170,12 +164,12 @@ def top_at(k: int) -> Callable[[NDArray[np.floating], Ints], Floats]:
 
 
 class Measure(NamedTuple):
-    """How a measure is computed, and what it is."""
+    """Name of a measure's inputs, its function, and its description."""
 
     source: Literal["ranks", "pairs", "logits"]
-    """What `values` takes: the ranks of Q queries, their `Pairs`, or logits (N, K) and labels (N,)."""
+    """Inputs of `values`: the ranks of Q queries, their `Pairs`, or logits (N, K) and labels (N,)."""
     values: Callable[..., Floats]
-    """Numbers whose mean is the measure: of `pairs` one, otherwise one a query or image, as `interval` takes them."""
+    """Function to values whose mean is the measure: one for `pairs`, otherwise one for each query or image."""
     description: str
 
 
@@ -201,7 +195,7 @@ MEASURES = {
 
 
 def same_label(labels: NDArray[Any]) -> list[Truth]:
-    """The truth of items that are searched among each other: those of the same label are positives, itself is junk."""
+    """Return the truth of items searched among each other: the item itself is junk, equal labels are positives."""
     _, which = np.unique(labels, return_inverse=True)
     members = np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
     return [Truth(members[label], np.array([item])) for item, label in enumerate(which)]
@@ -214,16 +208,14 @@ def interval(
     level: float = 0.95,
     measure: Callable[[Pairs, Any], Floats] = micro_ap,
 ) -> tuple[float, float]:
-    """Bootstrap interval of a measure, queries drawn with replacement: percentiles of its values over the draws.
+    """Return the ends of the bootstrap interval of a measure: percentiles over samples of queries with replacement.
 
     Args:
-        sample: (A,) values whose mean is the measure, or `Pairs`.
-        draws: how many samples of A, or of all Q, queries.
-        seed: the same one gives the same interval.
-        level: in (0, 1), the share of the draws inside.
-        measure: of `Pairs`, `micro_ap` or `recall_at_p90`.
-    Returns:
-        The lower and the upper end. Samples without a positive pair are left out.
+        sample: values (A,) whose mean is the measure, or `Pairs`.
+        draws: number of samples of A queries, or of all Q; samples without a positive pair are left out.
+        seed: the same seed gives the same interval.
+        level: share of the draws inside the interval, in (0, 1).
+        measure: for `Pairs`, `micro_ap` or `recall_at_p90`.
     Raises:
         ValueError: there is nothing to draw from, or `draws` or `level` is out of range.
     """

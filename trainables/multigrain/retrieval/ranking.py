@@ -1,4 +1,4 @@
-"""Ranks and nearest items by dot product: exact, on any device, in a memory that does not grow with the sets."""
+"""Exact ranks and nearest items by dot product, on any device, in memory that does not grow with the sets."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +22,7 @@ from multigrain.retrieval.scores import (
 )
 
 CHUNK = 2048
-"""Queries, and items, whose scores are held at a time."""
+"""Number of queries, and of items, whose scores are in memory at a time."""
 MANY = 1 / 64
 """Share of positives among all items above which sorting each query's scores costs less than counting."""
 
@@ -34,28 +34,28 @@ def ranks(
     device: torch.device | str | None = None,
     chunk: int = CHUNK,
 ) -> list[Indices]:
-    """0-based ranks of each query's positives, ascending, after its junk is deleted from the list.
+    """Return the 0-based ranks of each query's positives, ascending, after its junk is deleted from the list.
 
-    This is the list of the revisited Oxford and Paris protocol (arXiv:1803.11285). The rank of a positive is
-    the number of negatives that score as high, plus the positives before it: ties go against the query, so that
-    a network that maps all images to one point finds nothing. Scores are dot products in fp64; two that
-    differ by no more than fp64 can round them (2C 2^-53 of the product of lengths, 5e-13 for unit vectors of 2,048
-    channels) tie, so that equal descriptors do wherever they stand, on every device and for every chunk.
+    The protocol is that of the revisited Oxford and Paris (arXiv:1803.11285). The rank of a positive is the number of
+    negatives with at least its score, plus the positives before it. Ties count against the query, so that a network
+    that maps all images to one point finds nothing. Scores are dot products in fp64. Two scores tie if they differ by
+    no more than the rounding of fp64 (2C 2^-53 of the product of lengths, 5e-13 for unit vectors of 2,048 channels), so
+    that equal descriptors tie on every device and for every chunk.
 
-    Nothing is sorted: negatives above a positive are counted among products in fp32. Only those as near to it
-    as C 2^-24 of the product of lengths, which bounds the rounding of fp32, are multiplied again in fp64. Where
-    positives are many, each query's scores in fp64 are sorted instead.
+    Negatives above a positive are counted among products in fp32 without sorting. Scores nearer to the positive than
+    the rounding of fp32, C 2^-24 of the product of lengths, are computed again in fp64. If there are many positives,
+    each query's scores in fp64 are sorted instead.
 
     Args:
-        queries: (Q, C), taken as fp32. An array, mapped from a file for example, or a tensor.
-        database: (D, C), likewise; brought to the device in chunks.
-        truth: of each query.
-        device: where to multiply; by default that of `queries`, the CPU for an array.
+        queries: tensor or array (Q, C), which may be mapped from a file; taken as fp32.
+        database: tensor or array (D, C); brought to the device in chunks.
+        truth: right answers to each query.
+        device: device that multiplies; by default that of `queries`, or the CPU for an array.
         chunk: side of the blocks of scores. Besides arguments and result, memory is at most
             100 chunk^2 + 16 C chunk bytes and 100 bytes for each positive or junk item of `chunk` queries.
     Raises:
-        ValueError: shapes do not fit, a descriptor is not finite or longer than 1e18, an index is not one of
-            the database's.
+        ValueError: shapes do not fit, a descriptor is not finite or longer than 1e18, or an index is outside the
+            database.
     """
     items, parts = _prepared(queries, database, truth, device, chunk)
     many = sum(len(one.positives) for one in truth) > MANY * len(truth) * len(items)
@@ -64,19 +64,19 @@ def ranks(
         positive, removed = _places(truth, part, len(items))
         above = (_sorted if many else _counted)(items, part, positive, removed)
         starts = np.searchsorted(positive.query, np.arange(len(part.rows)))
-        # The positives before one add to its rank.
+        # A positive's rank also counts the positives before it.
         found += np.split(above + np.arange(len(above)) - starts[positive.query], starts[1:])
     return found
 
 
 def _counted(items: Database, part: Chunk, positive: Places, removed: Places) -> Indices:
-    """Negatives at or above each positive, a query's best positive first."""
+    """Count the negatives at or above each positive, a query's best positive first."""
     scores = items.scores(part.rows, positive)
     return items.above(part, Bounds(positive.query, scores[best_first(positive.query, scores)]), removed)
 
 
 def _sorted(items: Database, part: Chunk, positive: Places, removed: Places) -> Indices:
-    """`_counted` where positives are many."""
+    """Do the same as `_counted` by sorting, for many positives."""
     rows, nothing = part.rows.double(), Places(*np.empty((2, 0), np.int64))
     block = torch.cat([items.block(rows, first, some, nothing) for first, some in items.chunks()], dim=1)
     at = [torch.from_numpy(index).to(items.device) for index in (*positive, *removed)]
@@ -93,10 +93,10 @@ def pairs(
     device: torch.device | str | None = None,
     chunk: int = CHUNK,
 ) -> Pairs:
-    """What measures of the one ranking of all pairs of a query and an item need, such as micro-AP.
+    """Rank all pairs of a query and an item together, for measures such as micro-AP.
 
     Scores, ties, arguments, memory and errors are those of `ranks`; the result takes 4 Q M bytes for M positive
-    pairs. Queries without a positive count by what they wrongly find.
+    pairs. Queries without a positive count by their negatives.
     """
     items, parts = _prepared(queries, database, truth, device, chunk)
     owners, scores, longest = [np.empty(0, np.int64)], [np.empty(0)], 0.0
@@ -125,12 +125,12 @@ def top(
     device: torch.device | str | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Indices, NDArray[np.float32]]:
-    """The k best items of each query, best first; equal ones in any order.
+    """Find the k best items of each query, best first; equal ones in any order.
 
     Args:
         queries, database, device: as in `ranks`.
         k: at most D.
-        chunk: as in `ranks`; memory is as there, and at most 40 k chunk bytes more.
+        chunk: as in `ranks`; memory is at most 40 k chunk bytes more.
     Returns:
         Indices into the database and scores in fp32, (Q, k) each.
     Raises:
@@ -158,9 +158,9 @@ def mean_average_precision(
     truth: Sequence[Truth],
     device: torch.device | str | None = None,
 ) -> float:
-    """Mean of the trapezoidal `average_precision` over the queries that have a positive, in [0, 1].
+    """Return the mean of the trapezoidal `average_precision` over the queries with a positive, in [0, 1].
 
-    Arguments and errors are those of `ranks`; that no query has a positive is one, too.
+    Arguments and errors are those of `ranks`; a ValueError is also raised if no query has a positive.
     """
     return float(per_query(average_precision)(ranks(queries, database, truth, device)).mean())
 
@@ -172,7 +172,7 @@ def _prepared(
     device: torch.device | str | None,
     chunk: int,
 ) -> tuple[Database, Callable[[int], Iterator[Chunk]]]:
-    """The database, and what cuts the queries into chunks of a size; all is checked but the truth's indices."""
+    """Check everything but the truth's indices; return the database, and a function that cuts queries into chunks."""
     shapes = tuple(queries.shape), tuple(database.shape)
     if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][1] or 0 in shapes[1]:
         raise ValueError(
@@ -194,7 +194,7 @@ def _prepared(
 
 
 def _places(truth: Sequence[Truth], part: Chunk, size: int) -> tuple[Places, Places]:
-    """The positives of some queries, and their positives and junk; sorted, each once."""
+    """Return the positives of some queries without junk, and their positives and junk together; sorted, each once."""
     few = truth[part.start : part.start + len(part.rows)]
     keys = []
     for name, lists in (("positives", [one.positives for one in few]), ("junk", [one.junk for one in few])):

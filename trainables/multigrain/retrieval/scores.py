@@ -1,4 +1,4 @@
-"""Dot products with a database in chunks: which are above a threshold, for certain."""
+"""Dot products with a database in chunks, and exact counts of the products above a threshold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from torch import Tensor
 from multigrain.retrieval.metrics import Floats
 
 NEAR = 1 / 128
-"""Share of a block's scores above which multiplying the block in fp64 costs less than single pairs."""
+"""Share of doubtful scores above which multiplying a whole block in fp64 costs less than single pairs."""
 TINY = 2.0**-90
-"""Products of lengths below this count as this, for what underflows in fp32."""
+"""Lower bound on products of lengths, because smaller ones underflow in fp32."""
 
 Descriptors: TypeAlias = Tensor | NDArray[np.floating]
 Indices: TypeAlias = NDArray[np.int64]
@@ -28,25 +28,25 @@ class Places(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """M thresholds on scores, in the order of the queries; those of one query descend."""
+    """M thresholds on scores, in the order of the queries, descending for each query."""
 
     query: Indices
     value: Floats
 
 
 class Chunk(NamedTuple):
-    """Some of the queries."""
+    """Consecutive queries."""
 
     start: int
-    """Position of the first among all."""
+    """Position of the first one among all queries."""
     rows: Tensor
-    """(n, C), fp32."""
+    """Descriptors (n, C), fp32."""
     lengths: Floats
-    """(n,)."""
+    """L2 norms (n,)."""
 
 
 def chunks(descriptors: Descriptors, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Position of the first row and rows (n, C) in fp32 on the device, n at most `size`."""
+    """Yield the position of the first row, and rows (n, C) in fp32 on the device, n at most `size`."""
     for start in range(0, len(descriptors), size):
         yield start, _taken(descriptors[start : start + size], device)
 
@@ -58,10 +58,10 @@ def _taken(rows: Descriptors, device: torch.device) -> Tensor:
 
 
 def lengths(descriptors: Descriptors, name: str, size: int, device: torch.device) -> Floats:
-    """L2 norms, (N,).
+    """Return the L2 norms (N,).
 
     Raises:
-        ValueError: one is not finite, or too large for products in fp32.
+        ValueError: a norm is not finite, or too large for products in fp32.
     """
     found = np.empty(len(descriptors))
     for start, rows in chunks(descriptors, size, device):
@@ -76,7 +76,7 @@ def lengths(descriptors: Descriptors, name: str, size: int, device: torch.device
 
 
 def multiplies_in_fp32(device: torch.device) -> bool:
-    """Whether a product of fp32 matrices is one: torch may be told to round them to TF32 or bf16."""
+    """Return False if torch is set to round the factors of products in fp32 to TF32 or bf16."""
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.rand(64, 32, generator=generator).to(device) for _ in range(2))
     found, exact = one @ other.T, one.double() @ other.double().T
@@ -84,7 +84,7 @@ def multiplies_in_fp32(device: torch.device) -> bool:
 
 
 def best_first(query: Indices, scores: Floats) -> Indices:
-    """The order of pairs by query, then by score, the highest first."""
+    """Return the order of pairs by query, then by score, the highest first."""
     return np.lexsort((-scores, query))
 
 
@@ -93,18 +93,18 @@ class Database:
     """Items to be compared with queries, by the dot product of their descriptors as fp32."""
 
     descriptors: Descriptors
-    """(D, C)."""
+    """Array or tensor (D, C)."""
     longest: float
-    """The largest length of a descriptor."""
+    """Largest length of a descriptor."""
     device: torch.device
     chunk: int
-    """How many are on the device at a time."""
+    """Number of items on the device at a time."""
     screen: bool
-    """Whether products in fp32 are what they should be."""
+    """See `multiplies_in_fp32`."""
 
     @classmethod
     def of(cls, descriptors: Descriptors, device: torch.device, chunk: int) -> Self:
-        """Raises a ValueError where a descriptor is not finite or too long."""
+        """Measure a database. Raises ValueError if a descriptor is not finite or too long."""
         longest = lengths(descriptors, "database", chunk, device).max()
         return cls(descriptors, float(longest), device, chunk, multiplies_in_fp32(device))
 
@@ -112,19 +112,19 @@ class Database:
         return len(self.descriptors)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Position of the first item, and descriptors (d, C)."""
+        """Yield the position of the first item, and descriptors (d, C)."""
         return chunks(self.descriptors, self.chunk, self.device)
 
     def tie(self, lengths: Floats) -> Floats:
-        """How far apart fp64 may put two equal scores of queries of these lengths.
+        """Return the largest difference in fp64 between two equal scores of queries of these lengths.
 
         C u |q||d| bounds the rounding of a dot product in any order of summation (Higham, Accuracy and Stability
-        of Numerical Algorithms, section 3.1); here each of the two has it.
+        of Numerical Algorithms, section 3.1); it applies to both scores.
         """
         return 2.01 * self.descriptors.shape[1] * 2.0**-53 * self.longest * lengths
 
     def scores(self, queries: Tensor, places: Places) -> Floats:
-        """Of M pairs, in fp64."""
+        """Compute the scores of M pairs in fp64."""
         found, step = np.empty(len(places.query)), max(1, 2**18 // queries.shape[1])
         for start in range(0, len(found), step):
             query, item = (torch.from_numpy(part[start : start + step]) for part in places)
@@ -137,7 +137,7 @@ class Database:
         return found
 
     def block(self, queries: Tensor, first: int, items: Tensor, removed: Places) -> Tensor:
-        """Scores (n, d) with a chunk of items in the type of `queries`, those of `removed` at -inf."""
+        """Compute the scores (n, d) with a chunk of items in the type of `queries`; pairs in `removed` get -inf."""
         block = queries @ items.to(queries.dtype).T
         inside = (removed.item >= first) & (removed.item < first + len(items))
         place = torch.from_numpy(removed.query[inside]), torch.from_numpy(removed.item[inside] - first)
@@ -145,7 +145,7 @@ class Database:
         return block
 
     def above(self, queries: Chunk, bounds: Bounds, removed: Places) -> Indices:
-        """How many items of its query, `removed` ones aside, score at least as high as each threshold, (M,)."""
+        """Count the items of its query that score at least as high as each threshold, (M,), without `removed` ones."""
         found = np.zeros(len(bounds.query), np.int64)
         low = bounds._replace(value=bounds.value - self.tie(queries.lengths)[bounds.query])
         for first, items in self.chunks():
@@ -158,7 +158,7 @@ class Database:
         return found
 
     def _screened(self, queries: Chunk, bounds: Bounds, low: Bounds, first: int, block: Tensor) -> Indices | None:
-        """`above` among some items by their scores in fp32; None if too many are so near that fp64 must tell."""
+        """Count as `above` among some items by their scores in fp32; None if too many are near a threshold."""
         width = 1.01 * queries.rows.shape[1] * 2.0**-24  # of the product of lengths, see `tie`
         width /= 1 - width
         scale = np.maximum(queries.lengths * self.longest, TINY)
@@ -169,7 +169,7 @@ class Database:
         floor[asked] = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
         high_enough = block >= torch.from_numpy(floor).to(self.device)[:, None]
         query, item = (index.cpu().numpy() for index in high_enough.nonzero(as_tuple=True))
-        # In units of the largest score, a query's scores lie in [-1, 1]: 3 apart, all queries are sorted at once.
+        # Divided by the largest score, a query's scores lie in [-1, 1]. With 3 between queries, one sort serves all.
         keys = block[high_enough].cpu().numpy() / scale[query] + 3.0 * query
         order = np.argsort(keys)
         keys = keys[order]
@@ -188,7 +188,7 @@ class Database:
 
 
 def at_least(block: Tensor, bounds: Bounds) -> Indices:
-    """How many scores (n, d) of its query are at least as high as each threshold, (M,), by sorting those of a query."""
+    """Count the scores (n, d) of its query at least as high as each threshold, (M,), by sorting."""
     found = np.empty(len(bounds.query), np.int64)
     ends = np.searchsorted(bounds.query, np.arange(len(block) + 1))
     for one, row in enumerate(block.cpu().numpy()):
