@@ -1,4 +1,4 @@
-"""Settings of an evaluation on benchmarks: which ones, and at which sizes, exponents and whitenings."""
+"""Settings of an evaluation on benchmarks."""
 
 from typing import Annotated, Self
 
@@ -22,18 +22,14 @@ BENCHMARKS = (
 """Names of the benchmarks that can be read from disk."""
 
 Size = Annotated[int, Field(ge=16)]
-
-
 Exponent = Annotated[float, Field(ge=1, allow_inf_nan=True)]
-
-
 PROXY = "proxy"
-"""Stands for the exponent that the proxy task chose."""
+"""Word for the exponent that the proxy task chooses."""
 
 
 def _known(on: dict[str, str]) -> dict[str, str]:
-    if strangers := [name for name in on if name not in BENCHMARKS]:
-        raise ValueError(f"benchmarks must be among {', '.join(BENCHMARKS)}, got {', '.join(strangers)}")
+    if unknown := [name for name in on if name not in BENCHMARKS]:
+        raise ValueError(f"benchmarks must be among {', '.join(BENCHMARKS)}, got {', '.join(unknown)}")
     return on
 
 
@@ -44,42 +40,44 @@ def _served(p: float | str) -> float | str:
 
 
 class Serve(Settings):
-    """The setting at which a copy of the model is kept for its users."""
+    """Setting at which a copy of the model is stored for its users."""
 
     size: Size
-    """s*, in pixels; it joins the grid."""
+    """Image size s*, in pixels; it is added to the grid."""
     p: Annotated[Annotated[float, Field(allow_inf_nan=True)] | str, AfterValidator(_served)]
-    """p*, which joins the grid, or `proxy`: the one that the proxy task chose for this size."""
+    """Pooling exponent p*, which is added to the grid, or `proxy`: the exponent that the proxy task chooses for this
+    size."""
     whitened: bool = False
-    """Whether descriptors are whitened, by the whitening of this size and exponent."""
+    """Whiten descriptors with the whitening of this size and exponent."""
 
 
 class Evaluation(Settings):
-    """Benchmarks, and the grid of settings at which a network is evaluated on them."""
+    """Benchmarks, and the sizes, exponents and whitening at which a network is evaluated on them."""
 
     on: Annotated[dict[str, str], Field(min_length=1), AfterValidator(_known)]
-    """Benchmark -> its folder; `manifest` -> its file. These and all folders below can be s3://bucket/prefix."""
+    """Folder of each benchmark, or file of a `manifest`. These and all folders below can be s3://bucket/prefix."""
     sizes: Annotated[tuple[Size, ...], Field(min_length=1, strict=False)] | None = None
-    """s*, in pixels; the network's own by default [P Table 2: 224, 500, 800]."""
+    """Image sizes s*, in pixels; by default the network's own [P Table 2: 224, 500, 800]."""
     exponents: Annotated[tuple[Exponent, ...], Field(min_length=1, strict=False)] | None = None
-    """p*; the network's own by default [P section 3.5: 3 to 5]."""
+    """Pooling exponents p*; by default the network's own [P section 3.5: 3 to 5]."""
     whiten: str | None = None
-    """Folder of images, or text file with the path of one in each line, on which a whitening is fitted for each size
-    and exponent; none by default [R: 20,000]."""
+    """Images on which a whitening is fitted for each size and exponent: a folder, or a text file with one path in each
+    line; by default no whitening [R: 20,000 images]."""
     dimension: int | None = Field(None, ge=1)
-    """Directions that a whitening keeps, those of the largest variance; all by default [R]."""
+    """Number of directions that a whitening keeps, those of the largest variance; by default all [R]."""
     proxy: str | None = None
-    """Folder of training images by class, `train/<class>/` or `<class>/`, on copies of which p* is chosen among the
-    exponents for each size; none by default [P section 3.5]."""
+    """Folder of training images by class, `train/<class>/` or `<class>/`. On augmented copies of them, p* is chosen
+    among the exponents for each size; by default p* is not chosen [P section 3.5]."""
     serve: Serve | None = None
-    """The setting at which a copy of the model is kept for its users, such as `{size: 500, p: 4, whitened: true}`, with
-    `proxy` for p* as the proxy task chose it; none by default."""
+    """Setting at which a copy of the model is stored for its users, such as `{size: 500, p: 4, whitened: true}`; p can
+    be `proxy`, the choice of the proxy task. By default no copy is stored."""
     cache: str = "~/.cache/grainmill"
-    """Folder for what is read from s3://, shared by all processes of a machine."""
+    """Folder for copies of files from s3://, shared by all processes of a machine."""
     cache_limit: Positive | None = None
-    """GB that it may hold, half of the disk by default; what no running process reads makes room, the latest last."""
+    """Largest size of the cache in GB; by default half of the disk. Files that no running process uses are removed for
+    new ones, the least recently used first."""
     loaders: int = Field(0, ge=0)
-    """Processes that read images."""
+    """Number of processes that read images; with 0, the evaluating process reads them."""
 
     @model_validator(mode="after")
     def _needs(self) -> Self:
