@@ -24,9 +24,9 @@ RACER = """
 """
 
 
-def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_others_are_told(server):
+def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_others_are_told(tracking_server):
     environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
-    shelf = Shelf.new(server.uri)
+    shelf = Shelf.new(tracking_server.uri)
     order = random.Random(4).sample(range(1, 7), 6)  # of the versions 2 to 7, from the worst to the best
     shelf.add(*spread(0.2))
     for place in order:
@@ -34,7 +34,7 @@ def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_ot
     shelf.crown(1)
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RACER), server.uri, str(number)],
+            [sys.executable, "-c", textwrap.dedent(RACER), tracking_server.uri, str(number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

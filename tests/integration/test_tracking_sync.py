@@ -6,6 +6,7 @@ import threading
 import pytest
 import toy
 from mlflow import MlflowClient
+from umpire import Memory, Umpire
 
 from grainmill import trainable
 from grainmill.config.experiment import experiment_model
@@ -44,14 +45,28 @@ def all_of(client, experiment):
     return found
 
 
+@pytest.fixture(scope="module")
+def umpire():
+    made = Umpire()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def calm(ray_cluster, tracking_server, umpire, tmp_path_factory):
+    """What MLflow knows of a search whose server is always there."""
+    checked = search(tmp_path_factory.mktemp("calm") / "runs", umpire, "calm")
+    tune.tune(checked, tracking_server.uri, None, Memory(), trainable.no_progress)
+    return all_of(MlflowClient(tracking_server.uri), "calm")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("fault", ["frozen", "killed"])
 def test_a_search_whose_server_is_gone_for_most_of_it_is_told_as_a_calm_one(
-    ray_cluster, tmp_path, umpire, observer, server, monkeypatch, fault
+    calm, tmp_path, umpire, observer, server, monkeypatch, fault
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    tune.tune(search(tmp_path / "runs", umpire, "calm"), server.uri, None, observer, trainable.no_progress)
     lost = threading.Event()
     monkeypatch.setattr(
         observer, "message", lambda message: lost.set() if "gets the results later" in message else None
@@ -65,10 +80,10 @@ def test_a_search_whose_server_is_gone_for_most_of_it_is_told_as_a_calm_one(
             server.send(signal.SIGCONT) if fault == "frozen" else server.start()
 
     umpire.rule = rule
-    outcome = tune.tune(search(tmp_path / "runs", umpire, "rough"), server.uri, None, observer, trainable.no_progress)
-    client = MlflowClient(server.uri)
-    calm, rough = all_of(client, "calm"), all_of(client, "rough")
+    checked = search(tmp_path / "runs", umpire, fault)
+    outcome = tune.tune(checked, server.uri, None, observer, trainable.no_progress)
+    rough = all_of(MlflowClient(server.uri), fault)
     assert rough == calm
     assert {status for status, *_ in rough.values()} == {"FINISHED"}
     assert len(rough) == 1 + 3 + 1
-    assert outcome.version.uri == "models:/rough/1"
+    assert outcome.version.uri == f"models:/{fault}/1"

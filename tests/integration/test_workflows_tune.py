@@ -164,14 +164,15 @@ def test_search_without_a_winner_says_why_and_registers_nothing(tmp_path, observ
     assert parent.info.status == "FAILED"
 
 
-def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(server, tmp_path, observer):
+def test_tracking_server_gets_the_runs_the_artifacts_and_the_model(tracking_server, tmp_path, observer):
+    server, before = tracking_server, set(tracking_server.artifacts.rglob("MLmodel"))
     tune.train(experiment(tmp_path / "runs"), server.uri, None, observer, catalog.no_progress)
     client = mlflow.MlflowClient(server.uri)
     version = client.get_model_version_by_alias("chain", "champion")
     assert client.get_run(version.run_id).info.run_name == "final-0000"
     parent = (tmp_path / "runs" / "chain" / "train-1" / "parent-run").read_text()
     assert {item.path for item in client.list_artifacts(parent)} == {"experiment.yaml", "report.html"}
-    assert list(server.artifacts.rglob("MLmodel"))
+    assert set(server.artifacts.rglob("MLmodel")) > before
     mlflow.set_tracking_uri(server.uri)
     model = mlflow.pyfunc.load_model("models:/chain@champion")
     assert model.predict(pd.DataFrame({"x": [2.0]}))["y"].tolist() == [1.0]

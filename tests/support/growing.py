@@ -37,9 +37,10 @@ def isolate(folder):
     """A network that ends here, and a folder for Ray that no other Ray sees."""
     private = folder / "ray"
     private.mkdir(parents=True)
-    Path("/tmp/ray").mkdir(exist_ok=True)
+    shared = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
+    shared.mkdir(exist_ok=True)
     for line in (
-        f"mount --bind {private} /tmp/ray",
+        f"mount --bind {private} {shared}",
         "ip link set lo up",
         "ip link add eth0 type veth peer name peer",
         "ip addr add 10.90.0.1/24 dev eth0",

@@ -23,8 +23,9 @@ def run(*words):
 def join():
     """Inside: make the second host, and the cable from this one to it. Nothing leads out of the two."""
     run("mount", "-t", "tmpfs", "tmpfs", "/run")  # where `ip` keeps the names of namespaces
-    Path("/tmp/ray").mkdir(exist_ok=True)
-    run("mount", "-t", "tmpfs", "tmpfs", "/tmp/ray")  # or this Ray would see others of this machine
+    own = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
+    own.mkdir(exist_ok=True)
+    run("mount", "-t", "tmpfs", "tmpfs", str(own))  # or this Ray would see others of this machine
     run("ip", "netns", "add", "there")
     run("ip", "link", "add", CARDS[0], "type", "veth", "peer", "name", CARDS[1], "netns", "there")
     for prefix, card, own, other in (([], CARDS[0], *ADDRESSES), (THERE, CARDS[1], *ADDRESSES[::-1])):

@@ -114,9 +114,19 @@ class TrackingServer:
         self.process.stderr.close()
 
 
-@pytest.fixture
-def server(tmp_path):
-    made = TrackingServer(tmp_path)
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory):
+    """One tracking server for the session. Tests that freeze or kill it use the fixture `server`."""
+    made = TrackingServer(tmp_path_factory.mktemp("tracking"))
     yield made
-    made.send(signal.SIGCONT)
     made.end()
+
+
+@pytest.fixture
+def server(tracking_server):
+    """The tracking server of the session, which a test may freeze or kill: it runs again after the test."""
+    yield tracking_server
+    if tracking_server.process.poll() is None:
+        tracking_server.send(signal.SIGCONT)
+    else:
+        tracking_server.start()
