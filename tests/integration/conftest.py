@@ -24,7 +24,7 @@ def ray_folder():
 
 def pytest_collection_modifyitems(items):
     """Mark these tests, and put them first: they take longest, and two processes share them."""
-    own = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
-    for item in own:
-        item.add_marker(pytest.mark.integration)
-    items[:] = own + [item for item in items if item not in set(own)]
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.integration)
+    items.sort(key=lambda item: "integration" not in item.keywords)

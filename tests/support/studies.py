@@ -35,18 +35,19 @@ def opened():
         engine.dispose()
 
 
-def searched(study):
-    """What comes of a study without Ray: high ones run two of four epochs, low ones all."""
+def searched(study, epochs=4):
+    """Run a study to its end without Ray; trials of low height have all epochs, the others half of them."""
     for record in study.records:
         if record.state == "running":
-            trained(study, record)
+            trained(study, record, epochs)
     while record := study.ask():
-        trained(study, record)
+        trained(study, record, epochs)
     return told(study)
 
 
-def trained(study, record):
-    for epoch in range(1, 5 if record.setting["height"] < 0.6 else 3):
+def trained(study, record, epochs=4):
+    """Report the epochs of a trial to its study, and close it."""
+    for epoch in range(1, 1 + (epochs if record.setting["height"] < 0.6 else epochs // 2)):
         score = record.setting["height"] * epoch
         study.report(record.number, {"epoch": epoch, "score": score, "cost": 1.0})
     study.note(record.number, "cost", {"cpu_seconds": 3.0})

@@ -25,15 +25,20 @@ class Outage:
 
 
 def test_no_commit_that_fails_once_loses_or_doubles_anything(tmp_path, prompt, opened):
-    opened(f"sqlite:///{tmp_path / 'new.db'}", trials=2)  # making the tables takes longest
-    count = Outage(calm := opened(f"sqlite:///{shutil.copy(tmp_path / 'new.db', tmp_path / '0.db')}", trials=2), 0, 0)
-    expected = sorted(map(str, (row[2:] for row in searched(calm))))
+    def open_copy(name):
+        file = shutil.copy(tmp_path / "new.db", tmp_path / f"{name}.db")
+        return opened(f"sqlite:///{file}", trials=2, base={"epochs": 2})
+
+    opened(f"sqlite:///{tmp_path / 'new.db'}", trials=2, base={"epochs": 2})  # making the tables takes longest
+    count = Outage(calm := open_copy("calm"), 0, 0)
+    expected = sorted(map(str, (row[2:] for row in searched(calm, epochs=2))))
     assert count.seen > 30
     for number in range(1, count.seen + 1):
-        study = opened(f"sqlite:///{shutil.copy(tmp_path / 'new.db', tmp_path / f'{number}.db')}", trials=2)
+        study = open_copy(number)
         Outage(study, number, 1)
         # Numbers may differ, and what stands before the others.
-        assert sorted(map(str, (row[2:] for row in searched(study)))) == expected, f"commit {number} of {count.seen}"
+        found = sorted(map(str, (row[2:] for row in searched(study, epochs=2))))
+        assert found == expected, f"commit {number} of {count.seen}"
 
 
 def test_search_that_is_carried_on_draws_what_it_would_have_drawn(tmp_path, opened):
