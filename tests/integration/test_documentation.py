@@ -56,8 +56,8 @@ ELSEWHERE = {
 REFUSED = ("grainmill promote", "grainmill rollback")
 """Commands that may refuse with code 1: which of two tiny networks is better is chance."""
 PAGES = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("search", "evaluation", "models", "corpus", "clusters", "python")),
+    *("README.md", "docs/search.md", "docs/evaluation.md", "docs/models.md", "docs/corpus.md"),
+    *("docs/clusters.md", "docs/python.md", "infra/README.md"),
 ]
 
 
