@@ -22,9 +22,9 @@ def test_two_workers_evaluate_as_one_group(ray_cluster, scale, tmp_path, monkeyp
     done = evaluate.evaluate(
         "model", ["on.scale=scale.txt", "paper=true"], "toy", Path("out"), local_uri(tmp_path), workers=2
     )
-    assert {one.name: one.value for one in done.assessment.measurements} == {"scale/height": 0.5, "scale/workers": 2.0}
-    assert done.assessment.notes == ["a toy, of rank 0"]
-    assert done.assessment.tables[2:] == toy.PUBLISHED
+    assert {one.name: one.value for one in done.result.measurements} == {"scale/height": 0.5, "scale/workers": 2.0}
+    assert done.result.notes == ["a toy, of rank 0"]
+    assert done.result.tables[2:] == toy.PUBLISHED
     assert os.listdir(tmp_path / "out") == ["figures.csv"]
 
 
@@ -55,4 +55,4 @@ def test_a_worker_takes_a_cpu_and_a_gpu_if_each_can_have_one(ray_cluster, scale,
     trained(tmp_path / "model")
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)})
     monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
-    assert run(tmp_path / "model", [scale], tmp_path, workers=2).assessment == (2, 1, each)
+    assert run(tmp_path / "model", [scale], tmp_path, workers=2).result == (2, 1, each)

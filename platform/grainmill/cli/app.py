@@ -123,7 +123,7 @@ def evaluate(
         done = api.evaluate(
             model, benchmarks, overrides or (), out=folder, trainable=trainable, workers=workers, address=address
         )
-        result = done.assessment
+        result = done.result
         _show_evaluation(result)
         if done.version:
             uri = hidden(environment.tracking_uri())

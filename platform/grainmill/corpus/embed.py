@@ -1,10 +1,8 @@
-"""embed(): the images of a corpus through a registered model, by Ray Data, into an index."""
+"""embed(): computes the embeddings of a corpus with Ray Data and a registered model, and adds them to an index."""
 
-import csv
-import io
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,34 +17,33 @@ from grainmill.cluster.session import connect
 from grainmill.corpus import index
 from grainmill.corpus.embedder import Embedder, ModelIdentity
 from grainmill.errors import CorpusError, ResourceError
-from grainmill.storage import files
 from grainmill.storage.mirror import S3Files
 
 BLOCK = 256
-"""Images that a worker is given at once, and reads ahead at most."""
+"""Images of a worker's task; it reads at most this number ahead."""
 BATCH = 64
-"""Images that the model is given at once."""
+"""Images of one call of the model."""
 READERS = 16
-"""Threads of a worker that read: those of a bucket wait most of the time."""
+"""Threads of a worker that read images; those that read from S3 mostly wait."""
 PART_ROWS, PART_SECONDS = 8192, 5.0
-"""When a file is written; what a crash costs is less."""
+"""Rows, or seconds since the last file, after which a file is written; a crash costs at most that."""
 
 
 class EmbedResult(NamedTuple):
-    """What came of it."""
+    """Content of the index after an embedding, and its speed."""
 
     images: int
-    """In the index now."""
+    """Number of images in the index."""
     before: int
-    """Of these, that were there already."""
+    """Number of images that the index had before."""
     skipped: Path | None
-    """Lists the images that are none, with the reasons; None if there are none of that kind."""
+    """CSV file with the files that are no usable images and the reasons; None if there are none."""
     faults: int
-    """How many these are."""
+    """Number of files in that list."""
     seconds: float
-    """From the first answer to the last, without the start of Ray and of the model."""
+    """Time from the first answer to the last, without the start of Ray and of the model."""
     steady: int
-    """Images that were answered in that time."""
+    """Number of images that were embedded in that time."""
 
 
 def embed(
@@ -58,17 +55,17 @@ def embed(
     address: str | None,
     progress: trainable.Progress,
 ) -> EmbedResult:
-    """Embed the images of a corpus that are not in the index yet; those that are none are tried again.
+    """Embed the images of a corpus that the index lacks; files that were no usable images are tried again.
 
-    An image is known by its name: whether its content has changed is not looked at.
+    Images are identified by their names. A changed file with the same name is not embedded again.
 
     Args:
-        tracking_uri: MLflow's. Workers fetch the model from there.
+        tracking_uri: address of MLflow, from where workers fetch the model.
         model: `models:/name@alias` or `models:/name/version`.
-        source: of images, as the model's trainable understands it.
-        out: folder of the index. Only this process writes there.
-        workers: that each hold the model.
-        address: of a Ray cluster; None starts a local one for the time of the call.
+        source: images, as the model's trainable understands the text.
+        out: folder of the index; only this process writes there.
+        workers: processes that each hold the model.
+        address: address of a Ray cluster; None starts a local one for the time of the call.
         progress: shows the progress.
     Raises:
         BusyError, CorpusError: the images, the index or the model cannot be used.
@@ -76,7 +73,7 @@ def embed(
         TrackingError: the model is not registered, or MLflow does not answer.
     """
     identity = Embedder(tracking_uri, model).identity
-    images, names = listed(identity, source)
+    images, names = _list_images(identity, source)
     with index.open_to_write(out, index.IndexRecord(identity, source)) as made:
         known = set(made.ids())
         missing = [name for name in names if name not in known]
@@ -86,21 +83,24 @@ def embed(
         if missing:
             with connect(address):
                 answers = _answers(images, missing, tracking_uri, identity, workers)
-                count = -(-len(missing) // BLOCK)
-                for table in progress(answers, "embedding", count):
+                for table in progress(answers, "embedding", -(-len(missing) // BLOCK)):
                     writer.add(table)
-        writer.close()
+        writer.flush()
         faults |= writer.faults
         if not known and not writer.written:
             name, reason = next(iter(faults.items()))
             raise CorpusError(f"one image at least must be usable, but of {len(names)} none is: {name} {reason}")
-        listing = _list_faults(out / index.SKIPPED, faults)
-        total = len(known) + writer.written
-        return EmbedResult(total, len(known), listing, len(faults), writer.seconds, writer.steady)
+        skipped = out / index.SKIPPED
+        if faults:
+            index.write_csv(skipped, ("id", "reason"), sorted(faults.items()))
+        else:
+            skipped.unlink(missing_ok=True)
+        total, before = len(known) + writer.written, len(known)
+        return EmbedResult(total, before, skipped if faults else None, len(faults), writer.seconds, writer.steady)
 
 
-def listed(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequence[str]]:
-    """The images of a source, and their names, one at least."""
+def _list_images(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequence[str]]:
+    """List the images of a source; returns them and their names. Raises CorpusError if there are none."""
     try:
         images = trainable.find(identity.trainable).images(source, S3Files())
         names = images.names()
@@ -112,7 +112,7 @@ def listed(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequ
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written down; names of files are bytes, not always text."""
+    """Return True if a name is valid Unicode; file names are bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -121,7 +121,7 @@ def _is_text(name: str) -> bool:
 
 
 class _Worker:
-    """Reads images, calls the model; one table of answers for each table of names."""
+    """Reads and embeds images: maps a table of names to a table of answers."""
 
     def __init__(self, images: trainable.Images, tracking_uri: str, identity: ModelIdentity) -> None:
         self.images, self.dimension = images, identity.dimension
@@ -132,33 +132,24 @@ class _Worker:
         with ThreadPoolExecutor(READERS) as threads:
             contents = threads.map(self._read, batch["id"].to_pylist())  # goes on while the model computes
             while some := list(islice(contents, BATCH)):
-                answers += self._answers(some)
+                answers += [(one.embedding, one.class_name, one.score, one.error) for one in self.embedder(some)]
         columns = zip(*answers, strict=True)
         kinds = (pa.list_(pa.float32(), self.dimension), pa.string(), pa.float32(), pa.string())
         arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
         return pa.table([batch["id"], *arrays], ["id", "embedding", "class", "score", "error"])
 
-    def _read(self, name: str) -> bytes | ValueError:
+    def _read(self, name: str) -> bytes | str:
+        """Content of an image, or the reason why it cannot be read."""
         try:
             return self.images.read(name)
         except ValueError as error:
-            return error
-
-    def _answers(self, contents: Sequence[bytes | ValueError]) -> Iterator[tuple[Any, ...]]:
-        """Embedding, class, score and error of each."""
-        answers = iter(self.embedder([one for one in contents if isinstance(one, bytes)]))
-        for one in contents:
-            if isinstance(one, bytes):
-                answer = next(answers)
-                yield answer.embedding, answer.class_name, answer.score, answer.error
-            else:
-                yield None, None, None, str(one)
+            return str(error)
 
 
 def _answers(
     images: trainable.Images, names: Sequence[str], tracking_uri: str, identity: ModelIdentity, workers: int
 ) -> Iterator[pa.Table]:
-    """Tables of a block of images each, as they come, from workers on the Ray that is there."""
+    """Embed images on the connected Ray cluster; yields the workers' tables of `BLOCK` answers as they come."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -175,17 +166,13 @@ def _answers(
         # Fetching one ahead would hold each table back until the next is there.
         yield from data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
-        told = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1]
         rule = "every worker must load the model and answer, but one did not"
-        raise CorpusError(f"{rule} ({told}); the same command carries on") from error
+        raise CorpusError(f"{rule} ({reason}); the same command carries on") from error
 
 
 def _share(workers: int) -> dict[str, float]:
-    """CPUs and GPUs of each worker.
-
-    Raises:
-        ResourceError: there are not enough.
-    """
+    """CPUs and GPUs of each worker. Raises ResourceError if there are not enough."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if sum(cores) < workers:
@@ -196,7 +183,7 @@ def _share(workers: int) -> dict[str, float]:
 
 
 class _Writer:
-    """Answers on their way into files."""
+    """Collects answers, and writes them to files of the index."""
 
     def __init__(self, folder: Path, record: index.IndexRecord) -> None:
         self.folder, self.schema = folder, index.schema(record)
@@ -204,7 +191,7 @@ class _Writer:
         self.faults: dict[str, str] = {}
         self._waiting: list[pa.Table] = []
         self._first = self._last = 0.0
-        """When the first table came, and when a file was written last."""
+        """Times of the first table and of the last written file."""
 
     def add(self, table: pa.Table) -> None:
         now = time.monotonic()
@@ -212,33 +199,17 @@ class _Writer:
             self.steady, self.seconds = self.steady + len(table), now - self._first
         else:
             self._first = self._last = now
-        bad = table["error"].is_valid()
-        faults = table.filter(bad).select(["id", "error"]).to_pydict()
+        faults = table.filter(table["error"].is_valid()).select(["id", "error"]).to_pydict()
         self.faults |= dict(zip(*faults.values(), strict=True))
         self._waiting.append(table.filter(table["error"].is_null()).select(self.schema.names))
-        rows = sum(map(len, self._waiting))
-        if rows >= PART_ROWS or now - self._last >= PART_SECONDS:
-            self.close()
+        if sum(map(len, self._waiting)) >= PART_ROWS or now - self._last >= PART_SECONDS:
+            self.flush()
             self._last = now
 
-    def close(self) -> None:
-        """Write what waits."""
+    def flush(self) -> None:
+        """Write the collected rows to a file."""
         rows = pa.concat_tables(self._waiting or [self.schema.empty_table()])
         if len(rows):
             index.write_part(self.folder, rows.combine_chunks().cast(self.schema))
             self.written += len(rows)
         self._waiting = []
-
-
-def _list_faults(path: Path, faults: Mapping[str, str]) -> Path | None:
-    """Write the list of images that are none; without any there is no list."""
-    if not faults:
-        path.unlink(missing_ok=True)
-        return None
-    text = io.StringIO()
-    write = csv.writer(text, lineterminator="\n").writerow
-    write(("id", "reason"))
-    for row in sorted(faults.items()):
-        write(row)
-    files.write_text(path, text.getvalue())
-    return path

@@ -1,4 +1,4 @@
-"""A registered model that embeds images: the one room that knows what its answers are called."""
+"""Embedder: a registered model that embeds images. Only this module knows the columns of the model's tables."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,40 +15,40 @@ SCHEME = "models:/"
 
 
 class Answer(NamedTuple):
-    """What a model says of one image."""
+    """A model's answer to one image; either `error` or all other fields are None."""
 
     embedding: NDArray[np.float32] | None
-    """(D,), of unit norm; None with an error, as all that follows."""
+    """(D,), of unit norm."""
     class_id: int | None
     class_name: str | None
     score: float | None
     """Probability of the class, in [0, 1]."""
     error: str | None
-    """Why the image is none."""
+    """Reason why there is no embedding, such as "is not an image"."""
 
 
 class ModelIdentity(NamedTuple):
-    """Which model made embeddings: only those of equal digest can be compared."""
+    """Model that made embeddings; embeddings can be compared if their digests are equal."""
 
     model: str
-    """`models:/name/version`."""
+    """URI of the version, `models:/name/version`."""
     digest: str
-    """SHA-256 of the manifest of its files."""
+    """SHA-256 of the manifest of the model's files."""
     dimension: int
     trainable: str
 
 
 class Embedder:
-    """Calls one version of a registered model on the contents of image files."""
+    """Applies one version of a registered model to the contents of image files."""
 
     def __init__(self, tracking_uri: str, model: str) -> None:
         """
         Args:
-            tracking_uri: MLflow's.
+            tracking_uri: address of MLflow.
             model: `models:/name@alias` or `models:/name/version`.
         Raises:
             CorpusError: the model does not embed images.
-            TrackingError: it is not registered, or MLflow does not answer.
+            TrackingError: the model is not registered, or MLflow does not answer.
         """
         if not model.startswith(SCHEME):
             rule = "a model must be registered, and named as models:/name@alias or models:/name/version"
@@ -63,10 +63,12 @@ class Embedder:
         digest = integrity.manifest_digest(stored.portable)
         self.identity = ModelIdentity(stored.version.uri, digest, len(first.embedding), stored.trainable)
 
-    def __call__(self, images: Sequence[bytes]) -> list[Answer]:
-        """One answer for each image, in order."""
-        rows = self._predict(pd.DataFrame({"image": pd.Series(images, dtype=object)})).to_dict("records")
-        return [_answer(row) for row in rows]
+    def __call__(self, contents: Sequence[bytes | str]) -> list[Answer]:
+        """Embed files, in order; a text stands for a file that could not be read, and is the error of its answer."""
+        images = [content for content in contents if isinstance(content, bytes)]
+        table = pd.DataFrame({"image": pd.Series(images, dtype=object)})
+        rows = iter(self._predict(table).to_dict("records") if images else ())
+        return [_answer(next(rows) if isinstance(content, bytes) else {"error": content}) for content in contents]
 
 
 def _answer(row: dict[str, Any]) -> Answer:

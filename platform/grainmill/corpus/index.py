@@ -1,66 +1,57 @@
-"""Embeddings of a corpus on disk: a folder of Parquet files, each whole, and a record of what made them.
+"""Index: the embeddings of a corpus in a folder of Parquet files, with a record of the model and the source.
 
-`part-000000.parquet` and on have the columns `id`, `embedding` (fixed-size list of float32), `class` and `score`, and
-in their metadata the record, which `index.json` holds, too. One process at a time writes.
+The files `part-000000.parquet` and on have the columns `id`, `embedding` (fixed-size list of float32), `class` and
+`score`. Their metadata contain the record, as does `index.json`. One process at a time writes.
 """
 
+import csv
 import fcntl
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from grainmill.corpus.embedder import ModelIdentity
+from grainmill.corpus.nearest import Block
 from grainmill.errors import BusyError, CorpusError
 from grainmill.storage import files
 
 RECORD, SKIPPED = "index.json", "skipped.csv"
 KEY = b"grainmill"
-"""Of the record in a file's metadata."""
+"""Key of the record in a file's metadata."""
 GROUP = 2048
-"""Rows of a row group, which is read as one."""
+"""Rows of a row group, the unit of reading."""
 
 
 class IndexRecord(NamedTuple):
-    """What an index is of."""
+    """Model and source of an index."""
 
     model: ModelIdentity
     source: str
-    """Of the images."""
+    """Folder, manifest or S3 prefix of the images."""
 
     def text(self) -> str:
-        """As JSON."""
+        """Record as JSON."""
         return json.dumps({**self.model._asdict(), "source": self.source}, indent=1)
 
     @classmethod
     def read(cls, text: str | bytes) -> Self:
-        """From `text`. Raises ValueError, or TypeError, if it is none."""
+        """Parse `text`. Raises ValueError, KeyError or TypeError if it is not a record."""
         fields = json.loads(text)
         return cls(ModelIdentity(**{name: fields[name] for name in ModelIdentity._fields}), str(fields["source"]))
 
 
-class Block(NamedTuple):
-    """Some rows that follow each other."""
-
-    start: int
-    """Position of the first in the index."""
-    ids: list[str]
-    embeddings: NDArray[np.float32]
-    """(n, D)."""
-
-
 class Index:
-    """An index that is there."""
+    """An existing index."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CorpusError if there is none, or a file of it is damaged or of another model."""
+        """Raises CorpusError if there is no index, or if a file is damaged or of another model."""
         self.folder = folder
         try:
             self.record = IndexRecord.read((folder / RECORD).read_text())
@@ -81,30 +72,29 @@ class Index:
         return sum(rows for _, _, rows in self._groups)
 
     def ids(self) -> Iterator[str]:
-        """Of all rows."""
+        """Names of the images, in the order of the rows."""
         for path in dict.fromkeys(path for path, _, _ in self._groups):
             with _readable(path):
                 yield from pq.read_table(path, columns=["id"])["id"].to_pylist()
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
-        """The rows in order, `GROUP` at a time or fewer, from the block on that holds the row `start`."""
+        """Positions and embeddings of row groups, from the group with row `start` on."""
         first = 0
         for path, group, rows in self._groups:
             if first + rows > start:
                 with _readable(path), pq.ParquetFile(path) as file:
-                    table = file.read_row_group(group, columns=["id", "embedding"]).combine_chunks()
-                flat = table["embedding"].combine_chunks().flatten().to_numpy()
-                yield Block(first, table["id"].to_pylist(), flat.reshape(rows, self.record.model.dimension))
+                    column = file.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
+                yield first, column.flatten().to_numpy().reshape(rows, self.record.model.dimension)
             first += rows
 
 
 def parts(folder: Path) -> list[Path]:
-    """The files of an index."""
+    """Parquet files of an index."""
     return sorted(folder.glob("part-*.parquet"))
 
 
 def schema(record: IndexRecord) -> pa.Schema:
-    """Of its files."""
+    """Schema of the Parquet files."""
     vector = pa.list_(pa.float32(), record.model.dimension)
     fields = [("id", pa.string()), ("embedding", vector), ("class", pa.string()), ("score", pa.float32())]
     return pa.schema(fields, metadata={KEY: record.text()})
@@ -112,10 +102,10 @@ def schema(record: IndexRecord) -> pa.Schema:
 
 @contextmanager
 def open_to_write(folder: Path, record: IndexRecord) -> Iterator[Index]:
-    """The index of a record in a folder, which is made if need be; nobody else writes to it meanwhile.
+    """Open the index of a record, or create it, and lock it against other writers during the block.
 
     Raises:
-        BusyError: another process has it.
+        BusyError: another process writes to the index.
         CorpusError: the folder holds something else, or cannot be written.
     """
     try:
@@ -144,23 +134,29 @@ def open_to_write(folder: Path, record: IndexRecord) -> Iterator[Index]:
 
 
 def check_model(index: Index, model: ModelIdentity) -> None:
-    """Raises CorpusError if embeddings of a model cannot be compared with those of an index."""
+    """Raise CorpusError if embeddings of a model cannot be compared with those of an index."""
     made = index.record.model
     if (made.digest, made.dimension) != (model.digest, model.dimension):
-        rule = f"an index can be used with the model that made it alone, and {index.folder.absolute()} is of "
+        rule = f"an index can only be used with the model that made it, and {index.folder.absolute()} is of "
         found = f"{made.model} ({made.dimension} dimensions, digest {made.digest[:12]}), got "
         other = f"{model.model} ({model.dimension} dimensions, digest {model.digest[:12]})"
         raise CorpusError(f"{rule}{found}{other}; name {made.model}, or embed the images again with --out ANOTHER")
 
 
 def write_part(folder: Path, table: pa.Table) -> None:
-    """Add a file of rows, all of it or nothing; whoever calls has claimed the index."""
+    """Add a file of rows atomically; the caller has opened the index to write."""
     last = max((int(path.stem.removeprefix("part-")) for path in parts(folder)), default=-1)
-    with (
-        files.atomic(folder / f"part-{last + 1:06d}.parquet") as draft,
-        draft.open("wb") as file,
-    ):
-        pq.write_table(table, file, row_group_size=GROUP, compression="zstd", use_dictionary=["class"])
+    with files.atomic(folder / f"part-{last + 1:06d}.parquet") as draft:
+        pq.write_table(table, draft, row_group_size=GROUP, compression="zstd", use_dictionary=["class"])
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    files.write_text(path, text.getvalue())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Nearest items by dot product, and all pairs above a score: exact, a block at a time; arrays alone.
+"""Exact search by dot product, block by block: the nearest rows, and all pairs of rows above a score.
 
-Embeddings are rows of float32. A block is the position of its first row, and its rows (n, D); memory is a few products
-of two blocks, however many there are.
+A block is the position of its first row and its rows (n, D), float32. Memory is bounded by a few products of two
+blocks, however many blocks there are.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 Rows: TypeAlias = NDArray[np.float32]
 Block: TypeAlias = tuple[int, Rows]
 Blocks: TypeAlias = Callable[[int], Iterable[Block]]
-"""The blocks from the one on that holds a row."""
+"""Maps the position of a row to the block with that row and all blocks after it."""
 
 OUTER = 4096
-"""Rows that are compared with one reading of all that follow."""
+"""Rows that are compared with all following rows in one pass over the blocks."""
 
 
 class Pairs(NamedTuple):
-    """Pairs of rows, the best first."""
+    """Pairs of rows, best first."""
 
     first: NDArray[np.int64]
     second: NDArray[np.int64]
-    """Of a larger number than the first."""
+    """Positions larger than those of `first`."""
     score: NDArray[np.float32]
     more: bool
-    """Whether there were more, which score less."""
+    """True if pairs with lower scores were left out."""
 
-    def of(self, order: NDArray[np.integer], more: bool) -> Self:
-        """Some of them, in an order."""
+    def pick(self, order: NDArray[np.integer], more: bool) -> Self:
+        """Some of the pairs, in a given order."""
         return self._replace(first=self.first[order], second=self.second[order], score=self.score[order], more=more)
 
 
@@ -39,40 +39,39 @@ def top_k(queries: Rows, blocks: Iterable[Block], k: int) -> tuple[NDArray[np.in
     places: NDArray[np.int64] = np.empty((len(queries), 0), np.int64)
     scores: Rows = np.empty((len(queries), 0), np.float32)
     for start, rows in blocks:
-        found = np.concatenate([scores, queries @ rows.T], axis=1)
+        scores = np.concatenate([scores, queries @ rows.T], axis=1)
         new = np.broadcast_to(np.arange(start, start + len(rows)), (len(queries), len(rows)))
-        where = np.concatenate([places, new], axis=1)
-        if found.shape[1] > k:
-            kept = np.argpartition(found, -k, axis=1)[:, -k:]
-            found, where = np.take_along_axis(found, kept, axis=1), np.take_along_axis(where, kept, axis=1)
-        scores, places = found, where
+        places = np.concatenate([places, new], axis=1)
+        if scores.shape[1] > k:
+            best = np.argpartition(scores, -k, axis=1)[:, -k:]
+            scores, places = np.take_along_axis(scores, best, axis=1), np.take_along_axis(places, best, axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(places, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 def pairs(blocks: Blocks, floor: float, most: int) -> Pairs:
-    """All pairs of rows that score `floor` or more; of more than `most`, the best."""
-    kept = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), False)
-    for start, left in _gathered(blocks(0), OUTER):
+    """All pairs of rows with a score of at least `floor`; the best ones if there are more than `most`."""
+    found = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), False)
+    for start, left in _merged(blocks(0), OUTER):
         for place, right in blocks(start):
             scores = left @ right.T
             rows, columns = np.nonzero(scores >= floor)
             once = rows + start < columns + place
             rows, columns = rows[once], columns[once]
-            kept = Pairs(
-                np.concatenate([kept.first, rows + start]),
-                np.concatenate([kept.second, columns + place]),
-                np.concatenate([kept.score, scores[rows, columns]]),
-                kept.more,
+            found = Pairs(
+                np.concatenate([found.first, rows + start]),
+                np.concatenate([found.second, columns + place]),
+                np.concatenate([found.score, scores[rows, columns]]),
+                found.more,
             )
-            if len(kept.score) > most:
-                kept = kept.of(np.argpartition(kept.score, -most)[-most:], more=True)
-                floor = float(kept.score.min())
-    return kept.of(np.lexsort((kept.second, kept.first, -kept.score)), kept.more)
+            if len(found.score) > most:
+                found = found.pick(np.argpartition(found.score, -most)[-most:], more=True)
+                floor = float(found.score.min())
+    return found.pick(np.lexsort((found.second, found.first, -found.score)), found.more)
 
 
-def _gathered(blocks: Iterable[Block], most: int) -> Iterator[Block]:
-    """Blocks that follow each other, as one of up to so many rows."""
+def _merged(blocks: Iterable[Block], most: int) -> Iterator[Block]:
+    """Merge consecutive blocks into blocks of up to `most` rows."""
     waiting: list[Rows] = []
     first = 0
     for start, rows in blocks:

@@ -1,8 +1,6 @@
-"""find() and duplicates(): what lies near to what in an index."""
+"""find() and duplicates(): the nearest images of query images, and pairs of copies, in an index."""
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,166 +8,152 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grainmill import trainable
-from grainmill.corpus import duplicates as copies
-from grainmill.corpus import index, nearest, thumbnails
+from grainmill.corpus import duplicate_precision, index, nearest
+from grainmill.corpus.duplicate_precision import NullModel
 from grainmill.corpus.embedder import Embedder
 from grainmill.corpus.index import Index
+from grainmill.corpus.thumbnails import Thumbnail, write_page
 from grainmill.errors import CorpusError
-from grainmill.storage import files
 from grainmill.storage.mirror import S3Files
 
-PRECISION = 0.9
-"""That a list of copies has, as estimated, unless a threshold is given."""
 MOST = 100_000
-"""Pairs that are listed."""
+"""Largest number of pairs in a list of duplicates."""
 SHOWN = 100
-"""Pairs on the page: the surest and, from the middle on, the least sure."""
+"""Largest number of pairs on the page: the first and the last ones of the list, half each."""
 
 
 class QueryResult(NamedTuple):
-    """What a query found."""
+    """Nearest images of one query."""
 
     query: str
     error: str | None
-    """Why it is no image."""
+    """Reason why the query cannot be used; then there are no results."""
     ids: list[str]
-    """Nearest first."""
+    """Names of the images, nearest first."""
     scores: list[float]
 
 
 class DuplicatesResult(NamedTuple):
-    """Pairs that may be copies."""
+    """Pairs of images that may be copies of each other."""
 
     pairs: list[tuple[str, str]]
-    """Ids, the surest first."""
+    """Names of the images, highest score first."""
     scores: list[float]
     precision: list[float | None]
-    """Of the list down to each pair, as estimated; None where the corpus is too small to tell."""
+    """Estimated precision of the list down to each pair; None if the corpus is too small for an estimate."""
     more: bool
-    """Whether there are more above the threshold, which score less."""
+    """True if pairs above the threshold were left out; they have lower scores than those listed."""
     files: list[Path]
 
 
 def find(
     tracking_uri: str, model: str, folder: Path, queries: Sequence[str], count: int, page: Path
 ) -> list[QueryResult]:
-    """The nearest images of an index for each query, exactly, and a page that shows them.
+    """Find the nearest images of an index for each query by exact search, and write a page that shows them.
 
     Args:
-        tracking_uri: MLflow's.
-        model: the one that made the index, as `models:/name@alias` or `models:/name/version`.
-        folder: of the index.
+        tracking_uri: address of MLflow.
+        model: the model that made the index, as `models:/name@alias` or `models:/name/version`.
+        folder: folder of the index.
         queries: image files.
-        count: images for each query.
+        count: number of images for each query.
         page: HTML file to write.
     Raises:
         CorpusError: there is no index, it is empty or of another model, or no query is an image.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
-    made = _filled(folder)
+    made = _open(folder)
     embedder = Embedder(tracking_uri, model)
     index.check_model(made, embedder.identity)
     contents = [_content(Path(query)) for query in queries]
-    readable = [one for one in contents if isinstance(one, bytes)]
-    answers = iter(embedder(readable) if readable else ())
-    told = [next(answers) if isinstance(one, bytes) else one for one in contents]
-    errors = [one if isinstance(one, str) else one.error for one in told]
-    good = [one.embedding for one in told if not isinstance(one, str) and one.embedding is not None]
-    if not good:
-        lines = [f"{query} {error}" for query, error in zip(queries, errors, strict=True)]
+    answers = embedder(contents)
+    embeddings = [one.embedding for one in answers if one.embedding is not None]
+    if not embeddings:
+        lines = [f"{query} {one.error}" for query, one in zip(queries, answers, strict=True)]
         raise CorpusError("a query must be an image, but none is:\n  " + "\n  ".join(lines))
-    places, scores = nearest.top_k(np.stack(good), ((one.start, one.embeddings) for one in made.blocks()), count)
-    names = _names(made, places)
+    places, scores = nearest.top_k(np.stack(embeddings), made.blocks(), count)
+    names, read = _names(made, places), _reader(made)
     lists = iter(zip(places.tolist(), scores.tolist(), strict=True))
-    found = []
-    for query, error in zip(queries, errors, strict=True):
-        where, near = ([], []) if error else next(lists)
-        found.append(QueryResult(query, error, [names[place] for place in where], near))
-    read = _reader(made)
-    rows = [
-        [thumbnails.Thumbnail(content, one.query, "query", query=True)]
-        + [
-            thumbnails.Thumbnail(read(name), name, f"{score:.4f}")
-            for name, score in zip(one.ids, one.scores, strict=True)
-        ]
-        for one, content in zip(found, contents, strict=True)
-        if isinstance(content, bytes) and not one.error
-    ]
-    told_of = f"{len(made):,} images of {made.record.source}, by {made.record.model.model}: nearest first, with scores"
-    thumbnails.write_page(page, "Nearest images", told_of, rows)
-    return found
+    results, rows = [], []
+    for query, answer, content in zip(queries, answers, contents, strict=True):
+        if answer.error is not None or isinstance(content, str):
+            results.append(QueryResult(query, answer.error, [], []))
+            continue
+        positions, near = next(lists)
+        ids = [names[position] for position in positions]
+        results.append(QueryResult(query, None, ids, near))
+        found = [Thumbnail(read(name), name, f"{score:.4f}") for name, score in zip(ids, near, strict=True)]
+        rows.append([Thumbnail(content, query, "query", query=True), *found])
+    summary = f"{len(made):,} images of {made.record.source}, by {made.record.model.model}: nearest first, with scores"
+    write_page(page, "Nearest images", summary, rows)
+    return results
 
 
 def duplicates(folder: Path, precision: float, threshold: float | None, out: Path) -> DuplicatesResult:
-    """Pairs of images of an index that may be copies: `duplicates.csv` and a page, `duplicates.html`.
-
-    The estimated precision is that of `copies`.
+    """List pairs of images of an index that may be copies: `duplicates.csv` and a page, `duplicates.html`.
 
     Args:
-        folder: of the index.
-        precision: of the whole list, as estimated, in (0, 1]; without effect where there is a threshold.
-        threshold: the lowest score to list.
+        folder: folder of the index.
+        precision: estimated precision of the whole list, in (0, 1]; see `duplicate_precision`. Unused with a threshold.
+        threshold: lowest score to list.
         out: folder for the files.
     Raises:
-        CorpusError: there is no index, it is empty, or too small for an estimate and there is no threshold.
+        CorpusError: there is no index, it is empty, or it is too small for an estimate and there is no threshold.
     """
-    made = _filled(folder)
-    tails = _tails(made)
-    if threshold is None and tails is None:
-        rule = f"an estimate of precision needs more than {copies.NEIGHBOURS} images"
-        raise CorpusError(f"{rule}, but {folder.absolute()} has {len(made)}; give a --threshold")
+    made = _open(folder)
+    null_model = _fit_null_model(made)
     if threshold is not None:
         floor = threshold
+    elif null_model is not None:
+        floor = null_model.score_of((1 - precision) * MOST)  # below, only a longer list has that precision
     else:
-        assert tails is not None, "told above"
-        floor = tails.score_of((1 - precision) * MOST)  # below, a longer list would be needed for that precision
-
-    def blocks(start: int) -> Iterator[nearest.Block]:
-        return ((one.start, one.embeddings) for one in made.blocks(start))
-
-    found = nearest.pairs(blocks, floor, MOST)
-    sure = copies.precision(found.score, tails) if tails else None
-    listed = len(found.score)
-    if threshold is None and sure is not None:
-        listed = int((sure >= precision).sum())
-    names = _names(made, np.concatenate([found.first[:listed], found.second[:listed]]))
-    places = zip(found.first[:listed].tolist(), found.second[:listed].tolist(), strict=True)
-    pairs = [(names[a], names[b]) for a, b in places]
-    estimate = [None] * listed if sure is None else sure[:listed].tolist()
-    result = DuplicatesResult(pairs, found.score[:listed].tolist(), estimate, found.more and listed == MOST, [])
-    result.files.extend(_write(result, made, out))
-    return result
+        rule = f"an estimate of precision needs more than {duplicate_precision.NEIGHBOURS} images"
+        raise CorpusError(f"{rule}, but {folder.absolute()} has {len(made)}; give a --threshold")
+    found = nearest.pairs(made.blocks, floor, MOST)
+    listed, estimate = len(found.score), None
+    if null_model is not None:
+        estimate = duplicate_precision.precision(found.score, null_model)
+        if threshold is None:
+            listed = int((estimate >= precision).sum())
+    first, second = found.first[:listed], found.second[:listed]
+    names = _names(made, np.concatenate([first, second]))
+    pairs = [(names[a], names[b]) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+    estimates = [None] * listed if estimate is None else estimate[:listed].tolist()
+    more = found.more and listed == MOST
+    result = DuplicatesResult(pairs, found.score[:listed].tolist(), estimates, more, [])
+    return result._replace(files=_write(result, made, out))
 
 
-def _filled(folder: Path) -> Index:
+def _open(folder: Path) -> Index:
+    """Open an index that has images."""
     made = Index(folder)
     if not len(made):
         raise CorpusError(f"an index must hold images, but {folder.absolute()} has none yet; embed some")
     return made
 
 
-def _tails(made: Index) -> copies.NullModel | None:
-    """Of the different images around a sample; None if there are too few."""
-    if len(made) <= copies.NEIGHBOURS:
+def _fit_null_model(made: Index) -> NullModel | None:
+    """Fit the null model to a sample of the images; None if the index has too few images."""
+    neighbours = duplicate_precision.NEIGHBOURS
+    if len(made) <= neighbours:
         return None
-    at = copies.sample(len(made))
-    parts = ((one.start, one.embeddings) for one in made.blocks())
+    at = duplicate_precision.sample(len(made))
+    parts = made.blocks()
     some = np.concatenate([rows[at[(at >= start) & (at < start + len(rows))] - start] for start, rows in parts])
-    parts = ((one.start, one.embeddings) for one in made.blocks())
-    places, scores = nearest.top_k(some, parts, copies.NEIGHBOURS + 1)
+    places, scores = nearest.top_k(some, made.blocks(), neighbours + 1)
     itself = places == at[:, None]
-    itself[~itself.any(axis=1), -1] = True  # many equal ones pushed it out
-    return copies.fit_null_model(scores[~itself].reshape(len(at), copies.NEIGHBOURS), len(made))
+    itself[~itself.any(axis=1), -1] = True  # many equal images pushed the image itself out of its list
+    return duplicate_precision.fit_null_model(scores[~itself].reshape(len(at), neighbours), len(made))
 
 
 def _names(made: Index, places: NDArray[np.int64]) -> dict[int, str]:
-    """Ids of rows."""
+    """Names of the images at some positions."""
     wanted = set(places.ravel().tolist())
     return {place: name for place, name in enumerate(made.ids()) if place in wanted}
 
 
 def _content(path: Path) -> bytes | str:
-    """Of a file, or why it cannot be read."""
+    """Content of a file, or the reason why it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -177,7 +161,7 @@ def _content(path: Path) -> bytes | str:
 
 
 def _reader(made: Index) -> Callable[[str], bytes | None]:
-    """Contents of an index's images; None of those that are gone."""
+    """Return a function that reads an image of the index, or returns None if the image is gone."""
     try:
         images = trainable.find(made.record.model.trainable).images(made.record.source, S3Files())
     except (LookupError, ValueError):
@@ -193,31 +177,24 @@ def _reader(made: Index) -> Callable[[str], bytes | None]:
 
 
 def _write(found: DuplicatesResult, made: Index, out: Path) -> list[Path]:
-    """The table and the page."""
+    """Write the table and the page."""
     out.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    write = csv.writer(text, lineterminator="\n").writerow
-    write(("first", "second", "score", "precision"))
-    for (first, second), score, estimate in zip(found.pairs, found.scores, found.precision, strict=True):
-        write((first, second, f"{score:.6f}", "" if estimate is None else f"{estimate:.4f}"))
     table, page = out / "duplicates.csv", out / "duplicates.html"
-    files.write_text(table, text.getvalue())
+    lines = [
+        (*pair, f"{score:.6f}", "" if estimate is None else f"{estimate:.4f}")
+        for pair, score, estimate in zip(found.pairs, found.scores, found.precision, strict=True)
+    ]
+    index.write_csv(table, ("first", "second", "score", "precision"), lines)
     shown = [*range(len(found.pairs))]
+    summary = f"{len(found.pairs):,} pairs of {made.record.source}, highest score first"
     if len(shown) > SHOWN:
         shown = shown[: SHOWN // 2] + shown[-SHOWN // 2 :]
+        summary += f"; shown are the first and the last {SHOWN // 2}"
     read = _reader(made)
     rows = []
     for number in shown:
         (first, second), estimate = found.pairs[number], found.precision[number]
         note = f"{found.scores[number]:.4f}" + ("" if estimate is None else f", precision {estimate:.1%} down to here")
-        rows.append(
-            [
-                thumbnails.Thumbnail(read(first), first, f"pair {number + 1:,}"),
-                thumbnails.Thumbnail(read(second), second, note),
-            ]
-        )
-    told = f"{len(found.pairs):,} pairs of {made.record.source}, the surest first"
-    if len(rows) < len(found.pairs):
-        told += f"; shown are the first and the last {SHOWN // 2}"
-    thumbnails.write_page(page, "Copies", told, rows)
+        rows.append([Thumbnail(read(first), first, f"pair {number + 1:,}"), Thumbnail(read(second), second, note)])
+    write_page(page, "Copies", summary, rows)
     return [table, page]

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The application that Ray Serve runs: a registered model behind HTTP, which follows an alias."""

@@ -1,10 +1,10 @@
-"""The application that Ray Serve runs: images in, embeddings out, by the version that an alias names at the time.
+"""Ray Serve application: embeds images with the version of a registered model that an alias names at the time.
 
     POST /      an image file -> 200 with `model`, `embedding`, `class_id`, `class_name`, `score`,
-                or 400 with `error`, which says why it is no image
+                or 400 with `model` and `error`, the reason why the file is no image
     GET /       -> 200 with `model`, the version that answers
 
-Images that arrive at the same time are shown to the model together; a bad one leaves the others as they are.
+Images that arrive at the same time are embedded in one batch. A bad image does not affect the others.
 """
 
 import asyncio
@@ -23,29 +23,29 @@ log = logging.getLogger("ray.serve")
 
 
 class Settings(BaseModel):
-    """The `args` of the application in a Serve config file."""
+    """Settings of the application, under `args` in a Serve config file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = Field(pattern=f"^{SCHEME}[^@/]+@[^@/]+$")
-    """Such as models:/demo@champion."""
+    """Model and alias, such as models:/demo@champion."""
     tracking_uri: str
-    """MLflow's."""
+    """Address of MLflow."""
     poll_seconds: float = Field(10, gt=0)
-    """How often the alias is looked up."""
+    """Seconds between look-ups of the alias."""
     batch: int = Field(16, ge=1)
-    """Most images that the model is shown together."""
+    """Largest number of images in a batch."""
     wait_seconds: float = Field(0.01, ge=0)
-    """How long an image waits for others."""
+    """Longest time in seconds that an image waits for others to fill the batch."""
 
 
 @serve.deployment
 class Service:
-    """One replica: a model, and a task that changes it where the alias has moved."""
+    """A replica: a model, and a task that replaces it when the alias has moved."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.client = MlflowClient(settings.tracking_uri)
-        self.embedder = self._load(self._named())
+        self.embedder = Embedder(settings.tracking_uri, self._named())
         self._answer.set_max_batch_size(settings.batch)
         self._answer.set_batch_wait_timeout_s(settings.wait_seconds)
         self._watch = asyncio.get_event_loop().create_task(self._follow())
@@ -61,33 +61,29 @@ class Service:
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def _answer(self, contents: list[bytes]) -> list[tuple[str, Answer]]:
-        """The version that answered, and what it said, of each."""
-        embedder = self.embedder  # one version for the batch, whatever becomes champion meanwhile
+        """Embed a batch; returns the version and the answer for each image."""
+        embedder = self.embedder  # one version for the whole batch, even if the alias moves
         answers = await asyncio.to_thread(embedder, contents)
         return [(embedder.identity.model, answer) for answer in answers]
 
     async def _follow(self) -> None:
-        """Change to the version that the alias names. Whatever goes wrong, the one that is there goes on to answer."""
+        """Load the version that the alias names whenever it changes. After an error the present version stays."""
         while True:
             await asyncio.sleep(self.settings.poll_seconds)
             try:
                 named = await asyncio.to_thread(self._named)
                 if named != self.embedder.identity.model:
-                    self.embedder = await asyncio.to_thread(self._load, named)
+                    self.embedder = await asyncio.to_thread(Embedder, self.settings.tracking_uri, named)
                     log.info("%s is %s now", self.settings.model, named)
             except Exception as error:  # a model can fail to load in any way
                 log.warning("%s stays: %s", self.embedder.identity.model, error)
 
     def _named(self) -> str:
-        """The version that the alias names."""
+        """URI of the version that the alias names."""
         name, alias = self.settings.model.removeprefix(SCHEME).split("@")
         return f"{SCHEME}{name}/{self.client.get_model_version_by_alias(name, alias).version}"
 
-    def _load(self, version: str) -> Embedder:
-        return Embedder(self.settings.tracking_uri, version)
-
 
 def application(arguments: dict[str, Any]) -> serve.Application:
-    """What `infra/serve/champion.yaml` names; its `args` are `Settings`."""
-    bind = Service.bind  # type: ignore[attr-defined]  # the decorator makes a deployment of it
-    return bind(Settings.model_validate(arguments))
+    """Build the application; the `import_path` in `infra/serve/champion.yaml`. The arguments are `Settings`."""
+    return Service.bind(Settings.model_validate(arguments))  # type: ignore[attr-defined]  # the decorator adds `bind`

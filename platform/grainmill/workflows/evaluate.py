@@ -1,4 +1,4 @@
-"""evaluate(): a trained model on benchmarks, recorded in the run that trained it."""
+"""evaluate(): measures a trained model on benchmarks, and records the results in the run that trained it."""
 
 import tempfile
 import time
@@ -22,11 +22,11 @@ from grainmill.workflows import run_folder
 
 
 class RecordedEvaluation(NamedTuple):
-    """What came of an evaluation, and what became of it."""
+    """Result of an evaluation, and the version that came of it."""
 
-    assessment: catalog.EvaluationResult
+    result: catalog.EvaluationResult
     version: models.Version | None
-    """Of the assessment's model; None if there is no such model, or if the model evaluated is not registered."""
+    """Registered version of the result's model; None if the result has none or the evaluated model is in a folder."""
 
 
 def evaluate(
@@ -38,16 +38,16 @@ def evaluate(
     workers: int = 1,
     address: str | None = None,
 ) -> RecordedEvaluation:
-    """Evaluate a model; a registered one's run gets the figures and the files, its name the model that comes of it.
+    """Evaluate a model. If it is registered, its run gets the results, and the resulting model becomes a version.
 
     Args:
         model: `models:/name@alias`, `models:/name/version`, or a folder, also in S3: of a run, or with checkpoints.
         overrides: changes to the settings of the trainable's `Evaluation`.
-        trainable: of a folder; a registered model knows its own.
+        trainable: trainable of a model in a folder; that of a registered model is known.
         out: folder for files. With several workers, their nodes must see it and the model's folder.
-        tracking_uri: MLflow's.
-        workers: 1 is this process; more are a Ray Train group.
-        address: of a Ray cluster; None starts a local one for the time of the call.
+        tracking_uri: address of MLflow.
+        workers: 1 evaluates in this process, more in a Ray Train group.
+        address: address of a Ray cluster; None starts a local one for the time of the call.
     Raises:
         ExperimentError: the settings are wrong.
         EvaluationError: there is no model, or a benchmark cannot be evaluated.
@@ -55,7 +55,7 @@ def evaluate(
         TrackingError: the model is not registered, or MLflow does not answer.
     """
     with ExitStack() as stack:
-        shared = stack.enter_context(_seen_by_all(out)) if workers > 1 else None
+        shared = stack.enter_context(_shared_folder(out)) if workers > 1 else None
         stored = None
         if model.startswith("models:/"):
             stored = models.fetch(tracking_uri, model, shared and shared / "model")
@@ -68,18 +68,18 @@ def evaluate(
             raise EvaluationError(str(error)) from error
         settings = checked_settings(found.Evaluation, overrides)
         if shared:
-            from grainmill.cluster.session import connect  # Ray is loaded for several workers only
+            from grainmill.cluster.session import connect  # imports Ray, which one worker does not need
 
             with connect(address):
-                assessment = evaluate_group.run_evaluation_on_group(workers, found, folder, settings, out, shared)
+                result = evaluate_group.run_evaluation_on_group(workers, found, folder, settings, out, shared)
         else:
-            assessment = evaluate_group.run_evaluation(found, folder, settings, out)
-        return RecordedEvaluation(assessment, _record(tracking_uri, stored, assessment) if stored else None)
+            result = evaluate_group.run_evaluation(found, folder, settings, out)
+        return RecordedEvaluation(result, _record(tracking_uri, stored, result) if stored else None)
 
 
 @contextmanager
-def _seen_by_all(out: Path) -> Iterator[Path]:
-    """A folder for the time of an evaluation on several nodes."""
+def _shared_folder(out: Path) -> Iterator[Path]:
+    """Make a temporary folder in `out`, which all nodes see."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=out.absolute(), prefix=".")
@@ -90,7 +90,7 @@ def _seen_by_all(out: Path) -> Iterator[Path]:
 
 
 def _checkpoints(place: str) -> str:
-    """Where the checkpoints are in a folder: of a finished run, those of its model."""
+    """Folder of the checkpoints in a folder: those of a finished run's model, or the folder itself."""
     if workspace.is_remote(place) or Path(place).is_dir():
         return run_folder.checkpoints(place.rstrip("/")) or place
     raise EvaluationError(
@@ -100,25 +100,24 @@ def _checkpoints(place: str) -> str:
 
 
 def _record(
-    tracking_uri: str, source: models.RegisteredModel, assessment: catalog.EvaluationResult
+    tracking_uri: str, source: models.RegisteredModel, result: catalog.EvaluationResult
 ) -> models.Version | None:
+    """Record the results in the run, and register the resulting model, if any."""
     client, now = MlflowClient(tracking_uri), int(time.time() * 1000)  # of equal times MLflow shows the larger value
     try:
-        client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in assessment.measurements])
-        for file in assessment.files:
+        client.log_batch(source.run_id, [Metric(one.name, one.value, now, 0) for one in result.measurements])
+        for file in result.files:
             client.log_artifact(source.run_id, str(file), "evaluation")
-        own, served = ([one for one in assessment.query_scores if one.served == which] for which in (False, True))
+        own, served = ([one for one in result.query_scores if one.served == which] for which in (False, True))
         comparison.save(client, source.version, source.run_id, own)
-        if assessment.model is None:
+        if result.model is None:
             return None
-        assert assessment.served is not None, "a model serves a setting"
-        model, setting, figures = assessment.model, assessment.served, assessment.measurements
-        made = models.register_evaluated(tracking_uri, source, model, setting, figures)
-        comparison.save(client, made, source.run_id, served)
-        return made
+        assert result.served is not None, "a model serves a setting"
+        version = models.register_evaluated(tracking_uri, source, result.model, result.served, result.measurements)
+        comparison.save(client, version, source.run_id, served)
+        return version
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow at {hidden(tracking_uri)} must take the figures of run {source.run_id}, but said: "
-            f"{hidden(error.message)}; "
-            "the files are written, and the same command tries again"
+            f"MLflow at {hidden(tracking_uri)} must record the measurements of run {source.run_id}, but said: "
+            f"{hidden(error.message)}; the files are written, and the same command tries again"
         ) from error

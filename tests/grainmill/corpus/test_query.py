@@ -13,7 +13,7 @@ from mlflow_tables import database
 from PIL import Image
 
 from grainmill import trainable
-from grainmill.corpus import duplicates, embed, index
+from grainmill.corpus import duplicate_precision, embed, index
 from grainmill.corpus import query as lookup
 from grainmill.errors import CorpusError
 from grainmill.tracking.mlflow_runs import Tracker
@@ -63,7 +63,8 @@ def test_the_nearest_images_are_found_and_shown(world):
     images = home / "images"
     (home / "no image.txt").write_text("<b>")
     found = find(world, images / names[3], home / "no image.txt", images / names[60], images / "nowhere.png")
-    rows = {name: row for block in index.Index(home / "index").blocks() for name, row in zip(*block[1:], strict=True)}
+    made = index.Index(home / "index")
+    rows = dict(zip(made.ids(), np.concatenate([rows for _, rows in made.blocks()]), strict=True))
     for one, name in ((found[0], names[3]), (found[2], names[60])):
         scores = {other: float(rows[other] @ rows[name]) for other in names}
         expected = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
@@ -127,7 +128,7 @@ def test_copies_are_listed_with_a_precision_and_shown(world, tmp_path):
 
 def test_a_threshold_lists_all_that_reach_it(world, tmp_path):
     made = index.Index(world[0] / "index")
-    rows = np.concatenate([block.embeddings for block in made.blocks()])
+    rows = np.concatenate([rows for _, rows in made.blocks()])
     expected = int((np.triu(rows @ rows.T, 1) >= 0.3).sum())
     found = lookup.duplicates(world[0] / "index", 0.9, 0.3, tmp_path)
     assert len(found.pairs) == expected > 6
@@ -144,7 +145,7 @@ def test_too_many_pairs_are_cut_and_that_is_told(world, tmp_path, monkeypatch):
 
 
 def test_a_small_corpus_has_no_estimate(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "NEIGHBOURS", 80)
+    monkeypatch.setattr(duplicate_precision, "NEIGHBOURS", 80)
     with pytest.raises(CorpusError, match=r"needs more than 80 images, but .*index has 80; give a --threshold"):
         lookup.duplicates(world[0] / "index", 0.9, None, tmp_path)
     found = lookup.duplicates(world[0] / "index", 0.9, 0.9, tmp_path)

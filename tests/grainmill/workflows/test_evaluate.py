@@ -22,8 +22,8 @@ def test_a_folder_with_checkpoints_or_of_a_run_is_a_model(scale, tmp_path):
     trained(tmp_path / "run-1" / "trials" / "final-0003")
     (tmp_path / "run-1" / "done.json").write_text('{"checkpoints": "trials/final-0003"}')
     for folder in (tmp_path / "run-1", tmp_path / "run-1" / "trials" / "final-0003"):
-        assessment, version = run(folder, [scale, "times=3"], tmp_path)
-        assert assessment.measurements[0].value == 0.25 * 2 * 3
+        result, version = run(folder, [scale, "times=3"], tmp_path)
+        assert result.measurements[0].value == 0.25 * 2 * 3
         assert version is None
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -83,7 +83,7 @@ def test_what_was_measured_of_each_version_is_kept_and_decides_on_the_champion(s
 
 def test_a_figure_that_mlflow_does_not_take_is_told(scale, tmp_path):
     registered(tmp_path)
-    with pytest.raises(TrackingError, match=r"must take the figures of run .*scale/extra\?"):
+    with pytest.raises(TrackingError, match=r"must record the measurements of run .*scale/extra\?"):
         run("models:/apples@champion", [scale, "odd=scale/extra?"], tmp_path)
 
 

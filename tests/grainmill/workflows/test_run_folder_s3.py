@@ -81,7 +81,7 @@ def test_a_run_and_a_folder_of_checkpoints_are_models(storage, tmp_path):
     (tmp_path / "scale.txt").write_text("2")
     for model in (f"{storage}/far/run-1", f"{storage}/far/run-1/", trial):
         done = evaluate.evaluate(model, [f"on.scale={tmp_path / 'scale.txt'}"], "toy", tmp_path / "out", "sqlite://")
-        assert done.assessment.measurements[0].value == 0.25 * 2
+        assert done.result.measurements[0].value == 0.25 * 2
 
 
 class Drawn:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grainmill.corpus import duplicates, nearest
+from grainmill.corpus import duplicate_precision, nearest
 
 MOST = 20_000
 
@@ -29,9 +29,11 @@ def listed(rows, precision):
 
     scores = rows @ rows.T
     np.fill_diagonal(scores, -2)
-    tails = duplicates.fit_null_model(-np.sort(-scores, axis=1)[:, : duplicates.NEIGHBOURS], len(rows))
+    tails = duplicate_precision.fit_null_model(
+        -np.sort(-scores, axis=1)[:, : duplicate_precision.NEIGHBOURS], len(rows)
+    )
     found = nearest.pairs(blocks, tails.score_of((1 - precision) * MOST), MOST)
-    kept = int((duplicates.precision(found.score, tails) >= precision).sum())
+    kept = int((duplicate_precision.precision(found.score, tails) >= precision).sum())
     return list(zip(found.first[:kept].tolist(), found.second[:kept].tolist(), strict=True))
 
 
@@ -55,7 +57,9 @@ def test_where_there_are_no_copies_next_to_nothing_is_listed(kind, seed):
 
 def test_the_expected_number_of_false_pairs_grows_as_a_power_of_the_distance():
     # Six neighbours within the distance of score 0.8 and 0.9; 1 - score is half of the squared distance.
-    tails = duplicates.NullModel(duplicates.depth(np.array([0.8, 0.9])), np.array([2 / 10, 2 / 4]), 1000)
+    tails = duplicate_precision.NullModel(
+        duplicate_precision.depth(np.array([0.8, 0.9])), np.array([2 / 10, 2 / 4]), 1000
+    )
     halved = 1 - 0.2 / 4, 1 - 0.1 / 4  # the scores at half of these distances
     first = np.mean([6 * 0.5**10, 6 * (0.05 / 0.1) ** 2]) * 1000 / 2
     second = np.mean([6 * (0.025 / 0.2) ** 5, 6 * 0.5**4]) * 1000 / 2
@@ -65,9 +69,9 @@ def test_the_expected_number_of_false_pairs_grows_as_a_power_of_the_distance():
 
 
 def test_precision_falls_down_the_list_and_equal_scores_share_it():
-    tails = duplicates.NullModel(duplicates.depth(np.array([0.5])), np.array([2 / 10]), 100)
+    tails = duplicate_precision.NullModel(duplicate_precision.depth(np.array([0.5])), np.array([2 / 10]), 100)
     scores = np.array([1.0, 0.95, 0.95, 0.9, 0.8, 0.7], "f4")
-    found = duplicates.precision(scores, tails)
+    found = duplicate_precision.precision(scores, tails)
     assert found[1] == found[2]
     assert (np.diff(found) <= 0).all()
     false = 6 * (0.1 / 0.5) ** 5 * 100 / 2
@@ -76,12 +80,19 @@ def test_precision_falls_down_the_list_and_equal_scores_share_it():
 
 
 def test_an_empty_list_has_no_precision():
-    assert len(duplicates.precision(np.empty(0, "f4"), duplicates.NullModel(np.array([0.5]), np.array([0.1]), 9))) == 0
+    assert (
+        len(
+            duplicate_precision.precision(
+                np.empty(0, "f4"), duplicate_precision.NullModel(np.array([0.5]), np.array([0.1]), 9)
+            )
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(("images", "size"), [(60, 60), (4096, 4096), (100_000, 4096)])
 def test_the_sample_is_spread_over_the_corpus(images, size):
-    found = duplicates.sample(images)
+    found = duplicate_precision.sample(images)
     assert len(found) == size
     assert found[0] == 0
     assert found[-1] == images - 1
@@ -89,5 +100,5 @@ def test_the_sample_is_spread_over_the_corpus(images, size):
 
 
 def test_equal_images_make_no_infinite_tail():
-    tails = duplicates.fit_null_model(np.ones((4, duplicates.NEIGHBOURS)), 60)
+    tails = duplicate_precision.fit_null_model(np.ones((4, duplicate_precision.NEIGHBOURS)), 60)
     assert np.isfinite(tails.false_pairs(np.array([1.0, 0.5]))).all()
