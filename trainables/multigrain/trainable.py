@@ -1,4 +1,4 @@
-"""MultiGrain as the mill sees it: this module is what the name `multigrain` in an experiment file stands for."""
+"""MultiGrain as a trainable of Grainmill, under the name `multigrain`; see the protocol in `grainmill.trainable`."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,31 +37,14 @@ if TYPE_CHECKING:
     from multigrain.export.standalone import Model
     from multigrain.training.fit import EpochResult
 
-# torch is imported when something is to be computed, not when an experiment file is checked.
+# torch is imported when something is computed, not when an experiment file is checked.
 
 Spec = MultiGrainSpec
 Data = DataSettings
 
-__all__ = [
-    "Data",
-    "Evaluation",
-    "Spec",
-    "data_problems",
-    "evaluate",
-    "example",
-    "export",
-    "fit",
-    "images",
-    "load",
-    "metrics",
-    "prepare",
-    "sources",
-    "worker_problems",
-]
-
 
 def images_of(data: DataSettings, files: Files | None = None, progress: Progress = no_progress) -> Dataset:
-    """List the images of a folder or a manifest, once for each `files`; images in S3 are read first if need be.
+    """List the images of a folder or a manifest, once for each `files`; images in S3 are copied first.
 
     Raises:
         DataError: the images cannot be read or listed.
@@ -92,7 +75,7 @@ def _list(data: DataSettings, mirror: Mirror, progress: Progress) -> Dataset:
 
 def _with_absolute_paths(data: DataSettings) -> DataSettings:
     paths = {"folder": data.folder, "manifest": data.manifest, "cache": data.cache}
-    remote = (SCHEME, "~")  # a home is each machine's own
+    remote = (SCHEME, "~")  # `~` differs between machines
     return data.model_copy(
         update={
             name: str(Path(path).absolute()) for name, path in paths.items() if path and not path.startswith(remote)
@@ -101,7 +84,7 @@ def _with_absolute_paths(data: DataSettings) -> DataSettings:
 
 
 def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Literal["max", "min"]]:
-    """The metrics that an objective can name, and which way is better.
+    """Return the metrics that an objective can name, and which way is better.
 
     Raises:
         DataError: the images cannot be listed.
@@ -112,9 +95,9 @@ def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Lite
 
 
 def data_problems(data: DataSettings, progress: Progress, files: Files | None = None) -> list[str]:
-    """What is wrong with the images of a folder or a manifest, all at once; every file is opened.
+    """Open every image of a folder or a manifest; return a sentence on each problem.
 
-    With `skip_broken`, only what makes the whole unusable; a warning tells which images will be left out.
+    With `skip_broken`, a warning names the images that will be left out, and only other problems are returned.
     """
     if data.builtin is not None:
         return []
@@ -137,11 +120,11 @@ def data_problems(data: DataSettings, progress: Progress, files: Files | None = 
 
 
 def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | None = None) -> DataSettings:
-    """What to train on: a built-in source is written below `root`, unless it is there; paths become absolute.
+    """Return settings to train with: paths become absolute, and a built-in source is written below `root`.
 
-    What lies in s3:// becomes a manifest below `root` that pins every object, so that all workers see the same, or
-    refuse. With `skip_broken`, the result is a manifest of the intact images; a warning tells how many are left out,
-    and the file below `root` that lists them.
+    A source in S3 becomes a manifest below `root` with the version of every object, so that all workers read the same
+    images or stop. With `skip_broken`, the result is a manifest of the intact images; a warning says how many images
+    are left out, and names the file below `root` that lists them.
 
     Raises:
         DataError: the images cannot be used; see `data_problems`.
@@ -169,14 +152,14 @@ def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | N
 
 
 def sources(data: DataSettings, files: Files | None = None) -> list[DataPart]:
-    """The parts of prepared data, each with its digest; see `multigrain.data.fingerprint`."""
+    """Return the parts of prepared data with their digests; see `data.fingerprint`."""
     files = files or LocalFiles()
     named = files.mirror(data.cache, data.cache_limit).named
     return [part._replace(where=named(part.where)) for part in parts(images_of(data, files))]
 
 
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
-    """What keeps `spec` from running on `workers` ranks, its `model.weights` included; empty if nothing does."""
+    """Check that `spec` can run on `workers` ranks, and its `model.weights`; return a sentence on each problem."""
     return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
 
 
@@ -187,28 +170,28 @@ def fit(
     heartbeat: Heartbeat = no_heartbeat,
     files: Files | None = None,
 ) -> Iterator["EpochResult"]:
-    """Train on prepared data; see `multigrain.training.fit.fit`."""
+    """Train on prepared data; see `training.fit.fit`."""
     import multigrain.training.fit
 
     return multigrain.training.fit.fit(spec, images_of(data, files), folder, heartbeat=heartbeat)
 
 
 def load(folder: Path) -> "Model":
-    """The model that `fit` left in `folder`; see `multigrain.export.standalone.Model`."""
+    """Load the model that `fit` left in `folder`; see `export.standalone.Model`."""
     from multigrain.export import inference
 
     return inference.load(folder)
 
 
 def images(source: str, files: Files | None = None) -> "FolderImages | BucketImages":
-    """The images of a corpus to embed; see `multigrain.data.image_sources.images`."""
+    """Return the images of a corpus to embed; see `data.image_sources.images`."""
     from multigrain.data import image_sources
 
     return image_sources.images(source, files or LocalFiles())
 
 
 def export(folder: Path, out: Path) -> Mapping[str, Any]:
-    """Write the model that `fit` left in `folder` for everybody; see `multigrain.export.export`."""
+    """Write the model that `fit` left in `folder` for use without MultiGrain; see `export.export`."""
     from multigrain.export import export
 
     return export.export(folder, out)
@@ -222,7 +205,7 @@ def evaluate(folder: Path, settings: Evaluation, out: Path, files: Files | None 
 
 
 def example(data: DataSettings, files: Files | None = None) -> "pd.DataFrame":
-    """Two held-out images, as `load`'s result takes them."""
+    """Return a table with two held-out images, as the result of `load` takes it."""
     import pandas as pd
 
     return pd.DataFrame({"image": [path.read_bytes() for path in images_of(data, files).val[:2]]})

@@ -1,6 +1,6 @@
-"""Fine-tuning of p*, the pooling exponent for images of another size, as the mill sees it.
+"""Fine-tuning of p*, the pooling exponent for images of another size, as a trainable of Grainmill.
 
-The trained network stays as it is; only p learns (the released code's recipe [R]; the paper picks p* by hand).
+Only p is trained, as in the released code [R]; the rest of the trained network is fixed. The paper picks p* by hand.
 """
 
 import glob
@@ -8,32 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multigrain.config.data import DataSettings
+from multigrain import trainable
+from multigrain.config import evaluation as settings
+from multigrain.config.data import DataSettings as Data
 from multigrain.config.finetune import FinetuneSpec as Spec
 from multigrain.hooks import Files, Heartbeat, no_heartbeat
-from multigrain.trainable import (  # noqa: F401 - all but its settings and how it is done is that of training
-    Data,
-    Evaluation,
-    data_problems,
-    evaluate,
-    example,
-    export,
-    images,
-    images_of,
-    load,
-    metrics,
-    prepare,
-    sources,
-)
 
 if TYPE_CHECKING:
     from multigrain.training.fit import EpochResult
 
+Evaluation = settings.Evaluation
+# Everything but the settings and the training itself is the same for both trainables.
+metrics, data_problems = trainable.metrics, trainable.data_problems
+prepare, sources, images, example = trainable.prepare, trainable.sources, trainable.images, trainable.example
+load, export, evaluate = trainable.load, trainable.export, trainable.evaluate
+
 
 def worker_problems(spec: Spec, workers: int) -> list[str]:
-    """What keeps `spec` from running on `workers` ranks, in words; empty if nothing does."""
+    """Check that `spec` can run on `workers` ranks; return a sentence on each problem."""
     problems = []
-    # The manifest is written last: where it is, a checkpoint is whole. Whether it is intact is found when it is read.
+    # The manifest of a checkpoint is written last. Its digests are checked when the checkpoint is read.
     if spec.checkpoint is None or not glob.glob("step-*/MANIFEST.json", root_dir=spec.checkpoint):
         problems.append(
             f"checkpoint must be a folder with the checkpoints of a trained network, got {spec.checkpoint}; "
@@ -47,9 +41,9 @@ def worker_problems(spec: Spec, workers: int) -> list[str]:
 
 
 def fit(
-    spec: Spec, data: DataSettings, folder: Path, heartbeat: Heartbeat = no_heartbeat, files: Files | None = None
+    spec: Spec, data: Data, folder: Path, heartbeat: Heartbeat = no_heartbeat, files: Files | None = None
 ) -> Iterator["EpochResult"]:
-    """Fine-tune p on prepared data; see `multigrain.training.finetune.fit`."""
+    """Fine-tune p on prepared data; see `training.finetune.fit`."""
     import multigrain.training.finetune
 
-    return multigrain.training.finetune.fit(spec, images_of(data, files), folder, heartbeat=heartbeat)
+    return multigrain.training.finetune.fit(spec, trainable.images_of(data, files), folder, heartbeat=heartbeat)
