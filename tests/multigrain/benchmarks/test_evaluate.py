@@ -260,8 +260,8 @@ def test_files_and_notes(evaluated):
     assert {path.name for path in result.files} == {"figures.csv", "grid.png", *pages}
     assert all(path.parent == out and path.stat().st_size for path in result.files)
     for name in ("holidays", "copydays"):
-        assert any(note.startswith(f"{name} is not whole: ") for note in result.notes)
-    assert "holidays is not whole: the set holds 1,491 images, found 9" in result.notes
+        assert any(note.startswith(f"{name} is not the published set: ") for note in result.notes)
+    assert "holidays is not the published set: the set holds 1,491 images, found 9" in result.notes
     with Image.open(out / "grid.png") as image:
         image.load()
 
@@ -407,7 +407,10 @@ def test_published_figures_of_what_was_measured_come_along(evaluated, trained, i
     }
     assert [len({*rows}) for rows in found.values()] == [len(rows) for rows in found.values()] == [6 * 3] * 2
     for name in ("holidays", "copydays"):
-        assert f"the paper's figures of {name} are of other images: the set is not whole here" in evaluated[0].notes
+        assert (
+            f"the paper's values for {name} are of other images: the set here is not the published one"
+            in evaluated[0].notes
+        )
     assert all(one.paper is None for one in evaluated[0].measurements)
     folder = changed(trained, tmp_path / "trained", classes=wnids)
     result = run_benchmarks(folder, Evaluation(on={"imagenet": str(imagenet_root)}), tmp_path / "out")

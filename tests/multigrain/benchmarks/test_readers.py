@@ -68,7 +68,7 @@ def test_every_file_of_a_benchmark_exists_and_every_measure_is_known(tmp_path, m
     assert benchmark.queries
     assert all(picture.path.is_file() for picture in (*benchmark.database, *benchmark.queries))
     assert set(benchmark.measures) <= set(MEASURES)
-    assert benchmark.whole == (name == "disc21"), "of DISC21, no number is expected"
+    assert benchmark.as_published == (name == "disc21"), "of DISC21, no number is expected"
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -152,7 +152,7 @@ def test_holidays_takes_each_query_out_of_its_own_list_and_keeps_the_last_group(
 
 def test_holidays_is_whole_with_all_its_images(tmp_path):
     benchmark = read("holidays", layouts.holidays_whole(tmp_path))
-    assert benchmark.whole
+    assert benchmark.as_published
     assert (len(benchmark.database), len(benchmark.queries)) == (1491, 500)
     assert sum(len(truth.positives) for truth in benchmark.truth[""]) == 991
 
@@ -200,7 +200,7 @@ def test_upright_holidays_is_whole_with_228_turns(tmp_path):
     every = [picture.path.stem for picture in read("holidays", tmp_path).database]
     turns = [90] * 200 + [270] * 27 + [180]
     (tmp_path / "rotations.txt").write_text("".join(f"{a}.jpg {b}\n" for a, b in zip(every, turns, strict=False)))
-    assert read("holidays-upright", tmp_path).whole
+    assert read("holidays-upright", tmp_path).as_published
     (tmp_path / "rotations.txt").write_text("".join(f"9{a}.jpg {b}\n" for a, b in zip(every, turns, strict=False)))
     assert has(read("holidays-upright", tmp_path).problems, "228 turned images are missing: 9100000")
 
@@ -243,7 +243,7 @@ def test_a_missing_image_of_ukbench_shifts_no_other(tmp_path):
 
 def test_ukbench_is_whole_with_all_its_images(tmp_path):
     benchmark = read("ukbench", layouts.ukbench(tmp_path, range(10_200)))
-    assert benchmark.whole
+    assert benchmark.as_published
     assert len(benchmark.queries) == 10_200
 
 
@@ -299,7 +299,7 @@ def test_copydays_is_whole_with_or_without_distractors_and_further_copies(tmp_pa
     layouts.copydays(tmp_path, blocks=[f"{2000 + number}" for number in range(157)], crops=["crops/50"])
     assert has(read("copydays", tmp_path).problems, "229 copies")
     layouts.draw(tmp_path / "strong", *(f"2100{number}.jpg" for number in range(10, 81)))
-    assert read("copydays", tmp_path).whole
+    assert read("copydays", tmp_path).as_published
 
 
 @pytest.mark.parametrize(
@@ -332,9 +332,9 @@ def test_both_numbers_of_images_of_oxford_are_whole(tmp_path, monkeypatch, count
     monkeypatch.setitem(landmarks._QUERIES, "oxford5k", 2)
     layouts.oxford5k(tmp_path)
     layouts.draw(tmp_path / "oxbuild_images", *(f"oxford_{number:06}.jpg" for number in range(count - 6)))
-    assert read("oxford5k", tmp_path).whole
+    assert read("oxford5k", tmp_path).as_published
     layouts.draw(tmp_path / "oxbuild_images", "oxford_100000.jpg", "oxford_100001.jpg")
-    assert not read("oxford5k", tmp_path).whole
+    assert not read("oxford5k", tmp_path).as_published
 
 
 def test_paris_is_read_from_its_folders_without_its_corrupt_images(tmp_path):
@@ -473,7 +473,7 @@ def test_the_corrupt_images_of_paris_are_not_extra(tmp_path):
 def test_revisited_oxford_is_whole_with_its_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(landmarks._SIZES, "roxford5k", (5,))
     monkeypatch.setitem(landmarks._QUERIES, "roxford5k", 2)
-    assert read("roxford5k", layouts.revisited(tmp_path)).whole
+    assert read("roxford5k", layouts.revisited(tmp_path)).as_published
 
 
 def broken(**changes):
@@ -568,15 +568,15 @@ def test_imagenet_is_whole_with_its_numbers(tmp_path, monkeypatch, maker):
     monkeypatch.setattr(imagenet, "_CLASSES", 3)
     monkeypatch.setattr(imagenet, "_IMAGES", 6)
     maker(tmp_path)
-    assert not read("imagenet", tmp_path).whole
+    assert not read("imagenet", tmp_path).as_published
     folder = layouts.WNIDS[1] if maker is layouts.imagenet else "."
     layouts.draw(tmp_path / "val" / folder, "ILSVRC2012_val_00000006.JPEG")
     kit = tmp_path / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
     if kit.exists():
         kit.write_text(kit.read_text() + "3\n")
-    assert read("imagenet", tmp_path).whole
+    assert read("imagenet", tmp_path).as_published
     layouts.draw(tmp_path / "val", "cover.jpg")
-    assert not read("imagenet", tmp_path).whole
+    assert not read("imagenet", tmp_path).as_published
 
 
 @pytest.mark.parametrize("gone", [["meta.mat"], ["meta.mat", "ILSVRC2012_validation_ground_truth.txt"]])
@@ -682,7 +682,7 @@ def test_a_manifest_is_asked_by_instance_and_by_class(tmp_path, kind):
     benchmark = read("manifest", write_manifest(tmp_path, kind))
     assert names(benchmark.database) == ["0", "1", "2"]
     assert names(benchmark.queries) == ["3", "2", "0", "4"]
-    assert benchmark.whole
+    assert benchmark.as_published
     assert told(benchmark, "instance") == {
         "3": ({"0"}, set()),
         "2": (set(), {"2"}),

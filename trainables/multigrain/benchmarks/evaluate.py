@@ -72,7 +72,7 @@ def run_benchmarks(folder: Path, settings: Evaluation, out: Path, files: Files |
 
 
 class _Run:
-    """One evaluation, and what its steps share."""
+    """State of an evaluation that its steps share."""
 
     def __init__(
         self,
@@ -233,9 +233,10 @@ class _Run:
             f"top-1 {self.scores[size][p].top1:.2f}"
             for size, p in self.chosen.items()
         ]
-        notes += [f"{one.name} is not whole: {problem}" for one in self.found.benchmarks for problem in one.problems]
+        sets = self.found.benchmarks
+        notes += [f"{one.name} is not the published set: {problem}" for one in sets for problem in one.problems]
         pairs = ((benchmark, published.difference(benchmark, row)) for row, benchmark in self._published())
-        others = {f"the paper's figures of {one.name} are of other images: {why}": None for one, why in pairs if why}
+        others = {f"the paper's values for {one.name} are of other images: {why}": None for one, why in pairs if why}
         return [*notes, *others]
 
 

@@ -88,7 +88,7 @@ def imagenet(root: Path) -> Benchmark:
         pairs = [(path, wnid) for wnid, found in by_class.items() for path in found]
         uneven = [wnid for wnid in classes if len(by_class.get(wnid, ())) != _IMAGES // _CLASSES]
         problems += noted(f"classes do not hold {_IMAGES // _CLASSES} images", uneven)
-        problems += noted("images lie beside the folders of classes and are left out", [path.name for path in flat])
+        problems += noted("images lie next to the folders of classes and are left out", [path.name for path in flat])
     else:
         kit = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
         wanted: dict[str, object] = {"images val/<wnid>/*.JPEG or val/ILSVRC2012_val_NNNNNNNN.JPEG": flat}

@@ -12,13 +12,13 @@ class PublishedResult(NamedTuple):
     """The value of one measure that the paper reports for one network."""
 
     benchmark: str
-    """One of `config.evaluation.BENCHMARKS`."""
+    """Name in `config.evaluation.BENCHMARKS`."""
     setting: str
     """A key of `Benchmark.truth`; "" where the protocol has but one part, or none."""
     distractors: int
     """Images added to the database of the set: 10,000 of YFCC100M in Copydays+10k."""
     measure: str
-    """One of `Benchmark.measures`."""
+    """Name in `Benchmark.measures`."""
     size: int
     """s*, in pixels."""
     method: str
@@ -83,8 +83,8 @@ def rows(benchmark: Benchmark, part: str, measure: str) -> list[PublishedResult]
 
 def difference(benchmark: Benchmark, row: PublishedResult) -> str:
     """Say how the paper's images differ from those of a benchmark; empty if they are the same."""
-    if not benchmark.whole:
-        return "the set is not whole here"
+    if not benchmark.as_published:
+        return "the set here is not the published one"
     distractors = len(benchmark.database) - COPYDAYS_ORIGINALS if row.distractors else 0
     if row.distractors == distractors:
         return ""

@@ -30,7 +30,7 @@ def measure_name(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measure of one benchmark at one setting."""
+    """A measure of a benchmark at a setting."""
 
     benchmark: str
     part: str
@@ -59,13 +59,13 @@ class QueryScores:
     data: str
     """SHA-256 of the benchmark's images and truth, see `digests`. Scores with equal digests are of the same queries."""
     values: tuple[float, ...]
-    """One for each query or image that counts; larger is better."""
+    """Scores of the queries or images that count, in order; larger is better."""
     served: bool
     """True for scores of the model that the evaluation makes, False for scores of the model that it evaluates."""
 
 
 class ResultGrid(NamedTuple):
-    """One measure at every size and exponent."""
+    """A measure at every size and exponent."""
 
     title: str
     sizes: Sequence[int]

@@ -19,7 +19,7 @@ class Benchmark:
     measures: tuple[str, ...]
     """Names of the measures; the first is the one that the literature compares."""
     labels: tuple[int, ...] | None = None
-    """For each query an index into `classes`."""
+    """Class of each query, an index into `classes`."""
     classes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     """Missing and extra files compared with the published set, one sentence each."""
@@ -29,7 +29,7 @@ class Benchmark:
         assert self.labels is None or len(self.labels) == len(self.queries)
 
     @property
-    def whole(self) -> bool:
+    def as_published(self) -> bool:
         """True when the files are exactly those of the published set."""
         return not self.problems
 
