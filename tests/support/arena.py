@@ -1,4 +1,4 @@
-"""Searches of the toy on Ray, with all that `runner.run` wants."""
+"""Searches of the toy on Ray, with everything that `runner.run` takes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,7 @@ from grainmill.tracking.mlflow_runs import Tracker
 
 
 class Bench:
-    """One run's folder, with everything that `trials.run` wants."""
+    """The folder of a run, with the tracker, the parent run and the observer that `runner.run` takes."""
 
     def __init__(self, folder, tracker, observer):
         self.folder, self.tracker, self.observer = folder, tracker, observer
@@ -50,7 +50,7 @@ HEIGHTS = {"height": {"uniform": [0.0, 1.0]}}
 
 
 class Arena(Bench):
-    """A run's folder whose trainings report to an umpire."""
+    """A bench whose training processes report each step to an umpire."""
 
     def __init__(self, folder, umpire, observer):
         super().__init__(folder, Tracker(database(folder), "toy", folder), observer)
@@ -62,7 +62,7 @@ class Arena(Bench):
         return replace(setup, data=data)
 
     def grid(self, heights, **changes):
-        """A search whose outcome is known: the published 0.5, and then the heights in their order."""
+        """A grid search with a known result: the published height 0.5 first, then the given heights in order."""
         search = {"sampler": "grid", "scheduler": "none"}
         return self.study(1 + len(heights), space={"height": {"choice": heights}}, search=search, **changes)
 
@@ -71,7 +71,10 @@ class Arena(Bench):
         return self.tracker.client.search_runs([self.tracker.experiment_id], query)
 
     def check(self, records, heights, repeated=(), steps=1):
-        """All trials are complete with the metrics of a calm search, and only what is named was computed twice."""
+        """Assert that all trials are complete with the metrics of an undisturbed search.
+
+        Only the steps in `repeated`, such as `trial-0001 3`, may have been computed twice.
+        """
         assert [(record.number, record.state) for record in records] == [(n, "complete") for n in range(len(records))]
         expected = [[(epoch, height * epoch / 4) for epoch in (1, 2, 3, 4)] for height in (0.5, *heights)]
         assert [[(row["epoch"], row["score"]) for row in record.history] for record in records] == expected

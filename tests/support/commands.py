@@ -12,7 +12,7 @@ SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
 """The repository."""
 PYTHON_PATH = os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])
-"""For other processes: they find these modules and whatever this process finds."""
+"""`PYTHONPATH` for child processes, so that they import these modules and everything that this process imports."""
 
 
 # Background jobs inherit that SIGINT is ignored; a terminal's foreground does not.
@@ -35,7 +35,7 @@ def start(arguments, folder, mark):
 
 
 def left_behind(mark, seconds=120):
-    """Processes with the mark in their environment that do not end within so many seconds."""
+    """Return the ids of the processes with the mark in their environment that have not ended after `seconds`."""
     pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -56,7 +56,7 @@ def left_behind(mark, seconds=120):
 
 
 def run_whole(script, folder, *words):
-    """A script that says at its end that nothing is lost, in a process of its own that leaves none behind."""
+    """Run a script in a process of its own. It must print `nothing lost` at its end and leave no process behind."""
     mark = str(uuid.uuid4())
     environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "GRAINMILL_TEST": mark}
     command = [sys.executable, "-c", textwrap.dedent(script), str(folder), *map(str, words)]
@@ -66,7 +66,7 @@ def run_whole(script, folder, *words):
 
 
 def python(*arguments, **environment):
-    """Stdout of a fresh interpreter that runs in the repository's root."""
+    """Run Python in the root of the repository and return what it prints."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -1,10 +1,20 @@
-"""A search of the toy on Ray's simulated cluster, which grows from no node and shrinks to none; what was seen, as JSON.
+"""Run a search of the toy on Ray's simulated autoscaling cluster, and print what was observed as JSON.
 
-    unshare --net --pid --mount --fork --mount-proc --kill-child python tests/growing.py FOLDER SETTINGS
+    unshare --net --pid --mount --fork --mount-proc --kill-child python tests/support/growing.py FOLDER SETTINGS
 
-For `test_growing`, in namespaces of its own: two Rays on one machine meddle with each other, and what this starts ends
-with its first process. SETTINGS is JSON: `nodes` at most, of `cpus` each; `workers` of a trial, `trials`, `epochs` of
-so many `seconds`; `seeds` from which the best is trained again, or 0; `idle` seconds until a node goes; `v2` or not
+The cluster starts without a worker node, grows for the search and shrinks to none after it. The script runs in
+namespaces of its own, because two Ray clusters on one machine disturb each other, and so that all its processes end
+with its first one. SETTINGS is a JSON object:
+
+    nodes    highest number of worker nodes
+    cpus     CPUs of each worker node
+    workers  workers of each trial
+    trials   trials of the search
+    epochs   epochs of each trial
+    seconds  duration of an epoch
+    seeds    trainings of the best trial after the search, or 0
+    idle     seconds after which an idle node is removed
+    v2       true for version 2 of Ray's autoscaler
 """
 
 import json
@@ -19,7 +29,7 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0", "MLFLO
 os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "OMP_NUM_THREADS": "1"}
 
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""The id of the head that Ray's simulated provider knows."""
+"""Node id of the head in Ray's simulated node provider."""
 PROVIDER = {
     "type": "external",
     "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -30,11 +40,11 @@ PROVIDER = {
     "head_node_id": HEAD,
 }
 BYTES = 80 * 2**20
-"""Of each node's object store."""
+"""Size of the object store of each node."""
 
 
 def isolate(folder):
-    """A network that ends here, and a folder for Ray that no other Ray sees."""
+    """Make a network without a way out, and a folder for Ray sessions that no other Ray sees."""
     private = folder / "ray"
     private.mkdir(parents=True)
     shared = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
@@ -52,7 +62,7 @@ def isolate(folder):
 
 
 def start(folder, settings):
-    """The head, and the autoscaler that makes nodes of what is asked for."""
+    """Start the head node with the autoscaler."""
     config = {
         "cluster_name": "growing",
         "max_workers": settings["nodes"],
@@ -92,7 +102,10 @@ def start(folder, settings):
 
 
 class Attendance(threading.Thread):
-    """When nodes came, and when they went, in seconds since the search began; what was asked for before the first."""
+    """Records when each node joined and left, in seconds since the search began.
+
+    `asked` is the largest number of placement groups that were pending before the first node joined.
+    """
 
     def __init__(self, began):
         super().__init__(daemon=True)
@@ -115,7 +128,7 @@ class Attendance(threading.Thread):
 
 
 class Diary:
-    """An `Observer` with the times."""
+    """An `Observer` that keeps messages and trials with their times."""
 
     def __init__(self, began):
         self.began, self.notes, self.trials = began, [], []
@@ -129,7 +142,7 @@ class Diary:
 
 
 def content(settings):
-    """Of the experiment file."""
+    """Content of the experiment file."""
     return {
         "name": "toy",
         "trainable": "toy",
@@ -143,8 +156,8 @@ def content(settings):
     }
 
 
-def mill(folder, settings, observer):
-    """The search, and the training of the best again, as `grainmill tune` runs them; the records of both."""
+def run_search(folder, settings, observer):
+    """Run the search and the final trainings as `grainmill tune` does, and return the records of both."""
     import toy
 
     from grainmill.config.experiment import experiment_model
@@ -180,7 +193,7 @@ def main(folder, settings):
     began = time.monotonic()
     nodes, observer = Attendance(began), Diary(began)
     nodes.start()
-    records = mill(folder, settings, observer)
+    records = run_search(folder, settings, observer)
     ended = time.monotonic() - began
     deadline = ended + settings["idle"] + 60
     while len(nodes.went) < len(nodes.came) and time.monotonic() - began < deadline:

@@ -1,4 +1,4 @@
-"""Two hosts on this machine, with a cable between them: network namespaces, seen by the processes inside alone."""
+"""Two simulated hosts on this machine, joined by a cable: network namespaces that only their own processes see."""
 
 import os
 import subprocess
@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 
 INSIDE = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-"""Before a command: it runs on a host without a network, and when it ends, whatever it has started ends, too."""
+"""Prefix of a command that runs on a host of its own. When it ends, all processes that it started end, too."""
 ADDRESSES = "192.168.77.1", "192.168.77.2"
 CARDS = "east", "west"
 """Names of the hosts' network interfaces."""
-
-
 THERE = ["ip", "netns", "exec", "there"]
-"""Before a command: it runs on the second host."""
+"""Prefix of a command that runs on the second host."""
 
 
 def run(*words):
@@ -21,7 +19,7 @@ def run(*words):
 
 
 def join():
-    """Inside: make the second host, and the cable from this one to it. Nothing leads out of the two."""
+    """Make the second host and the cable to it, from the first. No route leads out of the two."""
     run("mount", "-t", "tmpfs", "tmpfs", "/run")  # where `ip` keeps the names of namespaces
     own = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray")
     own.mkdir(exist_ok=True)
@@ -36,7 +34,7 @@ def join():
 
 
 def permitted():
-    """Whether this machine lets us."""
+    """Return True if this machine permits such namespaces."""
     code = "import hosts; hosts.join()"
     command = [*INSIDE, sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -47,17 +45,17 @@ def permitted():
 
 
 def crossed():
-    """Bytes that have come here through the cable, and that have gone."""
+    """Return the numbers of bytes received and sent through the cable."""
     (line,) = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith(CARDS[0])]
     numbers = line.partition(":")[2].split()
     return int(numbers[0]), int(numbers[8])
 
 
 def start(cpus):
-    """Inside, after `join`: a cluster with a Ray node on each host, which this process is connected to.
+    """Start a cluster with one Ray node on each host, and connect this process to it. Called after `join`.
 
     Args:
-        cpus: of each node.
+        cpus: CPUs of the first and the second node.
     """
     import ray
     from ray.cluster_utils import Cluster

@@ -1,4 +1,4 @@
-"""Folders of images."""
+"""Fixtures: folders of images."""
 
 import random
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
-    """40 drawn images of 32 pixels in 8 classes, 26 of them for training, with a copy-detection set; read only."""
+    """Folder of 40 drawn images of 32 pixels in 8 classes, 26 of them for training, with copies. Tests only read it."""
     from multigrain.config.data import DataSettings
     from multigrain.data.builtin import write_builtin
     from multigrain.hooks import no_progress
@@ -19,7 +19,7 @@ def shapes_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def image_files(tmp_path_factory):
-    """Images of different formats, colour modes, sizes and proportions."""
+    """Paths of images of different formats, colour modes, sizes and aspect ratios. Tests only read them."""
     folder, rng = tmp_path_factory.mktemp("images"), random.Random(0)
     paths = []
     for name, mode, bytes_per_pixel, size in [

@@ -1,4 +1,4 @@
-"""Ray's cluster launcher without its shell: what touches its private parts, of Ray 2.60, is here alone."""
+"""Ray's cluster launcher without SSH. It is the only user of the launcher's private names, as of Ray 2.60."""
 
 from unittest import mock
 
@@ -9,10 +9,10 @@ from ray.autoscaler._private.util import hash_launch_conf, prepare_config, valid
 
 
 class Launcher:
-    """Makes the nodes of a cluster file, as `ray up` and the autoscaler do, and never logs in to one."""
+    """Creates the nodes of a cluster file as `ray up` and the autoscaler do, but logs in to none."""
 
     def __init__(self, content):
-        """Makes what nodes need: role, key pair, security group, subnets."""
+        """Create what nodes need: role, key pair, security group and subnets."""
         prepared = prepare_config(content)
         validate_config(prepared)
         with mock.patch("ray.autoscaler._private.aws.config.time.sleep"):  # IAM takes seconds to spread, moto none
@@ -22,7 +22,7 @@ class Launcher:
         self.provider.ec2_fail_fast.meta.client.meta.events.register("provide-client-params.ec2.RunInstances", _all)
 
     def create(self, name, kind, count):
-        """So many nodes of a type; kind is head or worker."""
+        """Create `count` nodes of a type. `kind` is `head` or `worker`."""
         node = self.config["available_node_types"][name]["node_config"]
         told = {tags.TAG_RAY_NODE_NAME: f"ray-{self.config['cluster_name']}-{kind}", tags.TAG_RAY_NODE_KIND: kind}
         told |= {tags.TAG_RAY_USER_NODE_TYPE: name, tags.TAG_RAY_NODE_STATUS: tags.STATUS_UNINITIALIZED}
@@ -30,11 +30,11 @@ class Launcher:
         self.provider.create_node(node, told, count)
 
     def there(self):
-        """Ids of the nodes."""
+        """Return the ids of the nodes that run."""
         return self.provider.non_terminated_nodes({})
 
     def terminate(self):
-        """End all nodes."""
+        """Terminate all nodes."""
         self.provider.terminate_nodes(self.there())
 
 

@@ -1,4 +1,4 @@
-"""Small stand-ins for the benchmarks: their folders, names and ground truth, with images of a few pixels."""
+"""Small copies of the benchmarks' layouts: folders, file names and ground truth, with images of a few pixels."""
 
 import io
 import pickle
@@ -19,7 +19,7 @@ _CONTENT = {".jpg": _encoded("JPEG"), ".jpeg": _encoded("JPEG"), ".png": _encode
 
 
 def draw(folder, *names):
-    """Writes an image for each name."""
+    """Write an image for each name."""
     for name in names:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def draw(folder, *names):
 
 
 HOLIDAYS = ("100000", "100001", "100002", "100100", "100101", "149900", "149901", "149902", "149903")
-"""Groups of 3, 2 and 4; the last must not be dropped."""
+"""Groups of 3, 2 and 4 images. The last one must not be dropped."""
 
 
 def holidays(root, names=HOLIDAYS):
@@ -36,7 +36,7 @@ def holidays(root, names=HOLIDAYS):
 
 
 def holidays_whole(root):
-    """500 groups of 3, the last 9 of 2: 1,491 images, as in the set."""
+    """Names of 491 groups of 3 and 9 of 2 images: 1,491 images, as in the published set."""
     return holidays(root, [f"{100000 + 100 * g + k}" for g in range(500) for k in range(3 if g < 491 else 2)])
 
 
@@ -49,7 +49,7 @@ COPYDAYS = ("2000", "2001", "2002")
 
 
 def copydays(root, originals="original", crops=(), distractors=0, blocks=COPYDAYS):
-    """Two strong copies of the first original, one of each other; one of each in the folders of crops."""
+    """Write originals, two strong copies of the first, one of each other, and one copy of each per folder of crops."""
     draw(root / originals, *(f"{block}00.jpg" for block in blocks))
     draw(root / "strong", f"{blocks[0]}01.jpg", *(f"{block}02.jpg" for block in blocks))
     for folder in crops:
@@ -65,7 +65,7 @@ def write_truth(folder, query, line, good="", ok="", junk=""):
 
 
 def oxford5k(root):
-    """Six images and two queries; the first's own image is good, the second's is ok."""
+    """Write six images and two queries. The image of the first query is labelled `good`, that of the second `ok`."""
     draw(root / "oxbuild_images", *(f"all_souls_00000{number}.jpg" for number in range(5)), "new_000001.jpg")
     truth = root / "gt_files_170407"
     write_truth(
@@ -81,7 +81,7 @@ def oxford5k(root):
 
 
 def paris6k(root):
-    """Images in folders by landmark, one of them corrupt as published and named by the ground truth."""
+    """Write images in one folder per landmark. One is corrupt, as published, and listed in the ground truth."""
     names = ("defense_000000", "defense_000001", "louvre_000136", "louvre_000137")
     draw(root / "paris", *(f"{name.split('_')[0]}/paris_{name}.jpg" for name in names))
     (root / "paris/louvre/paris_louvre_000136.jpg").write_bytes(b"\xff\xd8 cut")
@@ -97,7 +97,7 @@ def paris6k(root):
 
 
 IMLIST = ("all_souls_000013", "new_000002", "all_souls_000001", "oxford_000009", "new_000007")
-"""Not in order, as in the pickle."""
+"""Image names, unsorted as in the published pickle."""
 QIMLIST = ("all_souls_000051", "new_000003")
 
 
@@ -123,7 +123,7 @@ WNIDS = ("n01440764", "n01443537", "n02119789")
 
 
 def imagenet(root, val="val", train="train"):
-    """Two images of each class, one of the second; training folders are there, but empty."""
+    """Write two images of each class, but one of the second, and empty folders of training images."""
     names = (f"{WNIDS[k]}/ILSVRC2012_val_0000000{n}.JPEG" for k, n in ((2, 1), (0, 2), (1, 3), (0, 4), (2, 5)))
     draw(root / val, *names)
     for wnid in WNIDS:
@@ -132,7 +132,7 @@ def imagenet(root, val="val", train="train"):
 
 
 def imagenet_flat(root, val="val"):
-    """Five images in one folder, and the development kit, whose numbers are in another order than the WordNet ids."""
+    """Write five images in one folder, and a development kit whose class numbers do not follow the WordNet ids."""
     draw(root / val, *(f"ILSVRC2012_val_0000000{number}.JPEG" for number in range(1, 6)))
     kit = root / "ILSVRC2012_devkit_t12/data"
     kit.mkdir(parents=True)
@@ -144,7 +144,7 @@ def imagenet_flat(root, val="val"):
 
 
 def disc21(root):
-    """Three queries, the last a distractor, and three references."""
+    """Write three references and three queries, the last of them a distractor."""
     draw(root / "queries", "Q00000.jpg", "Q00001.jpg", "Q00002.jpg")
     draw(root / "references", "R000000.jpg", "R000001.jpg", "R000002.jpg")
     (root / "groundtruth.csv").write_text("query,reference\nQ00000,R000002\nQ00001,R000000\nQ00002,\n")

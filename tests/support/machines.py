@@ -1,4 +1,4 @@
-"""Machines that are real Ray nodes on this one, each of processes of its own; they crash when a test wants it."""
+"""Simulated machines: Ray nodes on this machine, each with processes of its own, that a test can crash."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SEEN = {"PYTHONPATH": PYTHON_PATH}
 
 
 def processes(mark):
-    """Those with the mark in their environment."""
+    """Yield the ids of the processes with the mark in their environment."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (entry / "environ").read_bytes():
@@ -25,7 +25,7 @@ def processes(mark):
 
 
 def crash(mark):
-    """As if a machine went off: all its processes, and what they start meanwhile."""
+    """Kill all processes of a machine, and those that they start meanwhile, as a power failure does."""
     while found := list(processes(mark)):
         for pid in found:
             try:
@@ -36,12 +36,12 @@ def crash(mark):
 
 
 class Machines:
-    """A head that runs no training, and two machines of one CPU.
+    """A head node that runs no training, and two worker nodes of one CPU.
 
     Args:
-        folder: Ray's; a path that sockets have room for.
-        words: more of the head's command.
-        environment: more variables of all machines.
+        folder: for Ray sessions; its path is short, for the sockets in it.
+        words: further arguments of the head's command.
+        environment: further variables of all machines.
     """
 
     def __init__(self, folder, *words, **environment):
@@ -49,7 +49,7 @@ class Machines:
         self.head, self.workers = str(uuid.uuid4()), []
 
     def open(self):
-        """A new head, and new machines."""
+        """Start a new head and two new worker nodes."""
         self.address = f"127.0.0.1:{free_port()}"
         self.open_head()
         self.workers = []
@@ -57,7 +57,7 @@ class Machines:
             self.add()
 
     def open_head(self):
-        """A new head where the last one was."""
+        """Start a new head at the address of the last one."""
         self.head, port = str(uuid.uuid4()), self.address.partition(":")[2]
         Path(self.folder, "ray_current_cluster").unlink(missing_ok=True)  # a new machine knows of no earlier head
         self._start(
@@ -71,7 +71,7 @@ class Machines:
         self.workers.append(mark)
 
     def lose(self, pid):
-        """The machine that a process runs on, for a new one."""
+        """Crash the worker node that runs a process, and start another."""
         (mark,) = [mark for mark in self.workers if pid in processes(mark)]
         self.workers.remove(mark)
         crash(mark)

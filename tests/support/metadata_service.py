@@ -1,4 +1,4 @@
-"""A stand-in for the instance metadata service of AWS, and the script of ours that reads it."""
+"""A stand-in for the instance metadata service of AWS, and the script of infra/aws that reads it."""
 
 import http.server
 import importlib.util
@@ -14,7 +14,7 @@ SPEC.loader.exec_module(notice)
 
 
 class Metadata(http.server.ThreadingHTTPServer):
-    """An instance metadata service, version 2, on a port of this machine; `announced` is when the instance ends."""
+    """An instance metadata service, version 2, on a local port. `announced` is the time when the instance ends."""
 
     daemon_threads = True
 

@@ -23,7 +23,7 @@ SECRETS = {
 
 
 def environment(service):
-    """Of a service, with the variables filled in as compose does."""
+    """Return the environment of a service, with the variables filled in as `docker compose` does."""
     return {
         name: re.sub(r"\$\{(\w+):\?\}", lambda found: SECRETS[found[1]], value)
         for name, value in COMPOSE["services"][service]["environment"].items()

@@ -11,7 +11,7 @@ from grainmill.tracking.mlflow_runs import Tracker, local_uri
 
 @functools.cache
 def _template():
-    """The file with empty tables. It is made once in a process and goes with it."""
+    """Make the file with empty tables, once in a process; it is removed at the end of the process."""
     folder = Path(tempfile.mkdtemp(prefix="mlflow-tables-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tracker = Tracker(local_uri(folder), "template", folder)
@@ -20,7 +20,7 @@ def _template():
 
 
 def database(folder):
-    """The URI of the database in a storage folder. The file is made if it is missing."""
+    """Return the URI of the database in a storage folder. A missing file is copied from the template."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "mlflow.db").exists():
         shutil.copyfile(_template(), folder / "mlflow.db")

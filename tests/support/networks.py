@@ -1,4 +1,4 @@
-"""Small networks, their settings and checkpoints, and what tests compare them by."""
+"""Small networks with their settings and checkpoints, and reference computations for comparison."""
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def merged(settings, changes):
 
 
 def spec(**changes):
-    """Three steps of 24 views an epoch, from the 26 images for training; a checkpoint after each step."""
+    """Settings of a training with three steps of 24 views an epoch, on 26 images, and a checkpoint after each step."""
     settings = {
         "image_size": 32,
         "epochs": EPOCHS,
@@ -57,7 +57,7 @@ SETTINGS = {"image_size": 32, "model": {"trunk": "narrow", "p": 2.5}}
 
 
 def made(seed):
-    """A network whose BatchNorm has seen something."""
+    """Return a network with random weights whose BatchNorm layers have statistics of random images."""
     torch.manual_seed(seed)
     network = MultiGrain("narrow", 3, 2.5)
     network.train()(torch.rand(8, 3, 32, 32))
@@ -66,7 +66,7 @@ def made(seed):
 
 
 def save(folder, steps, settings=SETTINGS, **networks):
-    """A checkpoint as training leaves it."""
+    """Save a checkpoint as training does."""
     model = {f"{prefix}.{name}": x for prefix, made in networks.items() for name, x in made.state_dict().items()}
     spec = MultiGrainSpec.model_validate(settings)
     state = {"steps": steps, "spec": spec.model_dump(), "classes": CLASSES}
@@ -90,7 +90,7 @@ def slow_average_precision(scores, positive):
 
 
 def with_dropout(patch):
-    """Give networks a trunk that draws random numbers, by a monkeypatch."""
+    """Give the trunk of every new network a dropout layer, which draws random numbers. `patch` is a `monkeypatch`."""
     build = multigrain.build_trunk
 
     def dropping(name):

@@ -1,4 +1,4 @@
-"""One Ray for the tests of a session."""
+"""Fixture: a local Ray cluster."""
 
 import pytest
 from commands import PYTHON_PATH
@@ -6,7 +6,7 @@ from commands import PYTHON_PATH
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local Ray for the session; its workers find the toy trainable."""
+    """One local Ray cluster of two CPUs for the session. Its workers can import the modules of this folder."""
     import ray
 
     environment = {"PYTHONPATH": PYTHON_PATH, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}

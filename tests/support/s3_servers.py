@@ -1,4 +1,4 @@
-"""A server of S3 in this process, and proxies before it that count, break and refuse."""
+"""An S3 server in this process, and proxies in front of it that count requests and inject faults."""
 
 import http.client
 import os
@@ -17,7 +17,7 @@ SECRET = "very-secret"
 
 
 class ProxyHandler(BaseHTTPRequestHandler):
-    """Passes a request on to the server, or answers with the fault that the proxy holds for its path."""
+    """Passes a GET request on to the server, or injects the next fault of its path."""
 
     protocol_version = "HTTP/1.1"
 
@@ -49,10 +49,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
 
 class Proxy(ThreadingHTTPServer):
-    """A proxy before the server of S3 that keeps the GET requests it has seen and spoils some of them.
+    """A proxy in front of the S3 server that records GET requests and injects faults.
 
-    `faults` maps a path to faults, one for each request: `(status, code)` is the answer; `shorter` answers with
-    half the content; `cut` breaks off in the middle; a function is called before the request is passed on.
+    `faults` maps a path to faults, one for each request: `(status, code)` is sent as the answer; `shorter` sends half
+    the content as if it were all; `cut` breaks off in the middle; a function is called before the request passes.
     """
 
     def __init__(self, port):
@@ -69,16 +69,16 @@ class Proxy(ThreadingHTTPServer):
             connection.close()
 
     def handle_error(self, *_):
-        """A client that went away is no news."""
+        """Ignore clients that hang up."""
 
     def got(self):
-        """Path -> number of requests for it, of objects only."""
+        """Return path -> number of requests, for objects only."""
         return Counter(path for path, _ in self.seen if path.count("/") > 1)
 
 
 @pytest.fixture(scope="session")
 def moto():
-    """A server of S3 in a thread of this process, and a client. All tests share it; each makes its own buckets."""
+    """An S3 server in a thread of this process, and a client of it. All tests share it; each makes its own buckets."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -95,7 +95,7 @@ def moto():
 
 @contextmanager
 def serving(server):
-    """Serve from a thread of its own until the block ends."""
+    """Run a server in a thread until the block ends."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -106,21 +106,21 @@ def serving(server):
 
 @pytest.fixture
 def proxy(moto):
-    """The endpoint of `bucket`; it counts and spoils readings."""
+    """The endpoint of `bucket` in tests that only read: it counts requests and injects faults."""
     with serving(Proxy(moto.port)) as server:
         yield server
 
 
 @pytest.fixture
 def door(moto):
-    """The endpoint of `bucket` in tests that write through it: it passes on or spoils requests of any kind."""
+    """The endpoint of `bucket` in tests that write: it records requests of all methods and injects faults."""
     with serving(Door(moto.port)) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def botocore_loader():
-    """Botocore's descriptions of services, which take longer to read than a test takes."""
+    """Botocore's service descriptions, loaded once, because loading takes longer than a test."""
     from botocore.loaders import Loader
 
     return Loader()
@@ -128,7 +128,7 @@ def botocore_loader():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that botocore would wait between two requests; it does not wait."""
+    """List of the seconds that botocore would wait between two requests. It does not wait."""
     waits = []
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=waits.append))
     return waits
@@ -136,7 +136,7 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def bucket(request, moto, botocore_loader, monkeypatch, waits):
-    """A new bucket, written past its endpoint. The environment names the endpoint: the test's door, else the proxy."""
+    """A new bucket, filled directly on the server. The environment names an endpoint: the test's door, else the proxy."""
     endpoint = request.getfixturevalue("door" if "door" in request.fixturenames else "proxy")
     monkeypatch.setattr("botocore.session.create_loader", lambda _: botocore_loader)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -159,7 +159,7 @@ def bucket(request, moto, botocore_loader, monkeypatch, waits):
 
 
 class DoorHandler(BaseHTTPRequestHandler):
-    """Passes a request of any method on to the server, or spoils it as the door's rule says."""
+    """Passes a request of any method on to the server, or injects the fault that the door's rule returns."""
 
     protocol_version = "HTTP/1.1"
 
@@ -191,7 +191,7 @@ class DoorHandler(BaseHTTPRequestHandler):
         self.wfile.write(told)
 
     def __getattr__(self, name):
-        """`do_GET` and the others."""
+        """Return the handler of every method: `do_GET`, `do_PUT` and so on."""
         if name.startswith("do_"):
             return self.do
         raise AttributeError(name)
@@ -201,7 +201,7 @@ class DoorHandler(BaseHTTPRequestHandler):
 
 
 class Door(ThreadingHTTPServer):
-    """A proxy before the server of S3 that keeps the requests it has seen and spoils them by a rule.
+    """A proxy in front of the S3 server that records all requests and injects faults by a rule.
 
     `rule(method, key, query)` returns None or a fault: `(status, code)` is the answer; `cut` closes the connection
     while the request is being read; `lost` passes the request on and closes the connection without an answer.
@@ -222,10 +222,10 @@ class Door(ThreadingHTTPServer):
             connection.close()
 
     def handle_error(self, *_):
-        """A client that went away is no news."""
+        """Ignore clients that hang up."""
 
     def wrote(self):
-        """Names that were put or deleted, in order."""
+        """Return (method, key) of the PUT and DELETE requests, in order."""
         return [(method, key) for method, key in self.seen if method in ("PUT", "DELETE")]
 
 
@@ -240,12 +240,12 @@ def place(bucket, door, tmp_path, monkeypatch):
 
 
 def files(folder, read=Path.read_text):
-    """Name -> content of the files below a folder."""
+    """Return name -> content of the files below a folder."""
     return {str(path.relative_to(folder)): read(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def seen_by_another(place, read=Path.read_text):
-    """Name -> content of the files that another process finds at a place."""
+    """Return name -> content of the files that another process would find at a place."""
     from grainmill.storage import workspace
 
     with workspace.opened(place) as kept:
@@ -253,7 +253,7 @@ def seen_by_another(place, read=Path.read_text):
 
 
 def failing(times, fault, *, of="PUT", key=""):
-    """A rule that fails so many requests of a kind."""
+    """Return a rule that injects a fault into the next `times` requests of a method whose key contains `key`."""
     left = [times]
 
     def rule(method, name, _):

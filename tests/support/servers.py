@@ -15,13 +15,13 @@ import pytest
 
 
 def free_port():
-    """Of this machine."""
+    """Return a local port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 class Postgres:
-    """A private PostgreSQL, for this user alone, on a free port of this machine."""
+    """A PostgreSQL server on a free local port, with its data in a folder."""
 
     def __init__(self, folder):
         self.folder, self.user = folder, []
@@ -48,7 +48,7 @@ class Postgres:
         self._call("pg_ctl", "start", "-w", "-D", self.folder / "data", "-o", options, "-l", self.folder / "log")
 
     def stop(self):
-        """As if the machine went off."""
+        """Stop at once, as a power failure does."""
         self._call("pg_ctl", "stop", "-m", "immediate", "-D", self.folder / "data")
 
     def url(self, password=""):
@@ -64,7 +64,7 @@ def postgres():
 
 
 class TrackingServer:
-    """A real tracking server that proxies its artifacts, on a port of its own; it can freeze, die and come back."""
+    """MLflow's tracking server with proxied artifacts on a free local port. It can be frozen, killed and restarted."""
 
     def __init__(self, folder):
         self.choose_port()
@@ -116,7 +116,7 @@ class TrackingServer:
 
 @pytest.fixture(scope="session")
 def tracking_server(tmp_path_factory):
-    """One tracking server for the session. Tests that freeze or kill it use the fixture `server`."""
+    """One tracking server for the session. Tests that freeze or kill it use the fixture `server` instead."""
     made = TrackingServer(tmp_path_factory.mktemp("tracking"))
     yield made
     made.end()
@@ -124,7 +124,7 @@ def tracking_server(tmp_path_factory):
 
 @pytest.fixture
 def server(tracking_server):
-    """The tracking server of the session, which a test may freeze or kill: it runs again after the test."""
+    """The tracking server of the session for tests that freeze or kill it. It runs again after each test."""
     yield tracking_server
     if tracking_server.process.poll() is None:
         tracking_server.send(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""Models of `shades` in a registry, and indexes that they make."""
+"""Registered models of the trainable `shades`, and indexes of images made with them."""
 
 import json
 
@@ -17,7 +17,7 @@ from grainmill.tracking.mlflow_runs import Tracker
 
 @pytest.fixture(scope="session")
 def shades_registry(tmp_path_factory):
-    """Two versions of a model that embeds, and the tracking URI."""
+    """The tracking URI, and the URIs of two versions of an embedding model."""
     folder = tmp_path_factory.mktemp("registry")
     tracker = Tracker(database(folder), "shades", folder)
     return tracker.uri, [shades.register(tracker, folder / str(bias), bias) for bias in (1, 2)]
@@ -32,7 +32,7 @@ def rows(out):
 
 
 def expected(folder, name, bias=1):
-    """The embedding of one image, by the predictor itself."""
+    """Return the embedding of one image, computed by the predictor directly."""
     state = folder / "state"
     state.mkdir(exist_ok=True)
     (state / "state.json").write_text(json.dumps({"bias": bias}))

@@ -1,6 +1,6 @@
-"""A trainable that embeds images without learning anything: an image's mean colours in a grid of 4 x 4, and a bias.
+"""A trainable that embeds images without learning: the mean colours in a grid of 4 x 4, and a bias.
 
-What was "trained" is the number `bias`; models of different bias embed differently.
+The only parameter of a model is the number `bias`; models of different bias embed differently.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def example(data: Data, files: Any = None) -> Any:
 
 
 def register(tracker: Any, folder: Path, bias: float, name: str = "shades") -> str:
-    """A version that embeds with this bias, and is the champion now; its URI."""
+    """Register a version with this bias, make it the champion, and return its URI."""
     from grainmill.registry import models
     from grainmill.registry.model_card import ModelCard
 
@@ -102,7 +102,7 @@ def register(tracker: Any, folder: Path, bias: float, name: str = "shades") -> s
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Random pictures; their names."""
+    """Write random images and return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     names = [f"{number:05d}.png" for number in range(count)]

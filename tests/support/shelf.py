@@ -30,7 +30,7 @@ class Shelf:
         return self
 
     def add(self, *values, data="the same", metric=METRIC, parent=None):
-        """A version with so many values a query."""
+        """Add a version with one score for each query, and return it."""
         info = self.client.create_run(self.experiment, tags={PARENT: parent} if parent else {}).info
         run_id = info.run_id
         made = self.client.create_model_version(self.name, f"{info.artifact_uri}/model", run_id)
@@ -52,7 +52,7 @@ class Shelf:
         return {key: int(one) for key, one in self.client.get_registered_model(self.name).aliases.items()}
 
     def history(self, number):
-        """Decisions on a version, the oldest first."""
+        """Return the recorded decisions on a version, the oldest first."""
         tags = self.client.get_model_version(self.name, str(number)).tags
         return [tags[key] for key in sorted(tags) if key.startswith("promotion.0")]
 

@@ -1,4 +1,4 @@
-"""Studies that are searched without Ray."""
+"""Studies whose trials are reported without Ray."""
 
 import pytest
 import sqlalchemy
@@ -12,7 +12,7 @@ RANDOM = {"sampler": "random"}
 
 @pytest.fixture
 def prompt(monkeypatch):
-    """Attempts follow each other at once."""
+    """Make the study retry database errors without pauses."""
     monkeypatch.setattr(module, "PATIENCE", (0.01,) * 3)
 
 

@@ -17,25 +17,25 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     epochs: int = 4
     steps: int = 1
-    """In an epoch; the end of an epoch is kept, and the step where a heartbeat says that the toy must end."""
+    """Steps of an epoch. The toy saves its state after each epoch, and after the step where a heartbeat ends it."""
     height: float = 0.5
     kind: Literal["plain", "nan", "broken"] = "plain"
-    """`nan`: the score is not a number. `broken`: raises in the second epoch."""
+    """`nan`: the score is not a number. `broken`: the second epoch raises an error."""
     seed: int = 0
     seconds: float = 0.0
-    """That an epoch takes."""
+    """Duration of an epoch."""
 
 
 class Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     diary: str | None = None
-    """A file that gets a line for each step that is really computed, counted over all epochs."""
+    """A file that gets a line for each step that is computed. Steps are counted over all epochs."""
     gate: str | None = None
-    """A named pipe: from the second epoch on, a new process waits until someone opens it for writing."""
+    """A named pipe. A process that starts the second epoch waits until someone opens it for writing."""
     hold: str | None = None
-    """A step, `trial-0001 5`, that lasts until a heartbeat says that the toy must end."""
+    """A step, such as `trial-0001 5`, that lasts until a heartbeat ends the toy."""
     umpire: int | None = None
-    """A port of this machine: in each step, each process says there where it is, and waits for an answer."""
+    """Local port of an umpire. Each process reports each step there and waits for an answer."""
 
 
 class Evaluation(BaseModel):
@@ -44,15 +44,15 @@ class Evaluation(BaseModel):
     """`scale`: a file that holds a number; each worker puts its number where `{rank}` stands."""
     times: int = 1
     serve: str | None = None
-    """Makes a model, `times` as high, that serves this setting."""
+    """Name of a setting. The evaluation writes a model for it, with the height times `times`."""
     paper: bool = False
-    """Has published figures."""
+    """Add published results."""
     extra: int = 0
-    """So many more figures."""
+    """Number of further measurements."""
     odd: str | None = None
-    """Name of one more."""
+    """Name of one further measurement."""
     queries: int = 0
-    """Has a sample of so many values: those of `scale/height`, and a ripple that depends on the height."""
+    """Number of queries with a score each: the value of `scale/height` plus a ripple that depends on the height."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _compute(spec: Spec, data: Data, name: str, step: int, rank: int) -> None:
 
 
 def _highest(number: int) -> int:
-    """Of all ranks of a group, which all call this."""
+    """Return the highest number among the ranks of the group. All ranks must call this."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return number
     import torch
@@ -239,7 +239,7 @@ PUBLISHED = [
 
 
 def evaluate(folder: Path, settings: Evaluation, out: Path, files: Any = None) -> EvaluationResult:
-    """On several workers, rank 0 writes, and all ranks together count themselves."""
+    """Measure the height on a scale. On several workers, rank 0 writes the files, and the ranks are counted."""
     height = json.loads((folder / "state.json").read_text())["height"]
     rank, workers = int(os.environ.get("RANK", "0")), 1.0
     value = height * float(Path(settings.on["scale"].format(rank=rank)).read_text()) * settings.times

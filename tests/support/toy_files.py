@@ -1,4 +1,4 @@
-"""Experiment files of the toy."""
+"""Fixture: an experiment file of the toy."""
 
 import os
 
@@ -8,7 +8,7 @@ import yaml
 
 @pytest.fixture
 def gated_file(tmp_path):
-    """An experiment whose trials wait in their second epoch until the gate is opened."""
+    """An experiment file whose trials wait in their second epoch until a named pipe, the gate, is opened."""
     os.mkfifo(tmp_path / "gate")
     content = {
         "name": "cut-short",

@@ -1,4 +1,4 @@
-"""Models of the toy: in a folder, in a registry, and evaluated."""
+"""Models of the toy: trained in a folder, registered, and evaluated."""
 
 import pytest
 import toy
@@ -26,7 +26,7 @@ def run(model, overrides, tmp_path, trainable="toy", **workers):
 
 
 def registered(tmp_path):
-    """A tracker, and the run of the toy that is models:/apples@champion there."""
+    """Register a model of the toy as models:/apples@champion, and return its tracker and its run id."""
     tracker = Tracker(database(tmp_path), "apples", tmp_path)
     run_id = tracker.start("first", {})
     folder = trained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Settings of the toy, and the model card of its models."""
+"""Experiments of the toy, and a model card."""
 
 import toy
 

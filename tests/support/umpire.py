@@ -1,4 +1,4 @@
-"""An observer of trials that keeps what it is told, and an umpire that rules over the toy's processes."""
+"""An observer that keeps what it receives, and an umpire that controls the training processes of the toy."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 
 class Memory:
-    """An `Observer` that keeps what it is told."""
+    """An `Observer` that keeps messages and trials."""
 
     def __init__(self):
         self.notes, self.trials = [], []
@@ -27,10 +27,10 @@ def observer():
 
 
 class Umpire:
-    """Hears of each process of the toy before it keeps an epoch, and does to it what `rule` says.
+    """A server to which each training process of the toy reports each step and then waits for an answer.
 
-    `rule(name, epoch, rank, pid)` returns True to leave the process without an answer. What it raises is raised at the
-    end; the process gets its answer.
+    `rule(name, step, rank, pid)` is called for each report. It may kill or stop the process. If it returns True, the
+    process gets no answer. An error that it raises is raised again by `close`; the process gets its answer.
     """
 
     def __init__(self):
@@ -81,7 +81,7 @@ def umpire():
 
 
 def once(place, deed):
-    """A rule that does a deed when a process gets to a place, name, epoch and rank, for the first time."""
+    """Return a rule that calls `deed(pid)` when a process first reaches a place: (name, step, rank)."""
     left = [place]
 
     def rule(name, epoch, rank, pid):
