@@ -1,6 +1,8 @@
 # Needs Python 3.11 or newer, make and git; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes of pytest, each with files of its own; the integration tests come first, as they take longest.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo quick test check schema clean
 
@@ -18,10 +20,10 @@ demo: install  ## Search, train, evaluate and register on real handwritten digit
 	$(BIN)/grainmill tune search_spaces/demo.yaml
 
 quick: check  ## Run the checks and all tests that start neither Ray nor a server.
-	$(BIN)/python -m pytest -n 2 --ignore tests/integration
+	$(BIN)/python -m pytest $(TWO) --ignore tests/integration
 
 test: check  ## Run the checks and the whole test suite.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 check: install  ## Lint, types, import contracts.
 	$(BIN)/ruff check .

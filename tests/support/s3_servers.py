@@ -136,7 +136,7 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def bucket(request, moto, botocore_loader, monkeypatch, waits):
-    """A new bucket, filled directly on the server. The environment names the test's door, else the proxy, as endpoint."""
+    """A new bucket, filled directly on the server. The endpoint in the environment is the test's door, or the proxy."""
     endpoint = request.getfixturevalue("door" if "door" in request.fixturenames else "proxy")
     monkeypatch.setattr("botocore.session.create_loader", lambda _: botocore_loader)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
