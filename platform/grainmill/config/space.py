@@ -1,4 +1,4 @@
-"""The search-space language: what may vary, within which bounds, and when."""
+"""Search space: the searched parameters, their ranges and conditions."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ def _scalar(value: Any) -> Any:
 
 
 Scalar = bool | int | float | str
-# Checked by hand: a failed union would be reported once for each of its types.
+# Checked by a function: pydantic would report a failed union once for each of its types.
 ScalarField = Annotated[Any, AfterValidator(_scalar), WithJsonSchema({"type": ["boolean", "number", "string"]})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Values = Annotated[tuple[ScalarField, ...], Field(min_length=1, strict=False)]
@@ -23,16 +23,17 @@ Setting = Mapping[str, Scalar]
 """A value for each parameter, by dotted path."""
 
 SHORT = 16
-"""Whole numbers in a range that are all tried when the space is checked."""
+"""Largest number of whole numbers in a range that are all tried when the space is checked."""
 KINDS = ("uniform", "loguniform", "int", "choice")
 LARGEST_GRID = 10_000
-"""Settings of the largest space that is searched whole."""
+"""Number of settings of the largest grid."""
 
 
 class Parameter(BaseModel):
-    """One searched parameter: exactly one of `uniform`, `loguniform`, `int` and `choice`.
+    """A searched parameter, with exactly one of `uniform`, `loguniform`, `int` and `choice`.
 
-    With `when`, it is searched only where other parameters have certain values, and is `otherwise` elsewhere.
+    With `when`, the parameter is searched only if other parameters have certain values, and has the value `otherwise`
+    if they do not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -40,7 +41,7 @@ class Parameter(BaseModel):
     uniform: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
     """[low, high], both included."""
     loguniform: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
-    """[low, high], uniform in the logarithm; low is above 0."""
+    """[low, high], both included, uniform in the logarithm; low is above 0."""
     integer: Annotated[tuple[int, int], Field(strict=False)] | None = Field(None, alias="int")
     """[low, high], whole numbers, both included."""
     choice: Values | None = None
@@ -48,7 +49,7 @@ class Parameter(BaseModel):
     when: dict[str, Values] | None = None
     """Other parameters and the values at which this one is searched."""
     otherwise: ScalarField | None = None
-    """The value where it is not searched."""
+    """Value if the parameter is not searched."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -71,18 +72,18 @@ class Parameter(BaseModel):
 
     @property
     def ends(self) -> tuple[Scalar, ...]:
-        """The two bounds; all values of a choice, or of a short range of whole numbers."""
+        """The two bounds; for a choice or a short range of whole numbers, all values."""
         if self.integer and self.integer[1] - self.integer[0] < SHORT:
             return tuple(range(self.integer[0], self.integer[1] + 1))
         return next(value for value in self._kinds() if value is not None)
 
     @property
     def values(self) -> Sequence[Scalar] | None:
-        """All values; None of a range of fractions."""
+        """All values; None for a range of real numbers."""
         return range(self.integer[0], self.integer[1] + 1) if self.integer else self.choice
 
     def contains(self, value: Scalar) -> bool:
-        """Whether a search could draw `value`."""
+        """Return True when a search could draw `value`."""
         if self.choice:
             return value in self.choice
         if isinstance(value, str | bool) or (self.integer and value != int(value)):
@@ -91,7 +92,7 @@ class Parameter(BaseModel):
         return low <= value <= high  # type: ignore[operator]  # ends of a range are numbers
 
     def active(self, drawn: Setting) -> bool:
-        """Whether it is searched, given the parameters it depends on."""
+        """Return True when the parameter is searched, given the values of the parameters that it depends on."""
         return all(drawn[name] in values for name, values in (self.when or {}).items())
 
 
@@ -99,7 +100,7 @@ Space = Mapping[str, Parameter]
 
 
 def space_problems(space: Space) -> dict[str, list[str]]:
-    """What is wrong with the conditions, by parameter."""
+    """Problems of the conditions `when`, by parameter."""
     problems: dict[str, list[str]] = {}
     for name, parameter in space.items():
         for other, values in (parameter.when or {}).items():
@@ -118,7 +119,7 @@ def space_problems(space: Space) -> dict[str, list[str]]:
 
 
 def _dependency_order(space: Space) -> Iterator[str]:
-    """Parameters, each after those it depends on; those in a ring never come."""
+    """Names of the parameters, each after those that it depends on, without those in a ring of conditions."""
     placed: set[str] = set()
     while ready := [name for name in space if name not in placed and placed.issuperset(space[name].when or ())]:
         placed.update(ready)
@@ -126,7 +127,7 @@ def _dependency_order(space: Space) -> Iterator[str]:
 
 
 def resolve(space: Space, draw: Callable[[str, Parameter], Scalar]) -> dict[str, Scalar]:
-    """One setting: `draw` is asked for the parameters that are active, given those drawn before."""
+    """Make one setting: call `draw` for each parameter that is active, given the values drawn before."""
     drawn: dict[str, Scalar] = {}
     for name in _dependency_order(space):
         parameter = space[name]
@@ -136,8 +137,13 @@ def resolve(space: Space, draw: Callable[[str, Parameter], Scalar]) -> dict[str,
     return drawn
 
 
+def completed(given: Setting, space: Space, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a setting: other parameters have their value in the tree `defaults`, or that of a condition."""
+    return resolve(space, lambda name, _: given[name] if name in given else lookup(defaults, name))
+
+
 def grid(space: Space) -> Iterator[dict[str, Scalar]]:
-    """Every setting of a space without ranges of fractions, each once."""
+    """Every setting of a space without ranges of real numbers, each once."""
     names = list(_dependency_order(space))
 
     def extend(drawn: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -153,7 +159,7 @@ def grid(space: Space) -> Iterator[dict[str, Scalar]]:
 
 
 def grid_problems(space: Space, reference: Setting, trials: int) -> Iterator[tuple[tuple[str, str], str]]:
-    """What keeps `trials`, the reference first, from being the whole space: places in the file, and messages."""
+    """Reasons why `trials` trials, the reference first, are not the whole grid: keys of the file, and messages."""
     endless = [name for name, parameter in space.items() if parameter.values is None]
     for name in endless:
         message = f"a grid needs `choice` or `int`, got the range {list(space[name].ends)}; list the values to try"
@@ -170,7 +176,7 @@ def grid_problems(space: Space, reference: Setting, trials: int) -> Iterator[tup
 
 
 def extremes(space: Space, reference: Setting) -> Iterator[dict[str, Scalar]]:
-    """The reference, and each setting that moves one or two of its parameters to an end of their range."""
+    """The reference, and each setting with one or two of its parameters at an end of their range."""
     yield resolve(space, lambda name, _: reference[name])
     for moved in [*((name,) for name in space), *combinations(space, 2)]:
         for values in product(*(space[name].ends for name in moved)):
@@ -179,7 +185,7 @@ def extremes(space: Space, reference: Setting) -> Iterator[dict[str, Scalar]]:
 
 
 def nested(setting: Setting, base: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tree `base` with the values of `setting` put in at their dotted paths."""
+    """Copy of the tree `base` with the values of `setting` at their dotted paths."""
     tree = dict(base)
     for path, value in setting.items():
         head, _, rest = path.partition(".")
@@ -189,7 +195,7 @@ def nested(setting: Setting, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lookup(tree: Any, path: str) -> Any:
-    """The value at a dotted path of nested mappings; KeyError if there is none."""
+    """Value at a dotted path of nested mappings. Raises KeyError if there is none."""
     for key in path.split("."):
         if not isinstance(tree, Mapping):
             raise KeyError(path)
@@ -198,5 +204,5 @@ def lookup(tree: Any, path: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for people: four digits will do."""
+    """A value as text, with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,8 @@
-"""What is wrong between the sections of an experiment file, and with the points of its space."""
+"""Checks of settings: messages for pydantic's errors, and rules between the sections of an experiment file."""
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
@@ -11,27 +11,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from grainmill import trainable as catalog
-from grainmill.config.space import (
-    Parameter,
-    Setting,
-    Space,
-    extremes,
-    grid_problems,
-    lookup,
-    nested,
-    resolve,
-    space_problems,
-)
+from grainmill.config.space import Parameter, Space, completed, extremes, grid_problems, lookup, nested, space_problems
 from grainmill.config.yaml_document import Document, Location, Overrides, dotted
 from grainmill.storage import workspace
 from grainmill.storage.mirror import S3Files
 
 COSTS: Mapping[str, catalog.Direction] = {"cpu_seconds": "min", "gpu_seconds": "min"}
-"""Metrics of every trial, whatever is trained: seconds times what was reserved, up to the epoch."""
+"""Cost metrics of every trial: seconds times the reserved CPUs or GPUs, up to the epoch."""
 HOURS: Mapping[str, str] = {"cpu_seconds": "CPU-hours", "gpu_seconds": "accelerator-hours"}
-"""Names of the costs, in hours."""
+"""Units of the costs in hours."""
 
 Model = TypeVar("Model", bound=BaseModel)
+Problems = Iterator[tuple[Location, str]]
+"""Locations in the experiment file, and messages."""
 
 _RULES = {
     "dict_type": "must hold keys and values",
@@ -44,7 +36,7 @@ _RULES = {
 """Rules by pydantic's type of error, where its own message is unclear to users."""
 
 
-def error_messages(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Location, str]]:
+def error_messages(model: type[BaseModel], error: ValidationError) -> Problems:
     """Location and message (rule, value found, remedy) of each error that pydantic found in the input of `model`."""
     for details in error.errors():
         # pydantic does not count wrong items of a tuple, and calls it too short for that reason alone.
@@ -75,31 +67,31 @@ def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str
     raise AssertionError("a validation error is a problem")
 
 
+def _hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A question for the known name that is nearest to a wrong one; `otherwise` if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 def _message(model: type[BaseModel], details: ErrorDetails) -> str:
     *parents, key = details["loc"] or ("",)
     fields = _fields_at(model, parents)
     if details["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(key), fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
-        return f"unknown key; {hint}"
+        return f"unknown key; {_hint(str(key), fields, 'known here: ' + ', '.join(fields))}"
     if details["type"] == "missing":
         return "both bounds are required, [low, high]" if isinstance(key, int) else "this key is required"
     if details["type"] == "value_error":
         return details["msg"].removeprefix("Value error, ")
     rule = _RULES.get(details["type"], "").format(**details.get("ctx", {}))
     rule = rule or details["msg"].replace("Input should be", "must be", 1)
-    remedy = ""
-    if details["type"] == "literal_error" and (
-        near := difflib.get_close_matches(str(details["input"]), rule.split("'"), n=1)
-    ):
-        remedy = f"; did you mean {near[0]!r}?"
-    elif (field := fields.get(str(key))) is not None and not field.is_required():
+    remedy = _hint(str(details["input"]), rule.split("'")) if details["type"] == "literal_error" else ""
+    if not remedy and (field := fields.get(str(key))) is not None and not field.is_required():
         default = field.get_default(call_default_factory=True)
         if isinstance(default, bool | int | float | str):
-            remedy = f"; leave it out for the default, {default!r}"
+            remedy = f"leave it out for the default, {default!r}"
         elif details["input"] is None:
-            remedy = "; leave the key out, too"
-    return f"{rule}, got {details['input']!r}{remedy}"
+            remedy = "leave the key out, too"
+    return f"{rule}, got {details['input']!r}" + (f"; {remedy}" if remedy else "")
 
 
 def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str, Any]:
@@ -117,10 +109,14 @@ def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str
 
 def between_sections(
     trainable: catalog.Trainable, parts: Mapping[str, Any], progress: catalog.Progress, here: bool
-) -> Iterator[tuple[Location, str]]:
-    """What is wrong between sections, as far as the sections themselves are right.
+) -> Problems:
+    """Problems between sections.
 
-    What only the machine can tell that sees the files named there is left out unless it is `here`.
+    Args:
+        trainable: the method of the experiment.
+        parts: the sections that are valid by themselves.
+        progress: shows the progress of long checks.
+        here: check the files that the sections name, too.
     """
     if here and "data" in parts:
         files = S3Files()
@@ -134,26 +130,25 @@ def between_sections(
         yield ("search", "grace_epochs"), message
     if "space" not in parts:
         return
-    space = parts["space"]
-    problems = list(_path_problems(trainable.Spec().model_dump(), space))
-    for name, found in space_problems(space).items():
-        problems += [(("space", name), message) for message in found]
+    space, published = parts["space"], trainable.Spec().model_dump()
+    problems = list(_path_problems(published, space))
+    problems += [(("space", name), message) for name, found in space_problems(space).items() for message in found]
     yield from problems
     if problems:
         return
-    published = reference(trainable.Spec(), space)
     if "search" in parts:
-        yield from _search_problems(parts["search"], space)
-        if parts["search"].sampler == "grid":
-            yield from grid_problems(space, published, parts["search"].trials)
-        if here and "tracking" in parts and parts["search"].warm_start is not None and parts["tracking"].study is None:
-            yield from _warm_start_problems(parts["search"].warm_start)
+        search = parts["search"]
+        yield from _search_problems(search, space)
+        if search.sampler == "grid":
+            yield from grid_problems(space, completed({}, space, published), search.trials)
+        if here and "tracking" in parts and search.warm_start is not None and parts["tracking"].study is None:
+            yield from _warm_start_problems(search.warm_start)
     if "base" in parts:
-        yield from _setting_problems(trainable, parts)
+        yield from _setting_problems(trainable, parts, published)
 
 
-def _place_problems(parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
-    """What is wrong with the places where things are kept."""
+def _place_problems(parts: Mapping[str, Any]) -> Problems:
+    """Problems of the storage folder, the MLflow server and the database of the study."""
     if "storage" in parts and (message := workspace.problem(parts["storage"])):
         yield ("storage",), message
     if "tracking" in parts and parts["tracking"].study is not None:
@@ -163,19 +158,17 @@ def _place_problems(parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
         yield ("tracking", "uri"), message
 
 
-def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
-    objective = parts.get("objective", {})
-    for section, names in (("objective", objective), ("constraints", parts.get("constraints", {}))):
-        for name in names:
-            if name not in metrics:
-                near = difflib.get_close_matches(name, metrics, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                yield (section, name), f"must be a metric that these data allow; {hint}known: {', '.join(metrics)}"
+def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Problems:
+    objective, constraints = parts.get("objective", {}), parts.get("constraints", {})
+    for section, names in (("objective", objective), ("constraints", constraints)):
+        for name in (name for name in names if name not in metrics):
+            hint = " ".join(filter(None, (_hint(name, metrics), f"known: {', '.join(metrics)}")))
+            yield (section, name), f"must be a metric that these data allow; {hint}"
     for name, direction in objective.items():
         if direction != metrics.get(name, direction):
             way = "larger" if metrics[name] == "max" else "smaller"
             yield ("objective", name), f"{name} is better the {way}; set {metrics[name]}"
-    for name, bound in parts.get("constraints", {}).items():
+    for name, bound in constraints.items():
         if bound.min is None and bound.max is None:
             yield ("constraints", name), "a constraint needs `min`, `max` or both, got neither; set one"
         elif bound.min is not None and bound.max is not None and bound.min > bound.max:
@@ -189,7 +182,7 @@ def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> It
             yield ("winner", "weights"), "one objective must weigh more than 0, got none; raise one"
 
 
-def _address_problems(url: str) -> Iterator[tuple[Location, str]]:
+def _address_problems(url: str) -> Problems:
     place = ("tracking", "study")
     try:
         parsed = urlsplit(url)
@@ -201,7 +194,7 @@ def _address_problems(url: str) -> Iterator[tuple[Location, str]]:
         yield place, f"must be an address such as postgresql://host/name, but {error}; correct it"
 
 
-def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]]:
+def _search_problems(search: Any, space: Space) -> Problems:
     if search.stratify is not None and (search.stratify not in space or space[search.stratify].values is None):
         choices = [name for name, parameter in space.items() if parameter.values is not None]
         known = f"known: {', '.join(choices)}" if choices else "there is none here; leave it out"
@@ -211,8 +204,7 @@ def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]
         yield ("search", "losers"), "only asha has losers; set search.scheduler to asha, or leave this out"
     for index, setting in enumerate(search.first):
         for name in setting.keys() - space.keys():
-            near = difflib.get_close_matches(name, space, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(space) or 'none'}"
+            hint = _hint(name, space, f"known: {', '.join(space) or 'none'}")
             yield ("search", "first", index, name), f"must be a searched parameter; {hint}"
     if search.first and search.sampler == "grid":
         yield ("search", "first"), "a grid has every setting anyway; leave it out"
@@ -221,44 +213,42 @@ def _search_problems(search: Any, space: Space) -> Iterator[tuple[Location, str]
         yield ("search", "trials"), message
 
 
-def _warm_start_problems(place: str) -> Iterator[tuple[Location, str]]:
+def _warm_start_problems(place: str) -> Problems:
     if not workspace.is_remote(place) and not Path(place, "study.db").is_file():
         message = f"must be the folder of an earlier search, but there is no {Path(place, 'study.db').absolute()}"
         yield ("search", "warm_start"), f"{message}; name one such as grainmill-runs/demo/run-1"
 
 
-def _path_problems(defaults: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[tuple[Location, str]]:
-    """Searched parameters that are no setting of the trainable."""
-    known = list(_leaves(defaults))
+def _path_problems(published: Mapping[str, Any], space: Mapping[str, Parameter]) -> Problems:
+    """Searched parameters that are no settings of the trainable, or have no published value."""
+    known = list(_leaves(published))
     for name in space:
-        if name in known and lookup(defaults, name) is None:
+        if name in known and lookup(published, name) is None:
             yield ("space", name), "must have a published value for the first trial, but has none; set it in base"
         elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            hint = _hint(name, known, f"known: {', '.join(known)}")
             yield ("space", name), f"must be a setting of the trainable; {hint}"
     if "epochs" in space:
         message = "trials are compared at equal epochs, so `epochs` cannot be searched; set base.epochs"
         yield ("space", "epochs"), message
 
 
-def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
-    """What is wrong with settings at the ends of the space; each message once."""
+def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any], published: Mapping[str, Any]) -> Problems:
+    """Problems of the settings at the ends of the space and of `search.first`; each rule once for each key."""
     space, base = parts["space"], parts["base"].model_dump()
-    defaults = trainable.Spec().model_dump()
-    workers: dict[Sequence[int], str] = {}
-    if "resources" in parts:
-        for key in ("retrain_workers", "workers"):
-            workers[counts(getattr(parts["resources"], key))] = key
+    keys = ("retrain_workers", "workers") if "resources" in parts else ()
+    workers = {_counts(getattr(parts["resources"], key)): key for key in keys}
+    defaults = completed({}, space, published)
+    first = parts["search"].first if "search" in parts else ()
+    listed = (completed(given, space, published) for given in first if given.keys() <= space.keys())
     seen: set[tuple[Location, str]] = set()
-    published = reference(trainable.Spec(), space)
-    for setting in _points(parts, space, {name: lookup(defaults, name) for name in space}):
+    for setting in (*extremes(space, {name: lookup(published, name) for name in space}), *listed):
         found: list[tuple[Location, str]] = []
-        moved = [name for name, value in setting.items() if value != published[name]]
+        moved = [name for name, value in setting.items() if value != defaults[name]]
         try:
             spec = trainable.Spec.model_validate(nested(setting, base))
-            for some, key in workers.items():
-                found += [(("resources", key), message) for message in _worker_problems(trainable, spec, some)]
+            for counts, key in workers.items():
+                found += [(("resources", key), message) for message in _worker_problems(trainable, spec, counts)]
         except ValidationError as error:
             for location, message in error_messages(trainable.Spec, error):
                 culprits = [name for name in [dotted(location), *moved] if name in space]
@@ -271,38 +261,19 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any]) ->
                 yield place, message + at
 
 
-def counts(workers: int | tuple[int, int]) -> Sequence[int]:
+def _counts(workers: int | tuple[int, int]) -> Sequence[int]:
     """All numbers of workers that a trial may have."""
     return range(workers, workers + 1) if isinstance(workers, int) else range(workers[0], workers[1] + 1)
 
 
 def _worker_problems(trainable: catalog.Trainable, spec: Any, counts: Sequence[int]) -> list[str]:
-    """What keeps a spec from running on any of these numbers of workers."""
+    """Reasons why a spec cannot run on one of these numbers of workers."""
     found = [message for count in counts for message in trainable.worker_problems(spec, count)]
     if not found or len(counts) == 1:
         return found
-    # What suits one number of workers may not suit the next; what suits their common multiple suits all.
+    # A remedy for one number of workers may not suit the next; one for their common multiple suits all.
     found = trainable.worker_problems(spec, math.lcm(*counts)) or found
     return [f"{message} (for any of {counts[0]} to {counts[-1]} workers)" for message in found]
-
-
-def _points(parts: Mapping[str, Any], space: Space, defaults: Setting) -> Iterator[Setting]:
-    """The settings to check: the ends of the space, and those that the file asks for."""
-    yield from extremes(space, defaults)
-    for given in parts["search"].first if "search" in parts else ():
-        if given.keys() <= space.keys():
-            yield completed(given, space, defaults)
-
-
-def completed(given: Setting, space: Space, defaults: Setting) -> dict[str, Any]:
-    """A setting of which a part is given: the rest has its default, or is fixed by a condition."""
-    return resolve(space, lambda name, _: {**defaults, **given}[name])
-
-
-def reference(published: BaseModel, space: Space) -> dict[str, Any]:
-    """The published default of each searched parameter."""
-    defaults = published.model_dump()
-    return resolve(space, lambda name, _: lookup(defaults, name))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A YAML file as plain data, with the line of every key; the only reader and writer of YAML."""
+"""YAML as plain data with the line of every key; the only module that reads and writes YAML."""
 
 import os
 import re
@@ -18,15 +18,15 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
-    """Plain data as YAML, keys in their order."""
+    """Plain data as YAML, with the keys in their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def read_plain(file: Path) -> Any:
-    """A file of another program, as plain data; it may have aliases, which are the same objects.
+    """A YAML file of another program as plain data; aliases are allowed.
 
     Raises:
-        ExperimentError: it cannot be read.
+        ExperimentError: the file cannot be read.
     """
     try:
         return yaml.safe_load(file.read_bytes())
@@ -38,7 +38,7 @@ def read_plain(file: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases (a small file must not stand for a large tree), in which 1e-4 is a number."""
+    """Reads YAML in which 1e-4 is a number, without aliases: a small file must not stand for a large tree."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -60,10 +60,10 @@ for _both in (_Loader, _Dumper):
 
 
 class Document:
-    """The file as plain data, the line of each key, and what is wrong so far."""
+    """A file as plain data, the line of each key, and the problems found so far."""
 
     def __init__(self, file: Path | None) -> None:
-        """A file's content; nothing yet for None, what the command line says follows as overrides."""
+        """Read a file; None makes an empty document, for settings that are given as overrides alone."""
         self.file = file or "the command line"
         self.problems: list[Problem] = []
         self.lines: dict[Location, int] = {}
@@ -95,7 +95,7 @@ class Document:
             self.add((), f"the file must hold keys and values, got {type(tree).__name__}; see `grainmill schema`")
 
     def apply(self, overrides: Overrides) -> None:
-        """Change the tree; a change that is wrong becomes a problem."""
+        """Change the tree; a malformed change becomes a problem."""
         if isinstance(overrides, Mapping):
             for path, value in overrides.items():
                 self._set(path, os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -131,7 +131,7 @@ class Document:
         self.overridden.add(key)
 
     def add(self, location: Location, message: str) -> None:
-        """Note a problem at a key, or at the nearest one above it that the file holds."""
+        """Add a problem, with the line of its key or of the nearest key above that the file holds."""
         above = [location[:length] for length in range(len(location), 0, -1)]
         known = next((place for place in above if place in self.lines), None)
         if self.overridden.intersection(above):
@@ -145,7 +145,7 @@ class Document:
 
 
 def _read(text: str) -> tuple[Any, dict[Location, int], list[Problem]]:
-    """Plain data, the line of each key, and what is wrong."""
+    """Plain data, the line of each key, and the problems."""
     lines: dict[Location, int] = {}
     problems: list[Problem] = []
     tree = None
