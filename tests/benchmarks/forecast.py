@@ -53,7 +53,7 @@ def ratios(
     finished = curves.play(world, Ours(world, objectives, trials, **search), WORKERS, float("inf"))
     checked = experiment(objectives, epochs, trials=trials, **search)
     pace = Pace(statistics.fmean(world.lengths), 0, 0)
-    plays = [forecast.play(checked, ON, pace, seed) for seed in range(PLAYS)]
+    plays = [forecast.simulate(checked, ON, pace, seed) for seed in range(PLAYS)]
     came = max(one.seconds for one in finished) / WORKERS
     return {
         "epochs": statistics.fmean(one.epochs[0] for one in plays) / len(world.lengths),

@@ -54,13 +54,13 @@ def seen(folder, settings):
     on = Cluster(NodeType("head", {"CPU": 0}, 1), (worker,), settings["nodes"], settings["idle"])
     boot = statistics.fmean(found["came"])
     pace = Pace(epoch, boot, statistics.fmean(starts[:wave]) - boot)
-    course = forecast.play(experiment_model(toy).model_validate(growing.content(settings)), on, pace, 0)
-    comparisons = [("seconds of the search", end(found, "trial"), course.search)]
+    run = forecast.simulate(experiment_model(toy).model_validate(growing.content(settings)), on, pace, 0)
+    comparisons = [("seconds of the search", end(found, "trial"), run.search)]
     if settings["seeds"]:
         comparisons += [
-            ("seconds of the best again", end(found, "final") - end(found, "trial"), course.again),
-            ("seconds in all", found["ended"], course.search + course.again),
-            ("node-seconds", sum(found["went"]), course.nodes["worker"]),  # all were asked for at the start
+            ("seconds of the best again", end(found, "final") - end(found, "trial"), run.retraining),
+            ("seconds in all", found["ended"], run.search + run.retraining),
+            ("node-seconds", sum(found["went"]), run.nodes["worker"]),  # all were asked for at the start
         ]
     told += [f"{what}: {real:.0f}, forecast {said:.0f} ({said / real - 1:+.0%})" for what, real, said in comparisons]
     print("", *told, sep="\n")

@@ -33,7 +33,7 @@ from grainmill.config.validation import HOURS
 from grainmill.errors import GrainmillError
 
 if TYPE_CHECKING:
-    from grainmill.workflows.forecast import Course, Pace
+    from grainmill.workflows.forecast import Pace, SimulatedRun
 
 JOBS = "~/.cache/grainmill/jobs"
 """Folder with the content that was sent last under each submission id; the printed command line names it."""
@@ -45,6 +45,7 @@ START_SECONDS = 10.0
 """Seconds until the processes of a trial train on a node that works (Python, torch, data); as measured in the tests."""
 
 Result = TypeVar("Result")
+Values = list[float]
 
 
 def submit(
@@ -149,8 +150,8 @@ def plan(
         from grainmill.workflows import forecast
 
         pace = forecast.Pace(epoch, 60 * boot, START_SECONDS)
-        courses = [forecast.play(checked, cluster, pace, seed) for seed in range(PLAYS)]
-        _show_forecast(checked, cluster, courses, pace)
+        runs = [forecast.simulate(checked, cluster, pace, seed) for seed in range(PLAYS)]
+        _show_forecast(checked, cluster, runs, pace)
 
 
 def _epoch_seconds(seconds: float | None, like: Path | None) -> float:
@@ -164,7 +165,7 @@ def _epoch_seconds(seconds: float | None, like: Path | None) -> float:
     return forecast.epoch_seconds(like)
 
 
-def _show_forecast(checked: Experiment, cluster: Cluster, courses: Sequence["Course"], pace: "Pace") -> None:
+def _show_forecast(checked: Experiment, cluster: Cluster, runs: Sequence["SimulatedRun"], pace: "Pace") -> None:
     resources, trials = checked.resources, checked.search.trials
     need, again = resources.need(resources.workers), resources.need(resources.retrain_workers)
     fits = cluster.trials_that_fit(need)
@@ -175,10 +176,10 @@ def _show_forecast(checked: Experiment, cluster: Cluster, courses: Sequence["Cou
     say(f"{trials} trials, {at_once} at once ({workers} each), in {math.ceil(trials / at_once)} waves")
     rows = [
         (name, *(_cell(values) for values in (*parts, [sum(pair) for pair in zip(*parts, strict=True)])))
-        for name, parts in _parts(checked, courses)
+        for name, parts in _parts(checked, runs)
     ]
     print_table(("", *(Column(head, justify="right") for head in ("search", "the best again", "in all"))), rows)
-    _show_nodes(cluster, courses)
+    _show_nodes(cluster, runs)
     shared = f"; on {again.most} workers proportionally" if again.most != need.most else ""
     say(
         f"taken for granted: {pace.epoch:g} seconds an epoch{shared}; {pace.boot / 60:g} minutes until a node works, "
@@ -187,35 +188,35 @@ def _show_forecast(checked: Experiment, cluster: Cluster, courses: Sequence["Cou
     )
 
 
-def _parts(checked: Experiment, courses: Sequence["Course"]) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
-    """Rows of the table: a name, and the values of each play for the search and for the training of the best again."""
-    yield "hours", ([one.search / 3600 for one in courses], [one.again / 3600 for one in courses])
-    yield "epochs", ([one.epochs[0] for one in courses], [one.epochs[1] for one in courses])
+def _parts(checked: Experiment, runs: Sequence["SimulatedRun"]) -> Iterator[tuple[str, tuple[Values, Values]]]:
+    """Rows of the table: a name, and the values of all runs for the search and for the training of the best again."""
+    yield "hours", ([one.search / 3600 for one in runs], [one.retraining / 3600 for one in runs])
+    yield "epochs", ([one.epochs[0] for one in runs], [one.epochs[1] for one in runs])
     for name, unit in (("GPU", HOURS["gpu_seconds"]), ("CPU", HOURS["cpu_seconds"])):
         if amount := checked.resources.bundle.get(name, 0) / 3600:
-            yield unit, ([one.busy[0] * amount for one in courses], [one.busy[1] * amount for one in courses])
+            yield unit, ([one.busy[0] * amount for one in runs], [one.busy[1] * amount for one in runs])
 
 
-def _show_nodes(cluster: Cluster, courses: Sequence["Course"]) -> None:
+def _show_nodes(cluster: Cluster, runs: Sequence["SimulatedRun"]) -> None:
     """Print node-hours by type, the idle ones among them, and the price."""
     prices = {one.name: one.price for one in (cluster.head, *cluster.worker_types)}
     rows = []
-    for name in courses[0].nodes:
-        hours, price = [one.nodes[name] / 3600 for one in courses], prices[name]
+    for name in runs[0].nodes:
+        hours, price = [one.nodes[name] / 3600 for one in runs], prices[name]
         rows.append((name, _cell(hours), "?" if price is None else _cell([price * one for one in hours])))
     idle = {
-        "of these, booting": [one.booting for one in courses],
-        "waiting for other trials": [one.waiting for one in courses],
-        "without work, until they go": [one.leaving for one in courses],
+        "of these, booting": [one.booting for one in runs],
+        "waiting for other trials": [one.waiting for one in runs],
+        "without work, until they go": [one.leaving for one in runs],
     }
     section = len(rows) - 1
     rows += [(name, _cell([one / 3600 for one in seconds]), "") for name, seconds in idle.items()]
     print_table(("node-hours", Column("", justify="right"), Column("dollars", justify="right")), rows, section=section)
-    unpriced = [name for name in courses[0].nodes if prices[name] is None]
+    unpriced = [name for name in runs[0].nodes if prices[name] is None]
     if unpriced:
         say(f"no price for {', '.join(unpriced)}: the cluster file has none in provider.prices, so hours only")
         return
-    totals = [sum(seconds / 3600 * (prices[name] or 0) for name, seconds in one.nodes.items()) for one in courses]
+    totals = [sum(seconds / 3600 * (prices[name] or 0) for name, seconds in one.nodes.items()) for one in runs]
     say(f"price: {_cell(totals)} dollars, by the table in the cluster file")
 
 

@@ -1,6 +1,7 @@
-"""What a run will take of a cluster: its search and the training of the best again, played through in virtual time.
+"""Forecast of the time and the nodes that a run takes: the search and the training of the best again, simulated.
 
-Trials go through the rungs of the real asha, with values drawn at random, for how good they will be is not known.
+The trials go through the rungs of the real ASHA. The quality of a trial is unknown before a search, so it is drawn at
+random.
 """
 
 import heapq
@@ -25,93 +26,92 @@ from grainmill.search.records import TrialRecord
 STUDY = "trial"
 """Name of the study of a search in the database of its run."""
 LEARNING = 0.15
-"""Of a sampler that learns: trial n is better by so much times log(1 + n), where trials without it spread evenly from 0
+"""Gain of a sampler that learns: trial n is better by this times log(1 + n), where random trials spread evenly from 0
 to 1. Fitted to the searches of `tests/benchmarks/forecast.py`, whose epochs it meets within 10 % in the median. More
-trials pass the rungs than in a random search: the later ones are better than those that they are held against."""
-STRANGERS = ("random", "qmc", "grid")
+trials pass the rungs than in a random search, since later trials are better than earlier ones."""
+RANDOM_SAMPLERS = ("random", "qmc", "grid")
 """Samplers that do not learn."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long things take, in seconds."""
+    """Durations that a simulation takes for granted, in seconds."""
 
     epoch: float
-    """On the workers of a trial; the best are trained again at the same number of images per worker and second."""
+    """An epoch on the workers of a trial; other numbers of workers are proportionally faster or slower."""
     boot: float
-    """Until a node works that was asked for."""
+    """From the request for a node until the node works."""
     start: float
-    """Until the processes of a trial have begun, on nodes that work; those of one that has ended are used again."""
+    """Start of the processes of a trial on nodes that work; a later trial uses the processes of an earlier one."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """What came of one play; times in seconds, those of nodes added over nodes."""
+class SimulatedRun:
+    """Result of one simulation; times are in seconds, those of nodes summed over nodes."""
 
     search: float
-    """Until the last trial of the search has ended."""
-    again: float
-    """From then on, until the best have been trained again."""
+    """Duration of the search."""
+    retraining: float
+    """Duration of the training of the best trials again."""
     epochs: tuple[int, int]
-    """Of the search; of the training of the best again."""
+    """Epochs of the search, and of the training of the best again."""
     busy: tuple[float, float]
-    """Seconds of workers, likewise."""
+    """Time of workers in the search, and in the training of the best again."""
     nodes: Mapping[str, float]
-    """By type, the head included, until each has gone; the head stays until the last."""
+    """Time of nodes by type, from the request until they go; the head stays until the last node has gone."""
     booting: float
     waiting: float
-    """Of nodes, or of the shares of them, that could have worked: for the last trials of a wave, or for others."""
+    """Time of nodes, or of their shares, without work while other trials run."""
     leaving: float
-    """Of nodes without work whose time-out has not passed."""
+    """Time of nodes without work until their time-out has passed."""
 
 
 @dataclass
 class _Node:
-    """A node while it is there, and what it did when it was there before."""
+    """A node and its times, also those of earlier stays of the same node."""
 
     type: NodeType
     size: int
-    """Workers that it has room for."""
+    """Number of workers that the node has room for."""
     stays: bool
-    """It is there from the start, and does not go."""
+    """True if the node is there from the start and never goes."""
     free: int = 0
     asked: float = 0.0
     ready: float = 0.0
     idle: float = math.inf
-    """Since when it has no work; infinite while it has."""
+    """Time since when the node has no work; inf while it works."""
     seconds: float = 0.0
     booting: float = 0.0
     leaving: float = 0.0
     busy: float = 0.0
-    """Seconds of its workers, the start of their processes included."""
+    """Time of its workers, including the start of their processes."""
 
 
 class _Fleet:
-    """The nodes of a cluster: they come when they are asked for, and go after a time without work."""
+    """The nodes of a cluster, which come on request and go after a time without work."""
 
     def __init__(self, cluster: Cluster, bundle: Mapping[str, float], boot: float) -> None:
         self.boot, self.timeout = boot, cluster.idle_seconds
-        seen: Counter[str] = Counter()
+        count: Counter[str] = Counter()
         self.nodes: list[_Node] = []
         for one in cluster.nodes_for(bundle):
-            seen[one.name] += 1
-            stays = one is cluster.head or seen[one.name] <= one.min_nodes
-            self.nodes.append(
-                _Node(one, one.holds(bundle), stays, free=one.holds(bundle), idle=0.0 if stays else -math.inf)
-            )
+            count[one.name] += 1
+            stays, size = one is cluster.head or count[one.name] <= one.min_nodes, one.holds(bundle)
+            self.nodes.append(_Node(one, size, stays, free=size, idle=0.0 if stays else -math.inf))
 
     def _gone(self, node: _Node, now: float) -> bool:
         return not node.stays and now > node.idle + self.timeout
 
     def workers(self, need: Need) -> int:
-        """That a trial has: as many as it may have and there is room for."""
+        """Number of workers of a trial: the largest that is allowed and has room."""
         return min(need.most, sum(node.size for node in self.nodes))
 
     def take(self, workers: int, apart: bool, now: float) -> tuple[float, list[_Node]]:
-        """Places for the workers of a trial, each on a node of its own or not, and when the last of them is ready."""
-        # Whole on one node, rather one that is there, rather one with no more room than needed; else on the emptiest.
+        """Place the workers of a trial, on separate nodes if `apart`; returns the time when all are ready, and them."""
+        # All on one node if one has room: first nodes that are there, then those with the least room that is enough.
+        # Otherwise on the emptiest nodes.
         together = 1 if apart else workers
-        there = sorted(
+        candidates = sorted(
             self.nodes,
             key=lambda node: (
                 node.free < together,
@@ -120,7 +120,7 @@ class _Fleet:
             ),
         )
         places: list[_Node] = []
-        for node in there:
+        for node in candidates:
             count = min(node.free, together, workers - len(places))
             if count:
                 self._wake(node, now)
@@ -136,14 +136,14 @@ class _Fleet:
         node.idle = math.inf
 
     def _leave(self, node: _Node) -> None:
-        if math.isinf(node.idle):  # it never came
+        if math.isinf(node.idle):  # the node never came
             return
         node.seconds += node.idle + self.timeout - node.asked
         node.booting += node.ready - node.asked
         node.leaving += self.timeout
 
     def give(self, places: Sequence[_Node], began: float, now: float) -> None:
-        """The workers of a trial that began then have ended."""
+        """Free the places of a trial that ran from `began` until `now`."""
         for node in places:
             node.free += 1
             node.busy += now - began
@@ -151,7 +151,7 @@ class _Fleet:
                 node.idle = now
 
     def close(self, now: float) -> float:
-        """Nothing more is to be done: the time when the last node goes; those that stay are counted until then."""
+        """End all work; returns the time when the last node goes, until which the nodes that stay are counted."""
         last = max([now, *(node.idle + self.timeout for node in self.nodes if not node.stays)])
         for node in self.nodes:
             if node.stays:
@@ -162,17 +162,17 @@ class _Fleet:
 
 
 class _Work(Protocol):
-    """Trials that are to be run."""
+    """Trials to run."""
 
     def next(self) -> int | None:
-        """The number of a trial to begin or to go on with; None if there is none, for now."""
+        """Number of the trial to begin or to go on with; None if there is none at the moment."""
 
     def goes_on(self, number: int, seconds: float) -> bool:
-        """Told of an epoch that a trial finished, and what it took, whether the trial goes on."""
+        """Count an epoch of a trial, which took the workers `seconds`; returns True if the trial goes on."""
 
 
 class _Search:
-    """The trials of a search. How good one is, is drawn once; it begins where it was paused."""
+    """The trials of a search. The quality of a trial is drawn once; a paused trial goes on where it was paused."""
 
     def __init__(self, experiment: Experiment, amounts: Mapping[str, float], chance: random.Random) -> None:
         self.experiment, self.chance, self.asha = experiment, chance, ASHA(experiment)
@@ -190,9 +190,9 @@ class _Search:
     def next(self) -> int | None:
         if self.spent:
             return None
-        if again := self.asha.promoted(self.records[number] for number in self.paused):
-            self.paused.discard(again.number)
-            return again.number
+        if promoted := self.asha.promoted(self.records[number] for number in self.paused):
+            self.paused.discard(promoted.number)
+            return promoted.number
         number = len(self.records)
         if number == self.experiment.search.trials:
             return None
@@ -204,15 +204,15 @@ class _Search:
         name = self.experiment.search.stratify
         return {name: self.chance.choice(self.experiment.space[name].values or ())} if name else {}
 
-    def _drawn(self, number: int) -> dict[str, float]:
-        """How good a trial is by each objective."""
-        lift = 0.0 if self.experiment.search.sampler in STRANGERS else LEARNING * math.log1p(number)
+    def _quality(self, number: int) -> dict[str, float]:
+        """Draw the value of each objective for a trial."""
+        lift = 0.0 if self.experiment.search.sampler in RANDOM_SAMPLERS else LEARNING * math.log1p(number)
         signs = {name: 1 if way == "max" else -1 for name, way in self.experiment.objective.items()}
         return {name: sign * (self.chance.random() + lift) for name, sign in signs.items()}
 
     def goes_on(self, number: int, seconds: float) -> bool:
         record = self.records[number]
-        values = record.history[-1] if record.history else self._drawn(number)
+        values = record.history[-1] if record.history else self._quality(number)
         epoch = int(values.get("epoch", 0)) + 1
         record = self.records[number] = replace(record, history=({**values, "epoch": epoch},))
         self.busy, self.epochs = self.busy + seconds, self.epochs + 1
@@ -227,7 +227,7 @@ class _Search:
         return verdict == "continue"
 
 
-class _Again:
+class _Retraining:
     """Trainings that run to their end."""
 
     def __init__(self, count: int, epochs: int) -> None:
@@ -254,8 +254,8 @@ class _Running:
     places: list[_Node] = field(compare=False)
 
 
-def _play(work: _Work, fleet: _Fleet, need: Need, limit: int | None, pace: Pace, now: float) -> float:
-    """Run trials, so many at once as there is room for, from `now` on; the time at which the last has ended."""
+def _run(work: _Work, fleet: _Fleet, need: Need, limit: int | None, pace: Pace, now: float) -> float:
+    """Run trials from `now` on, as many at once as there is room for; returns when the last has ended."""
     fits, workers = trials_that_fit([node.type for node in fleet.nodes], need), fleet.workers(need)
     at_once = min(fits, limit or fits)
     running: list[_Running] = []
@@ -276,26 +276,24 @@ def _play(work: _Work, fleet: _Fleet, need: Need, limit: int | None, pace: Pace,
             fleet.give(one.places, one.began, now)
 
 
-def play(experiment: Experiment, cluster: Cluster, pace: Pace, seed: int) -> Course:
-    """One run of the whole, of many that are possible.
+def simulate(experiment: Experiment, cluster: Cluster, pace: Pace, seed: int) -> SimulatedRun:
+    """Simulate one run.
 
     Args:
-        experiment: what is run.
-        cluster: where; a trial fits into it, and nothing runs on it yet.
-        pace: how long things take.
-        seed: of what is left to chance.
+        experiment: the settings of the run.
+        cluster: nodes to run on, all without work; a trial must fit into them.
+        pace: durations.
+        seed: seed of the random draws.
     """
-    bundle, limit = experiment.resources.bundle, experiment.resources.concurrent
-    need, need_again = (
-        experiment.resources.need(of) for of in (experiment.resources.workers, experiment.resources.retrain_workers)
-    )
-    fleet = _Fleet(cluster, bundle, pace.boot)
-    search = _Search(experiment, bundle, random.Random(seed))
-    ended = _play(search, fleet, need, limit, pace, 0.0)
+    resources = experiment.resources
+    need, need_again = resources.need(resources.workers), resources.need(resources.retrain_workers)
+    fleet = _Fleet(cluster, resources.bundle, pace.boot)
+    search = _Search(experiment, resources.bundle, random.Random(seed))
+    ended = _run(search, fleet, need, resources.concurrent, pace, 0.0)
     best = min(experiment.winner.candidates, search.complete)
-    rest = _Again(best * experiment.winner.seeds, experiment.base.epochs)
+    rest = _Retraining(best * experiment.winner.seeds, experiment.base.epochs)
     again = replace(pace, epoch=pace.epoch * fleet.workers(need) / fleet.workers(need_again))
-    last = _play(rest, fleet, need_again, limit, again, ended)
+    last = _run(rest, fleet, need_again, resources.concurrent, again, ended)
     gone = fleet.close(last)
     nodes: dict[str, float] = defaultdict(float)
     for node in fleet.nodes:
@@ -303,15 +301,15 @@ def play(experiment: Experiment, cluster: Cluster, pace: Pace, seed: int) -> Cou
     nodes[cluster.head.name] = gone
     booting, leaving = sum(node.booting for node in fleet.nodes), sum(node.leaving for node in fleet.nodes)
     waiting = sum(node.seconds - node.booting - node.leaving - node.busy / node.size for node in fleet.nodes)
-    times, epochs = (ended, last - ended), (search.epochs, rest.epochs)
-    return Course(*times, epochs, (search.busy, rest.busy), nodes, booting, waiting, leaving)
+    epochs, busy = (search.epochs, rest.epochs), (search.busy, rest.busy)
+    return SimulatedRun(ended, last - ended, epochs, busy, nodes, booting, waiting, leaving)
 
 
 def epoch_seconds(folder: Path) -> float:
-    """The median time of an epoch over a search, between the reports of two after another.
+    """Median time of an epoch in the search of an earlier run, between two successive reports of a trial.
 
     Args:
-        folder: of a run, such as `grainmill-runs/demo/run-1`.
+        folder: the folder of the run, such as `grainmill-runs/demo/run-1`; it is only read.
     Raises:
         StorageError: there is no study, or no trial in it has two epochs.
     """

@@ -1,8 +1,8 @@
-"""Folders of runs: `<storage>/<name>/run-1`, `run-2`, `train-1`, ... and who may write there.
+"""Folders of runs, `<storage>/<name>/run-1`, `run-2`, `train-1`, ..., and the right to write there.
 
-A name belongs to one set of settings. Starting it again carries on the last run, if that was cut
-short, and begins another if it was finished. One process at a time works under a name. Where the storage is in S3,
-it works in a copy, and `Run.keep` brings the bucket up to it.
+A name belongs to one set of settings. Starting it again carries on the last run if that was cut short, and begins
+another if it was finished. One process at a time works under a name. If the storage is in S3, the process works in a
+local copy, and `Run.keep` uploads the changes.
 """
 
 import difflib
@@ -21,30 +21,29 @@ from grainmill.storage import files, lock, workspace
 
 RECORD = "experiment.yaml"
 WHERE = "# where things are kept, which may change:\n"
-
-
-BESIDES = ("trials", "ray", "data")
-"""Folders below a name's that are no part of the driver's: of the trials, of Ray, and of built-in data."""
+"""Line between the settings that belong to a name and those that may change."""
+FOLDERS_OF_OTHERS = ("trials", "ray", "data")
+"""Folders below a name that the driver does not copy: those of the trials, of Ray, and of built-in data."""
 
 
 class Run(NamedTuple):
-    """A run of a name."""
+    """Folder of one run."""
 
     folder: Path
-    """Where this process reads and writes its files."""
+    """Local folder in which this process reads and writes."""
     place: str
-    """What all nodes know that folder as: a path, or a URL in S3."""
+    """The same folder for all nodes: a path, or a URL in S3."""
     keep: Callable[[], None]
-    """See to it that what is in the folder outlives this machine. Raises StorageError, and BusyError if another process
-    has taken over."""
+    """Save the content of the folder where it outlives this machine. Raises StorageError, and BusyError if another
+    process has taken over."""
 
 
 @contextmanager
 def recorded(name: str, storage: str) -> Iterator[Path]:
-    """The experiment file of a name that was used; of one in S3, a copy for the time of the block.
+    """Experiment file of a name that was used before; from S3, a copy for the time of the block.
 
     Raises:
-        StorageError: it was not used.
+        StorageError: the name was not used.
     """
     storage = workspace.absolute(storage)
     text = workspace.read(f"{storage}/{name}", RECORD)
@@ -65,7 +64,7 @@ def recorded(name: str, storage: str) -> Iterator[Path]:
 
 
 def check_name(experiment: Experiment) -> None:
-    """Refuse a name that stands for other settings; writes nothing.
+    """Refuse a name that was used with other settings; writes nothing.
 
     Raises:
         NameTakenError: with the settings that differ.
@@ -77,9 +76,7 @@ def check_name(experiment: Experiment) -> None:
     before = record.partition(WHERE)[0].splitlines()
     now = to_yaml(experiment.identity()).splitlines()
     if before != now:
-        changes = [
-            line for line in difflib.unified_diff(before, now, lineterm="", n=2) if line[:3] not in ("---", "+++")
-        ]
+        changes = list(difflib.unified_diff(before, now, lineterm="", n=2))[2:]
         raise NameTakenError(
             f"a name stands for one set of settings, but {experiment.name!r} was used with others in {home}; "
             f"choose another name, for example --set name={experiment.name}-2\n" + "\n".join(changes)
@@ -88,21 +85,21 @@ def check_name(experiment: Experiment) -> None:
 
 @contextmanager
 def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Iterator[Run]:
-    """The run to carry on or to begin; nobody else gets it meanwhile.
+    """Lock the name of an experiment, and yield the run to carry on or to begin.
 
     Args:
-        experiment: whose name and storage count.
-        kind: `run` for a search, `train` for a single training; each is numbered by itself.
-        note: is told if it takes a while.
+        experiment: its name and storage decide the folder.
+        kind: `run` for a search, `train` for a single training; both are numbered separately.
+        note: receives a message if the lock takes long.
     Raises:
-        NameTakenError: the name stands for other settings.
-        BusyError: another process has it.
+        NameTakenError: the name was used with other settings.
+        BusyError: another process works under the name.
         StorageError: the folder or the bucket cannot be written.
     """
     check_name(experiment)
     place = _home(experiment)
-    with _alone(experiment.name, place, note) as check, workspace.opened(place, BESIDES) as home:
-        check_name(experiment)  # again, now that nobody else writes
+    with _alone(experiment.name, place, note) as check, workspace.opened(place, FOLDERS_OF_OTHERS) as home:
+        check_name(experiment)  # again, now that no other process writes
         where = experiment.model_dump(mode="json", exclude_none=True, include=set(experiment.PLACES))
         files.write_text(home.path / RECORD, to_yaml(experiment.identity()) + WHERE + to_yaml(where))
         numbers = [path.name.removeprefix(f"{kind}-") for path in home.path.glob(f"{kind}-[0-9]*")]
@@ -121,7 +118,7 @@ def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Ite
 
 @contextmanager
 def _alone(name: str, home: str, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """The only process in a home, which is made; yields what makes sure that it still is."""
+    """Make the folder of a name and lock it; yields a function that raises BusyError if the lock was lost."""
     if workspace.is_remote(home):
         with lock.hold(home, repr(name), note) as check:
             yield check
@@ -144,12 +141,12 @@ def _alone(name: str, home: str, note: Callable[[str], None]) -> Iterator[Callab
 
 
 def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
-    """Mark a run as finished, with what came of it."""
+    """Mark a run as finished, and store its outcome."""
     files.write_text(folder / "done.json", json.dumps(outcome, indent=1))
 
 
 def checkpoints(place: str) -> str | None:
-    """Where the checkpoints of the model are that came of a finished run; None of another folder."""
+    """Folder of the checkpoints of a finished run's model; None if `place` is not the folder of a finished run."""
     try:
         return f"{place}/{json.loads(workspace.read(place, 'done.json') or '')['checkpoints']}"
     except (OSError, ValueError, LookupError):

@@ -1,4 +1,4 @@
-"""tune() and train(): from an experiment to a registered model."""
+"""Search and training, from an experiment to a registered model."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ from grainmill.tracking.mlflow_runs import PARENT, Tracker, check_server, transl
 from grainmill.workflows import run_folder
 
 FOLDER = "grainmill.folder"
-"""The tag of a parent run."""
+"""Tag of the parent run in MLflow: the folder of the run."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,25 +70,25 @@ def tune(
 ) -> Outcome:
     """Search, train the winner again, register it, report.
 
-    Cut short at any point, the same call carries on where it was.
+    Called again after an interruption at any point, it carries on from there.
 
     Args:
-        experiment: what to run.
-        tracking_uri: MLflow's.
-        address: of a Ray cluster; None starts a local one for the time of the call.
-        observer: is told of the progress.
+        experiment: the settings of the run.
+        tracking_uri: URI of MLflow.
+        address: Ray cluster; None starts a local Ray for the time of the call.
+        observer: receives the progress of the run.
         progress: shows the progress of long loops.
     Raises:
-        NameTakenError, BusyError, StorageError: see `runs.claim`.
+        NameTakenError, BusyError, StorageError: see `run_folder.claim`.
         ResourceError: a trial does not fit into the cluster.
         TrackingError: MLflow does not answer.
-        SearchError: no trial came through.
+        SearchError: no trial ran to its end.
     """
     with _Run.begin(experiment, tracking_uri, progress, observer, "run") as run, connect(address):
         run.check_room("trial", experiment.resources.workers)
-        run.check_room("final", experiment.resources.retrain_workers)  # now, not when the search has been paid for
+        run.check_room("final", experiment.resources.retrain_workers)  # before the search has cost anything
         observer.message(_forecast(experiment))
-        study = run.mill("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
+        study = run.study("trial", experiment, experiment.first, experiment.search.trials, experiment.resources.workers)
         best = selection.best(experiment, study.records)[: experiment.winner.candidates]
         if not best:
             raise SearchError(_no_winner(study))
@@ -102,7 +102,7 @@ def tune(
 def train(
     experiment: Experiment, tracking_uri: str, address: str | None, observer: Observer, progress: catalog.Progress
 ) -> Outcome:
-    """Train the base settings once, on `retrain_workers`, and register the result; as `tune` otherwise."""
+    """Train the base settings once, on `retrain_workers`, and register the model; arguments and errors as in `tune`."""
     with _Run.begin(experiment, tracking_uri, progress, observer, "train") as run, connect(address):
         workers = experiment.resources.retrain_workers
         observer.message(f"training on {_range(workers)} worker{'' if workers == 1 else 's'}")
@@ -118,7 +118,7 @@ def _range(workers: Workers) -> str:
 
 
 def _forecast(experiment: Experiment) -> str:
-    """What a search may cost, as far as it is known before the first epoch."""
+    """Number of trials and epochs of a search, in words."""
     count, epochs = experiment.search.trials, experiment.base.epochs
     expected = expected_epochs(experiment)
     early = f", about {expected:.0f} with early stopping" if expected < count * epochs else ""
@@ -139,7 +139,7 @@ def _no_winner(study: Study) -> str:
 
 @dataclass
 class _Run:
-    """One run of the mill: what its steps share."""
+    """A run that has begun, with all that its steps share."""
 
     experiment: Experiment
     trainable: catalog.Trainable
@@ -155,7 +155,7 @@ class _Run:
     def begin(
         cls, experiment: Experiment, tracking_uri: str, progress: catalog.Progress, observer: Observer, kind: str
     ) -> Iterator["_Run"]:
-        """Claim the folder, write built-in data, open the parent MLflow run; the run ends in a final state."""
+        """Claim the folder, write built-in data and open the parent MLflow run, which always ends in a final state."""
         with run_folder.claim(experiment, kind, observer.message) as home:
             trainable = catalog.find(experiment.trainable)
             files = S3Files()
@@ -165,45 +165,43 @@ class _Run:
             try:
                 yield cls(experiment, trainable, data, files, home, tracker, observer, parent)
             except BaseException as error:
-                with suppress(TrackingError):  # the error that came first is the one to tell
+                with suppress(TrackingError):  # the first error is the one to report
                     check_server(tracking_uri)
                     tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
 
-    def mill(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: Workers) -> Study:
-        """Run the study `name`: `count` trials, the first with the settings `first`."""
+    def study(self, name: str, experiment: Experiment, first: Sequence[Setting], count: int, workers: Workers) -> Study:
+        """Run `count` trials as the study `name`; the first trials have the settings `first`."""
         url, prefix = _database(experiment, self.home.folder, self.home.place)
         study = Study(url, prefix + name, experiment, first, count)
         study.keep = self.home.keep
         if experiment.search.warm_start is not None:
             home, _, run = workspace.absolute(experiment.search.warm_start).rpartition("/")
-            with workspace.opened(home, run_folder.BESIDES) as earlier:
+            with workspace.opened(home, run_folder.FOLDERS_OF_OTHERS) as earlier:
                 url, prefix = _database(experiment, earlier.path / run, f"{home}/{run}")
                 study.adopt(url, prefix + name)
-        runner.run(self._plan(name, workers), study, self.tracker, self.parent, self.observer)
+        runner.run(self._setup(name, workers), study, self.tracker, self.parent, self.observer)
         return study
 
     def check_room(self, name: str, workers: Workers) -> None:
         """Refuse a study whose trials never fit into the cluster.
 
         Raises:
-            ResourceError: says what is missing.
+            ResourceError: the cluster is too small; the message says what is missing.
         """
-        plan = self._plan(name, workers)
-        capacity.trials_at_once(plan.need, plan.resources.concurrent, self.observer.message)
+        setup = self._setup(name, workers)
+        capacity.trials_at_once(setup.need, setup.resources.concurrent, self.observer.message)
 
-    def _plan(self, study: str, workers: Workers) -> StudySetup:
+    def _setup(self, study: str, workers: Workers) -> StudySetup:
         module = str(self.trainable.__name__)  # type: ignore[attr-defined]  # a trainable is a module
         return StudySetup(study, module, self.data, self.home.place, self.experiment.resources, workers)
 
-    def _run_of(self, trial: str) -> str:
-        """Id of the MLflow run of a trial."""
-        return next(
-            run_id for run_id, (name, _) in self.tracker.runs_by_tag(PARENT, self.parent).items() if name == trial
-        )
+    def _run_ids(self) -> dict[str, str]:
+        """Ids of the MLflow runs of the trials, by trial name."""
+        return {name: run_id for run_id, (name, _) in self.tracker.runs_by_tag(PARENT, self.parent).items()}
 
     def finish(self, best: Sequence[TrialRecord | None], search: Study | None) -> Outcome:
-        """Train the best again, or the base settings, on `retrain_workers`; choose, register and report."""
+        """Train the best trials again, or the base settings, on `retrain_workers`; choose, register and report."""
         experiment, workers = self.experiment, self.experiment.resources.retrain_workers
         settings: list[Setting] = [{}]
         if search:
@@ -212,16 +210,16 @@ class _Run:
         single = experiment.model_copy(
             update={"space": {}, "search": Search(scheduler="none", trials=len(settings)), "budget": Budget()}
         )
-        study = self.mill("final", single, settings, len(settings), workers)
+        study = self.study("final", single, settings, len(settings), workers)
         found = selection.candidates(best, study.records)
         if not found:
             raise SearchError(_no_winner(study))
         chosen = selection.choose(experiment, found)
         final = selection.shipped(experiment, chosen)
         self.observer.message("registering the model")
-        plan = self._plan("final", workers)
-        run_id = self._run_of(plan.trial_name(final.number))
-        trained = plan.checkpoint_folder(final.number)
+        setup = self._setup("final", workers)
+        run_id = self._run_ids()[setup.trial_name(final.number)]
+        trained = setup.checkpoint_folder(final.number)
         with workspace.opened(trained) as kept, translate_errors(self.tracker.uri):
             version = models.register(
                 self.tracker,
@@ -230,7 +228,7 @@ class _Run:
                 kept.path,
                 self.trainable.example(self.data, self.files),
                 {name: f"{final.metrics[name]:.6f}" for name in experiment.objective},
-                self._model_card(plan, chosen, final),
+                self._model_card(setup, chosen, final),
             )
             champion = models.is_champion(self.tracker.client, version)
         self.tracker.log(self.parent, int(final.metrics["epoch"]), final.metrics, final.times[-1])
@@ -242,39 +240,38 @@ class _Run:
         where = f"{self.home.place}/{page.name}"
         records = search.records if search else ()
         outcome = Outcome(experiment, records, found, chosen, final, version, champion, where, self.tracker.uri)
-        of_model = {"checkpoints": trained.removeprefix(f"{self.home.place}/")}
-        told = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
-        self.tracker.set_status(self.parent, "FINISHED")  # first: a run that is finished is not carried on
-        run_folder.finish(self.home.folder, told | of_model)
+        done = {"version": version.uri, "parent_run": self.parent, "metrics": dict(final.metrics)}
+        done["checkpoints"] = trained.removeprefix(f"{self.home.place}/")
+        self.tracker.set_status(self.parent, "FINISHED")  # first, for a finished folder is not carried on
+        run_folder.finish(self.home.folder, done)
         self.home.keep()
         return outcome
 
-    def _model_card(self, plan: StudySetup, chosen: Candidate, final: TrialRecord) -> ModelCard:
-        bundle = " ".join(f"{amount:g} {name}" for name, amount in plan.need.bundle.items())
+    def _model_card(self, setup: StudySetup, chosen: Candidate, final: TrialRecord) -> ModelCard:
+        bundle = " ".join(f"{amount:g} {name}" for name, amount in setup.need.bundle.items())
         trial = f"trial-{chosen.trial.number:04d}" if chosen.trial else "none"
-        runs_by_name = {name: run_id for run_id, (name, _) in self.tracker.runs_by_tag(PARENT, self.parent).items()}
         places = {
             "search": workspace.uri(self.home.place),
             "search.run": self.parent,
             "trial": trial,
-            "trial.run": runs_by_name.get(trial, "none"),
-            "training": plan.trial_name(final.number),
+            "trial.run": self._run_ids().get(trial, "none"),
+            "training": setup.trial_name(final.number),
             "seed": str(final.setting.get("seed", self.experiment.base.seed)),
         }
         return ModelCard(
-            plan.trainable,
+            setup.trainable,
             _resolved(self.experiment),
             places,
             self.trainable.sources(self.data, self.files),
             environment(),
-            {**machine(), "workers": f"{_range(plan.workers)} of {bundle}"},
+            {**machine(), "workers": f"{_range(setup.workers)} of {bundle}"},
             {name: final.cost[name] for name in COSTS if name in final.cost},
             {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
         )
 
 
 def _interval(name: str, value: float, chosen: Candidate) -> Interval:
-    """A metric of the training that ships, and the interval of the winner's mean where it was trained again."""
+    """A metric of the registered training, with the interval of the winner's mean if several trainings give one."""
     estimate = chosen.estimates.get(name)
     if estimate is None or not math.isfinite(estimate.half):
         return Interval(value)
@@ -286,9 +283,9 @@ def _resolved(experiment: Experiment) -> str:
 
 
 def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: catalog.Progress, files: S3Files) -> Any:
-    """The data to train with; what is built in lies where all nodes see it."""
+    """Data to train with; built-in images are written where all nodes see them."""
     storage = workspace.absolute(experiment.storage)
-    # In S3 beside the runs of the name: whoever works under another must not write there.
+    # In S3 next to the runs of the name, since other names may belong to processes that write at the same time.
     place = f"{storage}/{experiment.name}/data" if workspace.is_remote(storage) else f"{storage}/data"
     with workspace.opened(place) as images:
         data = trainable.prepare(experiment.data, images.path, progress, files)
@@ -302,21 +299,21 @@ def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: ca
 
 
 def _database(experiment: Experiment, folder: Path, place: str) -> tuple[str, str]:
-    """Where the studies of a run are, and how their names begin."""
+    """URL of the database of a run, and prefix of the names of its studies."""
     if experiment.tracking.study is None:
         return f"sqlite:///{folder.absolute() / 'study.db'}", ""
     return experiment.tracking.study, "/".join([*Path(place).absolute().parts[-2:], ""])
 
 
 def _parent(tracker: Tracker, experiment: Experiment, home: run_folder.Run) -> str:
-    """The parent MLflow run: a new one, or that of the run that is carried on."""
+    """Id of the parent MLflow run: a new one, or the one of the run that is carried on."""
     note, folder = home.folder / "parent-run", workspace.uri(home.place)
     if note.exists():
         run_id = note.read_text()
         tracker.set_status(run_id, "RUNNING")
         return run_id
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
-    # A process that was killed before it could write the note has left its run.
+    # A process that was killed before it wrote the note has left its MLflow run.
     left = next(iter(tracker.runs_by_tag(FOLDER, folder)), None)
     run_id = left or tracker.start(f"{experiment.name} {home.folder.name}", {FOLDER: folder})
     tracker.parameters(run_id, parameters)
