@@ -42,7 +42,7 @@ PLAYS = 20
 BOOT_MINUTES = 5.0
 """Minutes from the request for a node until it works (machine, image, Ray); not measured on any cloud."""
 START_SECONDS = 10.0
-"""Seconds until the processes of a trial train on a node that works (Python, torch, data); as measured in the tests."""
+"""Duration in seconds of the start of a trial's processes (Python, torch, data), as measured in the tests."""
 
 Result = TypeVar("Result")
 Values = list[float]

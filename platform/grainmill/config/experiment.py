@@ -32,7 +32,7 @@ class Search(Section):
     grace_epochs: int | None = Field(None, ge=1)
     """Epochs before a trial can be stopped; a third of `base.epochs` by default."""
     reduction: int = Field(3, ge=2)
-    """At each rung of `asha`, one trial out of this number goes on."""
+    """Reduction factor of `asha`: at each rung, one trial out of this number goes on."""
     stratify: str | None = None
     """A searched parameter, such as `batch.repeats`; at a rung, only trials with the same value of it are compared."""
     losers: Literal["stop", "pause"] = "stop"

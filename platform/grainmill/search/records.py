@@ -11,7 +11,7 @@ State = Literal["running", "paused", "complete", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial, as the study holds it."""
+    """State, setting and metrics of a trial."""
 
     number: int
     state: State

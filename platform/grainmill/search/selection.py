@@ -49,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True, repr=False)
 class Candidate:
-    """One of the best trials, and the new trainings of its setting from fresh seeds."""
+    """A trial among the best, and the new trainings of its setting from fresh seeds."""
 
     trial: TrialRecord | None
     """The trial of the search; None for the base settings."""

@@ -34,7 +34,7 @@ _STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
 }
 PATIENCE = (0.5, 1, 2, 4, 8, 15, 30, 60)
-"""Seconds between attempts to reach the database, before the search ends with an error."""
+"""Pauses in seconds between attempts to reach the database; after the last one the search ends with an error."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -40,7 +40,7 @@ class Pace:
     epoch: float
     """An epoch on the workers of a trial; other numbers of workers are proportionally faster or slower."""
     boot: float
-    """From the request for a node until the node works."""
+    """Time from the request for a node until the node works."""
     start: float
     """Start of the processes of a trial on nodes that work; a later trial uses the processes of an earlier one."""
 
