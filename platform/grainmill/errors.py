@@ -1,4 +1,4 @@
-"""What a user can put right. Each message says the rule, the value found, and the remedy.
+"""Errors that a user can fix. Each message says the rule, the value found, and the remedy.
 
 GrainmillError
 ├── ExperimentError    the experiment file, or what it names, is wrong; holds every problem
@@ -21,16 +21,16 @@ from typing import NamedTuple
 
 
 class GrainmillError(Exception):
-    """The root: whatever is not one of these is a defect of ours."""
+    """Base class; any other exception is a defect of Grainmill."""
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with an experiment file."""
+    """A problem in an experiment file."""
 
     line: int | None
-    """From 1; None for what a command-line override or a default said."""
+    """Line number from 1; None for a setting of the command line or a default."""
     key: str
-    """Dotted path, empty for the file as a whole."""
+    """Dotted path of the setting; empty for the whole file."""
     message: str
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 
 
 class ExperimentError(GrainmillError):
-    """Everything that is wrong with one experiment file."""
+    """An experiment file, or something that it names, is wrong; `problems` has everything."""
 
     def __init__(self, file: str, problems: Sequence[Problem]) -> None:
         self.file = file
@@ -49,52 +49,52 @@ class ExperimentError(GrainmillError):
 
 
 class NameTakenError(GrainmillError):
-    """A name stands for one set of settings."""
+    """The name belongs to a run with other settings."""
 
 
 class StorageError(GrainmillError):
-    """A run needs a folder to write to. Each argument is one problem."""
+    """A folder cannot be written, or S3 cannot be read; each argument is one problem."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
 
 
 class SourceError(StorageError, ValueError):
-    """Data in S3 cannot be read; also a ValueError, since a trainable knows no other error of its caller."""
+    """A trainable's data in S3 cannot be read; a ValueError, since a trainable does not know our errors."""
 
 
 class BusyError(GrainmillError):
-    """One process at a time works in a run's folder."""
+    """Another process works in the same folder."""
 
 
 class ResourceError(GrainmillError):
-    """The cluster is too small."""
+    """The cluster cannot give what a trial asks for."""
 
 
 class TrackingError(GrainmillError):
-    """MLflow did not answer, or not as it should."""
+    """MLflow does not answer, or not as expected."""
 
 
 class SearchError(GrainmillError):
-    """There is no winner."""
+    """A search has no winner, because no trial finished."""
 
 
 class EvaluationError(GrainmillError):
-    """A model or a benchmark cannot be used."""
+    """A model or a benchmark cannot be used for an evaluation."""
 
 
 class PromotionError(GrainmillError):
-    """The champion stays as it is."""
+    """A version does not become the champion, which stays as it is."""
 
 
 class CorpusError(GrainmillError):
-    """There are no images to embed, or the index is of no use for what is asked."""
+    """Images cannot be embedded, or an index cannot answer a query."""
 
 
 class SubmissionError(GrainmillError):
-    """A cluster cannot be given a job, or must not be."""
+    """A job cannot be submitted to a cluster."""
 
 
 def hidden(text: str) -> str:
-    """A text without the users and passwords in its addresses; of an `@` in a path rather too much goes."""
+    """Remove users and passwords from the addresses in a text; an `@` in a path removes more than needed."""
     return re.sub(r"(?<=://)[^\s\"']*@", "", text)

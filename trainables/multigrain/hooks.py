@@ -1,4 +1,4 @@
-"""What a caller passes to long-running work: to show its progress, to stop it, and to read data in S3.
+"""Hooks that a caller passes to long-running work: to show its progress, to stop it, and to read data in S3.
 
 The method itself reads local files only. `Files`, which Grainmill implements, gives it local copies of `s3://` sources.
 """

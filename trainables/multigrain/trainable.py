@@ -12,9 +12,8 @@ from multigrain.config.training import MultiGrainSpec
 from multigrain.data.dataset import Dataset
 from multigrain.data.fingerprint import DataPart, parts
 from multigrain.data.folders import read_dataset
-from multigrain.data.intact import leave_out, write_intact
 from multigrain.data.manifest import manifest_text, read_manifest
-from multigrain.data.validation import image_faults, image_problems
+from multigrain.data.validation import image_faults, image_problems, leave_out, write_intact
 from multigrain.errors import DataError, shortened
 from multigrain.hooks import (
     SCHEME,

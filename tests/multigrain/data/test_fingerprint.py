@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.fingerprint import parts
 
 
@@ -19,7 +19,7 @@ def dataset(tmp_path):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(b"1")
         a, b, c, d, o, x, q = (root / name for name in names)
-        return Dataset(("ant", "bee"), (a, b, c), (0, 0, 1), (d,), (0,), Copies((o, x), (q,), (0,)))
+        return Dataset(("ant", "bee"), (a, b, c), (0, 0, 1), (d,), (0,), CopySet((o, x), (q,), (0,)))
 
     return make(tmp_path / "here")
 

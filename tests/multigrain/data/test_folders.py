@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from multigrain.config.data import DataSettings
-from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import read_copies, read_dataset
 from multigrain.errors import SHOWN, DataError, shortened
 from multigrain.hooks import no_progress
@@ -219,7 +219,7 @@ def test_an_image_is_its_own_instance_unless_told_otherwise():
 
 def test_the_paths_of_a_data_set_are_each_file_once():
     assert Dataset(("x",), (A, B), (0, 0), (C,), (0,), None).paths == (A, B, C)
-    assert Dataset(("x",), (A, B), (0, 0), (C,), (0,), Copies((C, A), (D,), (0,))).paths == (A, B, C, D)
+    assert Dataset(("x",), (A, B), (0, 0), (C,), (0,), CopySet((C, A), (D,), (0,))).paths == (A, B, C, D)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_the_paths_of_a_data_set_are_each_file_once():
     [
         ((0, 1), None, ("top1",)),
         ((0, 1, 0), None, ("top1", "class_map")),
-        ((0, 1), Copies((C,), (D,), (0,)), ("top1", "copy_map", "mean_top1_copy_map")),
-        ((1, 1), Copies((C,), (D,), (0,)), ("top1", "class_map", "copy_map", "mean_top1_copy_map")),
+        ((0, 1), CopySet((C,), (D,), (0,)), ("top1", "copy_map", "mean_top1_copy_map")),
+        ((1, 1), CopySet((C,), (D,), (0,)), ("top1", "class_map", "copy_map", "mean_top1_copy_map")),
     ],
 )
 def test_the_metrics_are_those_that_the_images_have_truth_for(labels, copies, metrics):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import read_dataset
 from multigrain.data.manifest import manifest_text, read_manifest
 from multigrain.errors import DataError
@@ -311,7 +311,7 @@ def datasets(draw):
     copies = None
     if draw(st.booleans()):
         truth = draw(st.lists(st.integers(0, 2), min_size=1, max_size=2))
-        copies = Copies(tuple(rest[2:5]), tuple(rest[5 - len(truth) : 5]), tuple(truth))
+        copies = CopySet(tuple(rest[2:5]), tuple(rest[5 - len(truth) : 5]), tuple(truth))
     val = tuple(rest[: len(val_labels)])
     return Dataset(classes, tuple(train), tuple(train_labels), val, tuple(val_labels), copies, instances)
 

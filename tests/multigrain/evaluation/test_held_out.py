@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing, nn
 from multigrain import Whitening
 from multigrain.config.training import MultiGrainSpec, VariantSettings
 from multigrain.data import loading
-from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view
@@ -71,7 +71,7 @@ def test_metrics_of_colours_are_those_worked_out_by_hand(paint):
     # Ranks of the other of one's class: orange for red 0, red for orange 1, yellow for green 0, green for yellow 2.
     # Its average precision is half of 1 / (rank + 1), or 1 at rank 0: 1, 1/4, 1, 1/6.
     # Dark blue finds blue first; (100, 255, 255) finds white (.941) after cyan (.963): 1 and 1/4.
-    copies = Copies(
+    copies = CopySet(
         paint((0, 0, 255), (255, 255, 255), (0, 255, 255)), paint((100, 255, 255), (0, 0, 120)), truth=(1, 0)
     )
     data = Dataset(("a", "b"), (), (), paint(RED, ORANGE, GREEN, YELLOW), (0, 0, 1, 1), copies)
@@ -251,7 +251,7 @@ def test_with_more_images_than_channels_a_whitening_keeps_all_directions(paint):
     files = paint(*(tuple(map(int, rng.integers(0, 256, 3))) for _ in range(30)))
     labels = (0, 1) * 5
     data = Dataset(
-        ("a", "b"), files[:10], labels, files[10:20], labels, Copies(files[20:25], files[25:], (0, 1, 2, 3, 4))
+        ("a", "b"), files[:10], labels, files[10:20], labels, CopySet(files[20:25], files[25:], (0, 1, 2, 3, 4))
     )
     for count in (4, 5, 10):
         few = Dataset(("a", "b"), files[:count], labels[:count], data.val, data.val_labels, data.copies)

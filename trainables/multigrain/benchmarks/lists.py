@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multigrain.benchmarks.base import by_stem, demand, images, indices, noted, pictures
-from multigrain.data.manifest import Reader, Row
+from multigrain.data.manifest import ManifestReader, Row
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
 from multigrain.retrieval.metrics import Truth
@@ -81,7 +81,7 @@ def disc21(root: Path) -> Benchmark:
     )
 
 
-class _Table(Reader):
+class _Table(ManifestReader):
     """Reads a manifest in a Parquet file."""
 
     def add(self, line: int, problem: str) -> None:
@@ -125,12 +125,12 @@ def manifest(file: Path) -> Benchmark:
     Raises:
         DataError: the manifest is wrong; all reasons are given.
     """
-    reader = (_Table if file.suffix.lower() == ".parquet" else Reader)(file)
+    reader = (_Table if file.suffix.lower() == ".parquet" else ManifestReader)(file)
     (line, header), *records = reader.records()
     reader.check_header(line, header)
     if "role" not in header:
         reader.add(line, "a benchmark needs the column 'role', with database and query")
-    reader.stop_if_wrong()
+    reader.raise_problems()
     rows = reader.rows(header, records)
     database, queries = ([row for row in rows if row.role == role] for role in ("database", "query"))
     for role, found in (("database", database), ("query", queries)):
@@ -141,7 +141,7 @@ def manifest(file: Path) -> Benchmark:
     truth = {setting: truths for setting, truths in truth.items() if any(len(answer.positives) for answer in truths)}
     if database and queries and not truth:
         reader.problems.append(f"a query needs the class or instance_id of a row of the database, found none in {file}")
-    reader.stop_if_wrong()
+    reader.raise_problems()
     if len(truth) == 1:
         truth = {"": next(iter(truth.values()))}
     shown, asked = (pictures(row.path for row in part) for part in (database, queries))

@@ -1,7 +1,6 @@
 """The result of an evaluation on benchmarks: its measurements, the tables that show them, and its files."""
 
 import csv
-import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from multigrain.benchmarks.proxy import Score
 from multigrain.config.evaluation import BENCHMARKS
+from multigrain.digests import digest, file_digest
 from multigrain.evaluation.benchmark import Benchmark
 from multigrain.evaluation.embed import Setting
 
@@ -153,7 +153,7 @@ def grid_table(grid: ResultGrid) -> ResultTable:
 def digests(benchmark: Benchmark) -> dict[str, str]:
     """Return the SHA-256 of each part of a benchmark: of its images' content as shown, and of its truth or labels."""
     shown = [*benchmark.database, *benchmark.queries]
-    contents = {path: _digest_of_file(path) for path in dict.fromkeys(picture.path for picture in shown)}
+    contents = {path: file_digest(path) for path in dict.fromkeys(picture.path for picture in shown)}
     images = [f"{contents[picture.path]} {picture.box} {picture.turn}" for picture in shown]
     same = [benchmark.name, len(benchmark.database), *images, benchmark.classes, benchmark.labels]
     parts = benchmark.truth or {"": ()}
@@ -163,13 +163,8 @@ def digests(benchmark: Benchmark) -> dict[str, str]:
     }
 
 
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest_of_lines(lines: Iterable[object]) -> str:
-    return hashlib.sha256("\n".join(map(repr, lines)).encode()).hexdigest()
+    return digest("\n".join(map(repr, lines)).encode())
 
 
 def write_measurements(path: Path, measurements: Sequence[Measurement]) -> None:

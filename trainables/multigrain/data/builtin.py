@@ -1,8 +1,8 @@
-"""Built-in images, written to disk in the layout that `data.read_dataset` reads.
+"""Built-in images, written to disk in the layout that `folders.read_dataset` reads.
 
-`digits` are real: 1,797 scans of handwritten digits (UCI, shipped with scikit-learn). `shapes` are
-drawn, for tests and benchmarks that need larger images. Both get a copy-detection set in the form of
-INRIA Copydays, made by distorting held-out images, so that class, instance and copy are all known.
+`digits` are 1,797 scans of handwritten digits (UCI, shipped with scikit-learn). `shapes` are drawn, for tests and
+benchmarks that need larger images. Both get a copy-detection set in the layout of INRIA Copydays, made by distorting
+held-out images, so class, instance and copies of an image are known.
 """
 
 import csv
@@ -23,16 +23,16 @@ from multigrain.hooks import Progress
 
 VAL_SHARE = 0.25
 COPYDAYS_ORIGINALS = 157
-"""As many as INRIA Copydays has; fewer where there are fewer held-out images."""
+"""Number of originals in INRIA Copydays; here at most half of the held-out images."""
 CROPS = (20, 50, 80)
-"""Percentages of the area cut away, some of Copydays' nine."""
+"""Percentages of the area that are cut away: three of Copydays' nine."""
 QUALITIES = (75, 30, 10, 5)
-"""JPEG qualities, some of Copydays' nine."""
+"""JPEG qualities: four of Copydays' nine."""
 SHAPES = ("circle", "cross", "diamond", "ring", "square", "star", "triangle", "wave")
 
 
 class Picture(NamedTuple):
-    """One built-in image."""
+    """A built-in image with its class."""
 
     image: Image.Image
     class_name: str
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
 
 
 def digits(size: int = 32) -> Iterator[Picture]:
-    """The 1,797 handwritten digits, 8 x 8 scans enlarged to `size` x `size` pixels."""
+    """Yield the 1,797 handwritten digits, 8 x 8 scans enlarged to `size` x `size` pixels."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -50,7 +50,7 @@ def digits(size: int = 32) -> Iterator[Picture]:
 
 
 def _outline(shape: str, centre: tuple[float, float], radius: float, turn: float) -> list[tuple[float, float]]:
-    """The corners of a shape whose outermost point lies `radius` from its centre."""
+    """Return the corners of a shape whose outermost point is `radius` away from the centre."""
 
     def around(radii: Iterable[float]) -> list[tuple[float, float]]:
         spokes = list(radii)
@@ -75,7 +75,7 @@ def _outline(shape: str, centre: tuple[float, float], radius: float, turn: float
 
 
 def _texture(rng: random.Random, size: int) -> np.ndarray:
-    """Stripes of two random colours, with grain: (size, size, 3) uint8."""
+    """Draw stripes of two random colours with noise: (size, size, 3) uint8."""
     colours = np.array([[rng.randrange(256) for _ in range(3)] for _ in range(2)], dtype=float)
     angle, period = rng.uniform(0, math.pi), rng.uniform(0.06, 0.3) * size
     y, x = np.mgrid[:size, :size]
@@ -86,7 +86,7 @@ def _texture(rng: random.Random, size: int) -> np.ndarray:
 
 
 def shapes(images: int, size: int, seed: int = 0) -> Iterator[Picture]:
-    """`images` textured shapes on textured grounds, `size` x `size` pixels, eight classes in turn."""
+    """Yield `images` textured shapes on textured grounds, `size` x `size` pixels, eight classes in turn."""
     for index in range(images):
         rng = random.Random(f"{seed}/{index}")
         shape = SHAPES[index % len(SHAPES)]
@@ -103,7 +103,7 @@ def shapes(images: int, size: int, seed: int = 0) -> Iterator[Picture]:
 
 
 def _cut(image: Image.Image, percent: float, rng: random.Random) -> Image.Image:
-    """A random crop without `percent` of the area, in the image's own proportions."""
+    """Cut away `percent` of the area at random, keeping the proportions of the image."""
     scale = math.sqrt(1 - percent / 100)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
@@ -117,7 +117,7 @@ def _compress(image: Image.Image, quality: int) -> Image.Image:
 
 
 def strong_copies(image: Image.Image, rng: random.Random) -> list[Image.Image]:
-    """Two heavily distorted copies: a turned and re-lit one, and a cropped and blurred one, both compressed."""
+    """Return two distorted copies: one rotated and re-lit, one cropped and blurred; both are compressed."""
     turned = image.rotate(rng.choice((-1, 1)) * rng.uniform(10, 30), Image.Resampling.BICUBIC)
     relit = ImageEnhance.Contrast(turned).enhance(rng.uniform(0.5, 1.5))
     relit = ImageEnhance.Brightness(relit).enhance(rng.uniform(0.6, 1.4))
@@ -133,7 +133,7 @@ def _save(image: Image.Image, path: Path, quality: int = 95) -> None:
 
 
 def write_copies(pictures: list[Picture], root: Path) -> None:
-    """Copydays' folders from held-out pictures: `original`, `strong`, `crops/*`, `jpegqual/*`, `distractors`."""
+    """Write Copydays' folders: `original`, `strong`, `crops/*`, `jpegqual/*`, `distractors`."""
     count = min(COPYDAYS_ORIGINALS, len(pictures) // 2)
     for block, picture in enumerate(pictures[:count], start=2000):
         rng = random.Random(picture.name)
@@ -149,9 +149,9 @@ def write_copies(pictures: list[Picture], root: Path) -> None:
 
 
 def write(pictures: Iterable[Picture], length: int, folder: Path, progress: Progress) -> None:
-    """Write a data set with a fixed split, recorded in `split.csv`: whole, or not at all.
+    """Write a data set with a fixed split, recorded in `split.csv`; after a crash there is no folder.
 
-    Whether a picture is held out depends on the hash of its name alone.
+    The hash of a picture's name alone decides whether the picture is held out.
     """
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -172,7 +172,7 @@ def write(pictures: Iterable[Picture], length: int, folder: Path, progress: Prog
 
 
 def write_builtin(settings: DataSettings, root: Path, progress: Progress) -> Path:
-    """Write the built-in source that `settings` names below `root`, unless it is there; returns its folder."""
+    """Write the built-in source of the settings below `root`, unless it exists; return its folder."""
     if settings.builtin == "digits":
         folder, pictures, length = root / "digits", digits(), 1797
     else:

@@ -1,12 +1,12 @@
-"""The images of one data set: their files, classes and instances, and its copy-detection set."""
+"""Data set in memory: paths of images with their classes and instances, and a copy-detection set."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Copies:
-    """A copy-detection set: every query shows one of the first `len(originals)` images of the database."""
+class CopySet:
+    """A copy-detection set: the original of each query is one image of the database."""
 
     database: tuple[Path, ...]
     """Originals first, then distractors."""
@@ -17,16 +17,16 @@ class Copies:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Files of one data set; a label is an index into `classes`."""
+    """Images for training and validation; a label is an index into `classes`."""
 
     classes: tuple[str, ...]
     train: tuple[Path, ...]
     train_labels: tuple[int, ...]
     val: tuple[Path, ...]
     val_labels: tuple[int, ...]
-    copies: Copies | None
+    copies: CopySet | None
     instances: tuple[int, ...] = ()
-    """For each training image, the index into `train` of the first that shows the same; by default, its own."""
+    """For each training image, the index of the first image in `train` that shows the same; its own by default."""
 
     def __post_init__(self) -> None:
         if not self.instances:
@@ -34,20 +34,20 @@ class Dataset:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file once."""
+        """All files, each once."""
         copies = (*self.copies.database, *self.copies.queries) if self.copies else ()
         return tuple(dict.fromkeys((*self.train, *self.val, *copies)))
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that these images allow."""
+        """Names of the metrics that can be computed on these images."""
         pairs = len(set(self.val_labels)) < len(self.val_labels)  # some held-out image has another of its class
         names = ("top1", *(("class_map",) if pairs else ()))
         return (*names, "copy_map", "mean_top1_copy_map") if self.copies else names
 
 
 def first_of_each_class(dataset: Dataset, count: int) -> list[int]:
-    """Positions of the first `count` training images of each class, by name."""
+    """Return the indices of the first `count` training images of each class, in the order of their names."""
     of_class: dict[int, list[int]] = {}
     for index in sorted(range(len(dataset.train)), key=lambda index: str(dataset.train[index])):
         of_class.setdefault(dataset.train_labels[index], []).append(index)

@@ -1,23 +1,23 @@
-"""Which images a training and its metrics were made of: a digest for each part of a data set."""
+"""Fingerprint of a data set: a digest for each of its parts, to tell which images a model was trained and judged on."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from multigrain.data.dataset import Dataset
+from multigrain.digests import digest
 
 
 class DataPart(NamedTuple):
-    """Images with one role."""
+    """Images of a data set that have the same role."""
 
     name: str
     role: Literal["training", "evaluation"]
     digest: str
-    """The first 32 hexadecimal digits of a SHA-256 over names below `where`, sizes in bytes, and what the images show.
+    """First 32 hexadecimal digits of the SHA-256 over names below `where`, sizes in bytes, and labels.
 
-    Contents are not read again: an image that is exchanged for one of equal name and size goes unnoticed.
+    Contents are not read: an image that is replaced by another of equal name and size goes unnoticed.
     """
     rows: int
     where: str
@@ -25,17 +25,16 @@ class DataPart(NamedTuple):
 
 
 def parts(dataset: Dataset) -> list[DataPart]:
-    """The parts of a data set: `train`, `val` and, if there are copies, `copies`.
+    """Return the parts `train`, `val` and, for a data set with copies, `copies`.
 
     Raises:
-        OSError: a file is gone.
+        OSError: a file does not exist any more.
     """
     where = os.path.commonpath([path.absolute().parent for path in dataset.paths])
 
     def part(name: str, role: Literal["training", "evaluation"], images: Iterable[tuple[Path, object]]) -> DataPart:
         lines = [f"{path.absolute().relative_to(where)}\0{path.stat().st_size}\0{shows}\n" for path, shows in images]
-        content = "".join(lines).encode(errors="surrogateescape")
-        return DataPart(name, role, hashlib.sha256(content).hexdigest()[:32], len(lines), where)
+        return DataPart(name, role, digest("".join(lines).encode(errors="surrogateescape"))[:32], len(lines), where)
 
     labels = [dataset.classes[label] for label in dataset.train_labels]
     held_out = [dataset.classes[label] for label in dataset.val_labels]

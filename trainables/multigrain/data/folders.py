@@ -1,29 +1,35 @@
-"""Image folders: what lies on disk -> lists of files with their class and instance; what is wrong with them.
+"""Image folders: list the files of a folder as a `Dataset`, or report everything that is wrong with its layout.
 
-No torch here: the experiment file is checked, folders included, before anything heavy is loaded.
+This module does not import torch: an experiment file is checked, its folders included, before anything heavy is loaded.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.dataset import CopySet, Dataset
+from multigrain.digests import digest
 from multigrain.errors import DataError
 from multigrain.hooks import Item
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+"""Suffixes of image files, in lower case."""
 BLOCK = 4
-"""Digits that name the original image in a Copydays file name."""
+"""Number of characters that name the original image in a Copydays file name."""
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def stable_order(name: str) -> str:
-    """A sort key that shuffles names the same way on every machine and for ever."""
-    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    """Return a sort key that shuffles names in the same way on every machine and in every version."""
+    return digest(name.encode(errors="surrogateescape"))
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.rglob("*") if is_image(path.name) and path.is_file())
 
 
 def _class_folders(root: Path) -> dict[str, list[Path]]:
@@ -34,7 +40,13 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
 def split(
     by_class: dict[str, list[Item]], share: float, key: Callable[[str, Item], str]
 ) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
-    """Hold out a share of each class of two or more, one image at least and not all, by the hash of its key."""
+    """Split each class into training and held-out items, by the hash of their keys.
+
+    Args:
+        by_class: at least two items for each class.
+        share: share of each class that is held out; at least one item, and not all.
+        key: gives the name of an item, from its class and the item.
+    """
     train, val = {}, {}
     for name, items in by_class.items():
         order = sorted(range(len(items)), key=lambda index: stable_order(key(name, items[index])))
@@ -44,8 +56,8 @@ def split(
     return train, val
 
 
-def read_copies(root: Path) -> Copies:
-    """An INRIA Copydays folder: `original/NNNN00.jpg`, `strong/NNNNkk.jpg`, optionally `distractors/`.
+def read_copies(root: Path) -> CopySet:
+    """List an INRIA Copydays folder: `original/NNNN00.jpg`, `strong/NNNNkk.jpg`, optionally `distractors/`.
 
     The queries are the strong copies, as in the paper; the database is the originals and the distractors.
 
@@ -67,52 +79,55 @@ def read_copies(root: Path) -> Copies:
     if problems:
         raise DataError(problems)
     database = (*originals, *_files(root / "distractors"))
-    return Copies(database, tuple(strong), tuple(block[path.stem[:BLOCK]] for path in strong))
+    return CopySet(database, tuple(strong), tuple(block[path.stem[:BLOCK]] for path in strong))
 
 
-def _parts(
-    folder: Path, val_share: float
-) -> tuple[dict[str, list[Path]], dict[str, list[Path]], list[Path], list[str]]:
-    """Training and held-out files by class, class folders without any, and what else is wrong."""
-    problems: list[str] = []
-    if (folder / "train").is_dir():
-        train = _class_folders(folder / "train")
-        val = _class_folders(folder / "val") if (folder / "val").is_dir() else {}
-        if not val:
-            problems.append(f"a folder with train/ needs val/<class>/ too, but there is none in {folder}")
-        problems += [
-            f"each class of val/ must be in train/, but there is no {folder / 'train' / name}"
-            for name in val
-            if name not in train
-        ]
-        empty = [
-            folder / part / name
-            for part, found in (("train", train), ("val", val))
-            for name in found
-            if not found[name]
-        ]
-    else:
-        by_class = _class_folders(folder)
-        by_class.pop("copies", None)
-        empty = [folder / name for name, paths in by_class.items() if not paths]
-        few = [name for name, paths in by_class.items() if len(paths) == 1]
-        problems += [f"a class needs 2 images to be split, found 1 in {folder / name}" for name in few]
-        several = {name: paths for name, paths in by_class.items() if len(paths) > 1}
-        train, val = split(several, val_share, lambda name, path: f"{name}/{path.name}")
-        if not by_class:
-            problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
-    return train, val, empty, problems
+ByClass = dict[str, list[Path]]
+
+
+def _two_parts(folder: Path) -> tuple[ByClass, ByClass, list[Path], list[str]]:
+    """List `train/` and `val/` by class; also return empty class folders, and what else is wrong."""
+    train = _class_folders(folder / "train")
+    val = _class_folders(folder / "val") if (folder / "val").is_dir() else {}
+    problems = [] if val else [f"a folder with train/ needs val/<class>/ too, but there is none in {folder}"]
+    problems += [
+        f"each class of val/ must be in train/, but there is no {folder / 'train' / name}"
+        for name in val
+        if name not in train
+    ]
+    parts = (("train", train), ("val", val))
+    return train, val, [folder / part / name for part, found in parts for name in found if not found[name]], problems
+
+
+def _one_part(folder: Path, val_share: float) -> tuple[ByClass, ByClass, list[Path], list[str]]:
+    """List the class folders, split; also return empty class folders, and what else is wrong."""
+    by_class = _class_folders(folder)
+    by_class.pop("copies", None)
+    problems = [
+        f"a class needs 2 images to be split, found 1 in {folder / name}"
+        for name, paths in by_class.items()
+        if len(paths) == 1
+    ]
+    if not by_class:
+        problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
+    several = {name: paths for name, paths in by_class.items() if len(paths) > 1}
+    train, val = split(several, val_share, lambda name, path: f"{name}/{path.name}")
+    return train, val, [folder / name for name, paths in by_class.items() if not paths], problems
 
 
 def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
     """List the images of a folder.
 
+    Args:
+        folder: `train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just `<class>/`.
+        val_share: share of each class that is held out if there is no `train/`.
     Raises:
-        DataError: with everything that is wrong about the folder's layout.
+        DataError: names everything that is wrong with the layout of the folder.
     """
     if not os.path.isdir(folder):
         raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
-    train, val, empty, problems = _parts(folder, val_share)
+    has_parts = (folder / "train").is_dir()
+    train, val, empty, problems = _two_parts(folder) if has_parts else _one_part(folder, val_share)
     problems += [
         f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty
     ]

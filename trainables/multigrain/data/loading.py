@@ -1,4 +1,4 @@
-"""Files -> tensors: augmented views for training, plain ones for evaluation."""
+"""Loading of image files as tensors: batches of augmented views for training, and of whole images for evaluation."""
 
 import io
 import os
@@ -22,43 +22,42 @@ from multigrain.data.picture import Picture
 from multigrain.data.transforms import EvaluationTransform, TrainTransform, evaluation_pixels, rect_shape
 from multigrain.errors import DataError
 
-# Half the time of Pillow. The public function around it warns that both will go; Pillow then reads everything.
+# Takes half the time of Pillow. Its public wrapper is deprecated; if the operator is removed, Pillow decodes all files.
 _decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
 _RGB = 3  # in torchvision.io.ImageReadMode
 
 BATCH_PIXELS = 64 * 224 * 224
-"""Most pixels in one evaluation batch of several images."""
-
+"""Largest number of pixels in an evaluation batch of several images."""
 
 Source = Picture | Path
-"""A part of a file, or the whole."""
+"""A part of a file, or a whole file."""
 
 
 class Views(NamedTuple):
-    """One rank's batch."""
+    """Training batch of one rank."""
 
     images: Tensor
     """(B, 3, S, S) uint8."""
     colour: Tensor
-    """(B, 11) float, what `augment.colour` still has to do to them."""
+    """(B, 11) float, parameters of `transforms.colour`, which is still to be applied."""
     labels: Tensor
-    """(B,) class numbers."""
+    """(B,) labels."""
     indices: Tensor
-    """(B,) positions in the training list of the images that the views show."""
+    """(B,) indices of the images in the training set."""
 
 
 def decode(file: Path | BinaryIO) -> Tensor:
-    """An image file as RGB, (3, H, W) uint8.
+    """Decode an image file as RGB, (3, H, W) uint8.
 
-    Transparency is dropped, 16-bit grey keeps its upper eight bits, an orientation tag is not followed.
+    Transparency is dropped, of 16-bit grey the upper eight bits are kept, and an orientation tag is ignored.
     """
     content = file.read_bytes() if isinstance(file, Path) else file.read()
-    with Image.open(io.BytesIO(content)) as image:  # reads the header, and refuses what would fill the memory
+    with Image.open(io.BytesIO(content)) as image:  # reads the header, and refuses images that would fill the memory
         if _decode_jpeg and image.format in {"JPEG", "MPO"} and image.mode in {"RGB", "L"}:
             try:
                 return _decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), _RGB)
             except RuntimeError:
-                pass  # Pillow reads some that torchvision does not, and says better what is wrong with the others
+                pass  # Pillow decodes some of these files, and has better messages for the others
         if image.mode.startswith("I"):
             return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
         if "transparency" in image.info:
@@ -67,23 +66,23 @@ def decode(file: Path | BinaryIO) -> Tensor:
 
 
 class TrainViews(Dataset[Views]):
-    """Augmented views of a list of images, fetched by whole batches; an image is decoded once for all its copies.
+    """Augmented views of a list of images, fetched in whole batches; an image is decoded once for all its copies.
 
-    The draw of a view depends on (seed, epoch, image, copy) alone: not on the order of the batches, the
-    number of loading processes, or what was drawn before.
+    The random numbers of a view depend on (seed, epoch, image, copy) alone: not on the order of the batches, the number
+    of loading processes, or earlier views.
     """
 
     def __init__(
         self, paths: Sequence[Path], labels: Sequence[int], settings: AugmentSettings, size: int, seed: int
     ) -> None:
-        # One block of memory: a million objects would be copied, page by page, by every loading process.
+        # One block of memory: every loading process would copy a million objects, page by page.
         self._paths, self._labels = np.array([os.fsencode(path) for path in paths]), torch.tensor(labels)
         self._transform, self._size, self._seed = TrainTransform(settings, size), size, seed
-        # Shared, so that loading processes that outlive an epoch see the next.
+        # In shared memory, because loading processes live longer than an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the draws of the batches that are asked for from now on, in all loading processes."""
+        """Select the random numbers of all later batches, in all loading processes."""
         self._epoch.fill_(epoch)
 
     def __getitems__(self, indices: list[int]) -> Views:
@@ -102,18 +101,20 @@ class TrainViews(Dataset[Views]):
 
 
 def _whole(batch: Any) -> Any:
-    """The collate function of batches that come as one."""
+    """Return a batch as it is: the collate function of a data set that fetches whole batches."""
     return batch
 
 
 def training_batches(
     views: TrainViews, sampler: Sampler[list[int]] | Sequence[list[int]], loaders: int, pin: bool
 ) -> DataLoader[Views]:
-    """The views of the sampler's batches, the same whatever the number of loaders.
+    """Return a loader of the sampler's batches; the views do not depend on the number of loading processes.
 
     Args:
-        loaders: processes that read ahead, with one thread each; they stay from epoch to epoch. 0: none.
-        pin: whether the batches lie in memory from which a GPU can copy while it computes.
+        views: the training set.
+        sampler: gives the image indices of each batch.
+        loaders: number of processes that load ahead, with one thread each, for all epochs; 0 loads in this process.
+        pin: whether batches are in pinned memory, from which a GPU copies while it computes.
     """
     return DataLoader(
         views,
@@ -122,13 +123,13 @@ def training_batches(
         collate_fn=_whole,
         pin_memory=pin,
         persistent_workers=loaders > 0,
-        generator=torch.Generator(),  # else it draws a number from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
 
 
 @contextmanager
 def readable(picture: Source) -> Iterator[None]:
-    """Turns what keeps a picture from being read into a DataError that names it."""
+    """Turn an error in reading a picture into a DataError that names its file."""
     try:
         yield
     except Exception as error:  # Pillow raises many types, SyntaxError among them
@@ -137,7 +138,7 @@ def readable(picture: Source) -> Iterator[None]:
 
 
 def _box(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of what is cropped out of the file, whole pixels within it."""
+    """Return left, top, right and bottom of the crop, in whole pixels within the file."""
     if picture.box is None:
         return 0, 0, width, height
     x1, y1, x2, y2 = map(round, picture.box)
@@ -148,11 +149,7 @@ def _box(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]
 
 
 def read(picture: Source) -> Tensor:
-    """A file, or the box of it that is meant, turned as told: (3, H, W) uint8.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Read a file, or a picture with its box and turn: (3, H, W) uint8. Raises DataError if that fails."""
     with readable(picture):
         if isinstance(picture, Path):
             return decode(picture)
@@ -162,7 +159,7 @@ def read(picture: Source) -> Tensor:
 
 
 def _shape(picture: Source) -> tuple[int, int]:
-    """Height and width of what `read` gives, from the header."""
+    """Return height and width of the result of `read`, from the header of the file."""
     with readable(picture), Image.open(picture if isinstance(picture, Path) else picture.path) as image:
         if isinstance(picture, Path):
             return image.height, image.width
@@ -179,14 +176,14 @@ class _EvaluationImages(Dataset[tuple[list[int], Tensor | list[str]]]):
         try:
             images = [evaluation_pixels(read(self.pictures[i]), self.transform, self.size) for i in positions]
         except DataError as error:
-            return positions, error.problems  # raised by a loading process, it would come with that one's traceback
+            return positions, error.problems  # raised here, it would come with the traceback of a loading process
         return positions, torch.stack(images)
 
 
 def _of_one_shape(
     pictures: Sequence[Source], block: Sequence[int], transform: EvaluationTransform, size: int, most: int
 ) -> Iterator[list[int]]:
-    """Positions of a block, by the height and width of what the network is shown, `most` at a time or fewer."""
+    """Split a block into batches of at most `most` positions whose images have one shape for the network."""
     found = defaultdict(list)
     for position in block:
         shape = rect_shape(*_shape(pictures[position]), size) if transform == "rect" else (size, size)
@@ -204,13 +201,15 @@ def evaluation_batches(
     loaders: int = 0,
     blocks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Every picture once, in batches of one shape: positions in `pictures`, and (B, 3, h, w) uint8.
+    """Yield every picture once, in batches of one shape: positions in `pictures`, and (B, 3, h, w) uint8.
 
     Args:
-        transform, size: as in `augment.evaluation_pixels`.
-        batch_size: most images in a batch; fewer where they are large.
-        loaders: processes that read ahead.
-        blocks: positions that are shown, a whole block before the next; all of them in one by default.
+        pictures: files or parts of files.
+        transform: see `transforms.evaluation_pixels`.
+        size: see `transforms.evaluation_pixels`.
+        batch_size: largest number of images in a batch; large images come in smaller batches.
+        loaders: number of processes that load ahead.
+        blocks: positions that are loaded, block after block; one block of all positions by default.
     Raises:
         DataError: a picture cannot be read.
     """
@@ -220,7 +219,7 @@ def evaluation_batches(
     def batches() -> Iterator[list[int]]:
         for block in blocks:
             for batch in _of_one_shape(pictures, block, transform, size, batch_size):
-                if problems:  # what is read ahead is all that is still read: loading processes dislike being cut
+                if problems:  # loading processes finish the batches they have begun, and load no others
                     return
                 yield batch
 

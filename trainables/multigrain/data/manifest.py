@@ -1,11 +1,11 @@
-"""Manifests: a CSV file that lists images -> `Dataset`, or everything that is wrong with it; and back.
+"""Manifests: CSV files that list images. Reads one as a `Dataset`, or reports everything wrong with it; writes one.
 
-Columns: `image`, a path that starts at the file's folder or at the root; `class`; optionally `role`, one of
-`ROLES`; optionally `instance_id`. Training images of one instance_id show the same. A query's instance_id
-is that of its original among the rows of the database; the other rows of the database are distractors.
+Columns: `image`, a path relative to the manifest's folder, or absolute; `class`; optionally `role`, one of `ROLES`;
+optionally `instance_id`. Training images with the same instance_id show the same. The instance_id of a query is that of
+its original in the database; database rows without queries are distractors.
 
-An image can be s3://bucket/key, and is an object if the file itself is one. Optional columns `size`, in bytes, and
-`etag` tell which version of an object is meant, and spare asking its bucket.
+An image can be s3://bucket/key; if the manifest itself is in S3, relative paths are objects, too. The optional columns
+`size`, in bytes, and `etag` name the version of an object; then S3 is not asked for it.
 """
 
 import csv
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from multigrain.data.dataset import Copies, Dataset
+from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import split
 from multigrain.errors import DataError
 from multigrain.hooks import SCHEME, LocalFiles, Mirror, Pin, Progress, data_errors, no_progress
@@ -28,11 +28,11 @@ REQUIRED = ("image", "class")
 PINS = ("size", "etag")
 ROLES = ("train", "val", "database", "query")
 OF_CLASSES = ("", "train", "val")
-"""Roles whose rows need a class."""
+"""Roles whose rows need a class; "" stands for a manifest without roles."""
 
 
 class Row(NamedTuple):
-    """One line of a manifest."""
+    """A line of a manifest."""
 
     line: int
     path: Path
@@ -42,8 +42,8 @@ class Row(NamedTuple):
     instance: str
 
 
-class Reader:
-    """One manifest on its way to a `Dataset`: gathers what is wrong with it."""
+class ManifestReader:
+    """Reads one manifest, and collects everything that is wrong with it."""
 
     def __init__(self, file: Path, mirror: Mirror | None = None, progress: Progress = no_progress) -> None:
         self.file = file.absolute()
@@ -51,14 +51,16 @@ class Reader:
         self.problems: list[str] = []
 
     def add(self, line: int, problem: str) -> None:
+        """Record a problem of a line."""
         self.problems.append(f"{self.file}, line {line}: {problem}")
 
-    def stop_if_wrong(self) -> None:
+    def raise_problems(self) -> None:
+        """Raise DataError with the problems found so far, if any."""
         if self.problems:
             raise DataError(self.problems)
 
     def records(self) -> list[tuple[int, list[str]]]:
-        """The lines that are not blank, the header first, each with its number."""
+        """Return the lines that are not blank, the header first, each with its number."""
         if not os.path.isfile(self.file):
             raise DataError([f"the manifest must exist, but there is no file {self.file}"])
         content = self.file.read_bytes()
@@ -77,28 +79,32 @@ class Reader:
             self.add(line, f"rows must be comma-separated values, but this one is not ({error}); check its quotes")
         if not found and not self.problems:
             self.add(1, f"a manifest must begin with its columns ({', '.join(COLUMNS)}), but is empty")
-        self.stop_if_wrong()
+        self.raise_problems()
         return found
 
     def check_header(self, line: int, header: Sequence[str], required: Sequence[str] = REQUIRED) -> None:
+        """Record what is wrong with the names of the columns."""
         for name in dict.fromkeys(header):
             if header.count(name) > 1:
                 self.add(line, f"each column may come once, but {name!r} comes {header.count(name)} times")
             if name not in (*COLUMNS, *PINS):
-                near = difflib.get_close_matches(name, COLUMNS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COLUMNS)}, with commas between"
-                self.add(line, f"unknown column {name!r}; {hint}")
+                self.add(line, f"unknown column {name!r}; {_hint(name, COLUMNS, ', with commas between')}")
         for name in required:
             if name not in header:
                 self.add(line, f"the column {name!r} is required, found {', '.join(header)}")
 
+    def has_all_cells(self, line: int, cells: Sequence[str], header: Sequence[str]) -> bool:
+        """Return whether a line has a cell for each column; if not, record it."""
+        if len(cells) != len(header):
+            self.add(line, f"a row must have as many cells as the header, {len(header)}, got {len(cells)}")
+        return len(cells) == len(header)
+
     def rows(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[Row]:
-        """The rows that say enough to be looked at together."""
+        """Return the rows that are complete enough to be checked together."""
         self._fetch(header, records)
         rows = []
         for line, values in records:
-            if len(values) != len(header):
-                self.add(line, f"a row must have as many cells as the header, {len(header)}, got {len(values)}")
+            if not self.has_all_cells(line, values, header):
                 continue
             cells = {name: value if value.strip() else "" for name, value in zip(header, values, strict=True)}
             image, label, role = cells["image"], cells["class"], cells.get("role", "")
@@ -112,9 +118,7 @@ class Reader:
             if image and not os.path.isfile(row.path):
                 self.add(line, f"every image must exist, but there is no file {row.path}")
             if role and role not in ROLES:
-                near = difflib.get_close_matches(role, ROLES, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ROLES)}"
-                self.add(line, f"unknown role {role!r}; {hint}")
+                self.add(line, f"unknown role {role!r}; {_hint(role, ROLES)}")
             elif not empty:
                 rows.append(row)
         self._check_repeats(rows)
@@ -163,7 +167,7 @@ class Reader:
                 self.add(row.line, f"an image may come once in a {place}, but {row.image} is in line {line}, too")
 
     def split(self, rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-        """Rows without roles for training and for validation."""
+        """Split rows without roles into training and validation."""
         by_class = defaultdict(list)
         for row in rows:
             by_class[row.label].append(row)
@@ -176,6 +180,7 @@ class Reader:
         return train, val
 
     def check_classes(self, train: Sequence[Row], val: Sequence[Row]) -> None:
+        """Record what is wrong between training and validation rows."""
         known = {row.label for row in train}
         strange: dict[str, int] = {}
         for row in val:
@@ -186,7 +191,8 @@ class Reader:
         if not val:
             self.problems.append(f"validation needs at least 1 image, found none in {self.file}")
 
-    def copies(self, database: Sequence[Row], queries: Sequence[Row]) -> Copies | None:
+    def copies(self, database: Sequence[Row], queries: Sequence[Row]) -> CopySet | None:
+        """Match queries with their originals; return None without queries."""
         by_instance = defaultdict(list)
         for row in database:
             by_instance[row.instance].append(row)
@@ -206,41 +212,46 @@ class Reader:
         originals = [by_instance[instance][0] for instance in named]
         others = [row for row in database if row.instance not in named]
         place = {instance: index for index, instance in enumerate(named)}
-        return Copies(
+        return CopySet(
             tuple(row.path for row in (*originals, *others)),
             tuple(row.path for row in queries),
             tuple(place.get(row.instance, -1) for row in queries),
         )
 
 
+def _hint(name: str, known: Sequence[str], advice: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}{advice}"
+
+
 def read_manifest(
     file: Path, val_share: float = 0.2, mirror: Mirror | None = None, progress: Progress = no_progress
 ) -> Dataset:
-    """List the images that a manifest names, in its order; without a column `role`, they are split as a folder's are.
+    """List the images of a manifest in its order.
 
     Args:
         file: the manifest.
-        val_share: of each class.
+        val_share: share of each class that is held out if there is no column `role`.
         mirror: gives access to images in S3; without it, all images must be local files.
-        progress: shows the progress of reading them.
+        progress: shows the progress of reading from S3.
     Raises:
-        DataError: with everything that is wrong about the manifest.
+        DataError: names everything that is wrong with the manifest.
     """
-    reader = Reader(file, mirror, progress)
+    reader = ManifestReader(file, mirror, progress)
     (line, header), *records = reader.records()
     reader.check_header(line, header)
     wrong_header = bool(reader.problems)
     if not set(REQUIRED) <= set(header):
-        reader.stop_if_wrong()
+        reader.raise_problems()
     rows = reader.rows(header, records)
-    if wrong_header:  # what the rows are to each other is not known
-        reader.stop_if_wrong()
+    if wrong_header:  # rows cannot be checked against each other
+        reader.raise_problems()
     train, val, database, queries = ([row for row in rows if row.role == role] for role in ROLES)
     if "role" not in header:
         train, val = reader.split(rows, val_share)
     reader.check_classes(train, val)
     copies = reader.copies(database, queries)
-    reader.stop_if_wrong()
+    reader.raise_problems()
     classes = tuple(sorted({row.label for row in train}))
     number = {label: index for index, label in enumerate(classes)}
     first: dict[str | int, int] = {}
@@ -256,11 +267,11 @@ def read_manifest(
 
 
 def manifest_text(dataset: Dataset, objects: Mapping[Path, tuple[str, Pin]] | None = None) -> str:
-    """The manifest that `read_manifest` reads as this data set; absolute paths, numbers as instance_id.
+    """Return the text of a manifest that `read_manifest` reads as this data set, with absolute paths.
 
     Args:
-        dataset: the images.
-        objects: URL and version of those images that are mirrored.
+        dataset: the images; indices become their instance_id.
+        objects: URL and version of the images that are mirrored from S3.
     """
     text = io.StringIO(newline="")
     rows, objects = csv.writer(text), objects or {}

@@ -1,14 +1,14 @@
-"""One image to show a network: a file, or a part of one."""
+"""Picture: an image file, or a part of one, that a benchmark shows to the network."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Picture(NamedTuple):
-    """One image as a benchmark shows it to the network."""
+    """A file with an optional crop and rotation."""
 
     path: Path
     box: tuple[float, float, float, float] | None = None
-    """x1, y1, x2, y2 in pixels of the file: all that is shown; cropped before resizing."""
+    """x1, y1, x2, y2 of the crop in pixels of the file, applied before resizing; None for the whole file."""
     turn: int = 0
-    """Degrees clockwise, 0, 90, 180 or 270; the canvas turns with the image."""
+    """Rotation in degrees clockwise: 0, 90, 180 or 270. Width and height change places at 90 and 270."""

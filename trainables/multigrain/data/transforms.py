@@ -1,7 +1,7 @@
-"""Transforms of training and evaluation images (paper Table C.1): uint8 in, float in [0, 1] out in the end.
+"""Transforms of training and evaluation images (paper Table C.1), from uint8 to float in [0, 1].
 
-A training view is made in two parts. `TrainTransform` runs where the files are read, on uint8, and draws
-all random numbers; `colour` is the part that works on floats, for a whole batch on the network's device.
+A training view is made in two steps. `TrainTransform` runs in the process that reads the files, on uint8, and draws all
+random numbers. `colour` does the operations on floats, for a whole batch on the network's device.
 """
 
 import io
@@ -24,42 +24,37 @@ EvaluationTransform = Literal["crop", "rect"]
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = list(permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
-# The parameters of `colour`, a view each row.
+# Columns of the parameters of `colour`, which have one row for each view.
 _FACTORS, _ORDER, _GREY, _SHIFT, _DIVISOR = slice(0, 3), slice(3, 6), 6, slice(7, 10), 10
 NEUTRAL = torch.tensor([1.0, 1, 1, _BRIGHTNESS, _CONTRAST, _SATURATION, 0, 0, 0, 0, 1])
-"""(11,), the parameters of `colour` that change nothing: factors of brightness, contrast and saturation; which of
-them comes first, second and third; whether the view is grey; the shift of red, green and blue; what they are divided by
-then."""
+"""(11,), the parameters of `colour` that change nothing: factors of brightness, contrast and saturation; the order of
+these three; 1 for a grey view; the shifts of red, green and blue; their divisor."""
 
 
 def scale(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
+    """Convert uint8 to float32 in [0, 1]."""
     return images.to(torch.float32) / 255
 
 
 def lighting(alpha: Tensor) -> Tensor:
-    """The shift (3,) of red, green and blue by lighting noise.
-
-    Args:
-        alpha: (3,) noise, one draw per axis.
-    """
+    """Return the shift (3,) of red, green and blue for lighting noise `alpha` (3,), one draw for each axis."""
     return (_COLOUR_AXES * alpha * _COLOUR_STD).sum(dim=1)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W)."""
+    """Convert colour (B, 3, H, W) to grey (B, 1, H, W)."""
     return torch.add(0.2989 * images[:, 0:1], images[:, 1:2], alpha=0.587).add_(images[:, 2:3], alpha=0.114)
 
 
 def colour(images: Tensor, parameters: Tensor) -> Tensor:
-    """The part of a training view that is left to the device: jitter, grey, lighting.
+    """Apply jitter, grey and lighting to training views, on their device and without waiting for it.
 
-    Brightness, contrast and saturation are those of torchvision's ColorJitter, with a clamp to [0, 1] after
-    each; lighting is (x + shift) / divisor, clamped. Nothing waits for the device.
+    Brightness, contrast and saturation are those of torchvision's ColorJitter, with a clamp to [0, 1] after each.
+    Lighting is (x + shift) / divisor, clamped.
 
     Args:
         images: (B, 3, H, W) uint8.
-        parameters: (B, 11) on the same device, rows like `NEUTRAL`; that itself gives images / 255 exactly.
+        parameters: (B, 11) on the same device, rows like `NEUTRAL`; `NEUTRAL` itself gives images / 255 exactly.
     Returns:
         (B, 3, H, W) float32 in [0, 1].
     """
@@ -68,7 +63,7 @@ def colour(images: Tensor, parameters: Tensor) -> Tensor:
         factor = parameters[:, _FACTORS].gather(1, which[:, None])[:, :, None, None]
         contrast, saturation = ((which == kind)[:, None, None, None] for kind in (_CONTRAST, _SATURATION))
         grey = _grey(x)
-        # What the view is blended with: black, its mean grey, or its grey self.
+        # The view is blended with black, its mean grey, or its grey version.
         other = torch.addcmul(contrast * grey.mean(dim=(2, 3), keepdim=True), saturation, grey)
         x = torch.lerp(other, x, factor).clamp_(0, 1)
     x = torch.where(parameters[:, _GREY, None, None, None] > 0, _grey(x), x)
@@ -77,16 +72,16 @@ def colour(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 _JITTER = {"full": 1.0, "copy": 1.0, "senet": 2 / 3}
-"""The policies with jitter and lighting, and the share of the jitter strengths that they take."""
+"""Policies with jitter and lighting -> factor on the strengths of the jitter."""
 
 
 def paints(settings: AugmentSettings) -> bool:
-    """Whether `colour` has anything to do but `scale`."""
+    """Return whether `colour` does more than `scale`."""
     return settings.policy in _JITTER or settings.grey > 0
 
 
 class _Compression(torch.nn.Module):
-    """JPEG of a random quality from 10 to 90, by Pillow: torchvision's own is on its way out."""
+    """JPEG compression of random quality from 10 to 90, by Pillow, because torchvision's is deprecated."""
 
     def forward(self, image: Tensor) -> Tensor:
         buffer = io.BytesIO()
@@ -97,11 +92,11 @@ class _Compression(torch.nn.Module):
 
 
 class TrainTransform:
-    """The random transform of one view: (3, H, W) uint8 -> (3, size, size) uint8 and its parameters of `colour`.
+    """Random transform of one view: (3, H, W) uint8 -> (3, size, size) uint8, and the view's parameters of `colour`.
 
-    Draws from torch's global generator. `autoaugment` is torchvision's policy for ImageNet, which differs from the
-    authors': 25 pairs of operations instead of 24, rotation either way instead of counter-clockwise, solarisation
-    from 255 instead of 256, shear by the nearest pixel instead of bicubic.
+    Random numbers come from torch's global generator. `autoaugment` is torchvision's policy for ImageNet, which differs
+    from the authors': 25 pairs of operations instead of 24, rotation in both directions instead of counter-clockwise,
+    solarisation from 255 instead of 256, shear by the nearest pixel instead of bicubic.
     """
 
     def __init__(self, settings: AugmentSettings, size: int) -> None:
@@ -129,9 +124,9 @@ class TrainTransform:
         box = self._crop.make_params([image])
         top, left = box["top"], box["left"]
         crop = image[None, :, top : top + box["height"], left : left + box["width"]]
-        # The modules of torchvision do the same, in twice the time.
+        # torchvision's modules do the same in twice the time.
         view = interpolate(crop, (self.size, self.size), mode="bilinear", antialias=True)[0]
-        flip, grey, order, *factors = torch.rand(6).tolist()  # at once, and in Python: single tensors take longer
+        flip, grey, order, *factors = torch.rand(6).tolist()  # in one call: single tensors take longer
         if flip < self.settings.flip:
             view = view.flip(-1)
         for step in self._after:
@@ -149,16 +144,16 @@ class TrainTransform:
 
 
 def rect_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width of an image whose larger side is scaled to `size`: rounded down, but at least 1."""
+    """Return height and width of an image whose larger side is scaled to `size`: rounded down, but at least 1."""
     longer = max(height, width)
     return max(1, height * size // longer), max(1, width * size // longer)
 
 
 def evaluation_pixels(image: Tensor, transform: EvaluationTransform, size: int) -> Tensor:
-    """What the network is shown of a held-out image: (3, H, W) uint8 -> (3, h, w) uint8.
+    """Resize a held-out image for the network: (3, H, W) uint8 -> (3, h, w) uint8.
 
-    `crop`: smaller side to int(256/224 size), the central square of `size` out of it. `rect`: larger side to
-    `size`, proportions kept.
+    `crop` scales the smaller side to int(256/224 size) and cuts out the central square of `size`. `rect` scales the
+    larger side to `size` and keeps the proportions.
     """
     if transform == "rect":
         return v2.functional.resize(image, list(rect_shape(image.shape[1], image.shape[2], size)), antialias=True)
@@ -167,5 +162,5 @@ def evaluation_pixels(image: Tensor, transform: EvaluationTransform, size: int) 
 
 
 def evaluation_view(image: Tensor, transform: EvaluationTransform, size: int) -> Tensor:
-    """`evaluation_pixels` as float in [0, 1]."""
+    """Return `evaluation_pixels` as float in [0, 1]."""
     return scale(evaluation_pixels(image, transform, size))

@@ -1,24 +1,52 @@
-"""Single image files: what keeps one from being used.
+"""Checking image files before training, and leaving out broken images on request.
 
-No torch here, as in `data`.
+This module does not import torch: an experiment file is checked, its images included, before anything heavy is loaded.
 """
 
+import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from multigrain.data.dataset import Dataset
+from multigrain.data.dataset import CopySet, Dataset
+from multigrain.digests import digest
+from multigrain.errors import DataError
 from multigrain.hooks import Progress, no_progress
 
 SMALLEST = 2
-"""Pixels that an image must have each way."""
+"""Smallest width and height of an image, in pixels."""
 AHEAD = 1024
-"""Images that are handed to the threads at once."""
+"""Number of images that are given to the threads at once."""
+MOST = 10
+"""At most one image in this number may be left out."""
+
+
+def image_problems(dataset: Dataset, progress: Progress = no_progress) -> list[str]:
+    """Decode every image once; return a sentence for each image that cannot be used."""
+    return [
+        f"every image must be usable, but {path} {fault}; repair or remove it, or set data.skip_broken to true"
+        for path, fault in image_faults(dataset, progress).items()
+    ]
+
+
+def image_faults(dataset: Dataset, progress: Progress = no_progress) -> dict[Path, str]:
+    """Decode every image once, in threads; return the images that cannot be used, with the predicate of a sentence."""
+    paths = dataset.paths
+    with ThreadPoolExecutor() as threads:
+        found = (
+            fault
+            for start in range(0, len(paths), AHEAD)
+            for fault in threads.map(_fault, paths[start : start + AHEAD])
+        )
+        checked = zip(paths, progress(found, "checking images", len(paths)), strict=True)
+        return {path: fault for path, fault in checked if fault}
 
 
 def _fault(path: Path) -> str | None:
-    """Why a file cannot be used, to be put after its name; None if it can. Decodes it whole, huge ones excepted."""
+    """Return why a file cannot be used, None if it can. The file is decoded to its end, unless it is huge."""
     try:
         with Image.open(path) as image:
             if fault := _header_fault(image):
@@ -42,14 +70,14 @@ def _header_fault(image: Image.Image) -> str | None:
     if min(width, height) < SMALLEST:
         return f"is {width} x {height} pixels, but needs {SMALLEST} each way"
     frames = getattr(image, "n_frames", 1)
-    # A camera's MPO is a JPEG with previews; its first picture is the one that is meant.
+    # The MPO file of a camera is a JPEG with previews; its first frame is the photograph.
     if frames > 1 and image.format != "MPO":
         return f"has {frames} frames, and which one is meant is not known"
     return None
 
 
 def _content(path: Path) -> str:
-    """What a file is that Pillow does not know."""
+    """Describe a file that Pillow cannot identify."""
     with path.open("rb") as file:
         start = file.read(1024).lower()
     if not start:
@@ -58,23 +86,98 @@ def _content(path: Path) -> str:
     return "is a web page, not an image" if page else "is not an image, or its first bytes are damaged"
 
 
-def image_faults(dataset: Dataset, progress: Progress = no_progress) -> dict[Path, str]:
-    """Decode every image once, in threads; for each that cannot be used the reason, to be put after its name."""
-    paths = dataset.paths
-    with ThreadPoolExecutor() as threads:
-        found = (
-            fault
-            for start in range(0, len(paths), AHEAD)
-            for fault in threads.map(_fault, paths[start : start + AHEAD])
+def leave_out(dataset: Dataset, faults: Mapping[Path, str]) -> tuple[Dataset, dict[Path, str]]:
+    """Remove broken images from a data set; return the rest, and each removed image with the reason.
+
+    A query whose original is broken is removed, too, and so is an image whose name a manifest cannot hold.
+
+    Raises:
+        DataError: the rest cannot be used.
+    """
+    left_out = dict(faults)
+    for path in dataset.paths:
+        if not _is_utf8(str(path)):
+            left_out.setdefault(path, "has a name that is not UTF-8")
+    copies = dataset.copies and _intact_copies(dataset.copies, left_out)
+    train = [index for index, path in enumerate(dataset.train) if path not in left_out]
+    val = [index for index, path in enumerate(dataset.val) if path not in left_out]
+    first: dict[int, int] = {}
+    intact = replace(
+        dataset,
+        train=tuple(dataset.train[index] for index in train),
+        train_labels=tuple(dataset.train_labels[index] for index in train),
+        val=tuple(dataset.val[index] for index in val),
+        val_labels=tuple(dataset.val_labels[index] for index in val),
+        copies=copies,
+        instances=tuple(first.setdefault(dataset.instances[old], new) for new, old in enumerate(train)),
+    )
+    if problems := _problems(dataset, intact, left_out):
+        raise DataError(problems)
+    return intact, left_out
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _intact_copies(copies: CopySet, left_out: dict[Path, str]) -> CopySet | None:
+    """Remove images from a copy-detection set; queries that lose their original are added to `left_out`."""
+    for path, index in zip(copies.queries, copies.truth, strict=True):
+        if (original := copies.database[index]) in left_out:
+            left_out.setdefault(path, f"is a copy of {original}, which is left out")
+    place: dict[int, int] = {}
+    for index, path in enumerate(copies.database):
+        if path not in left_out:
+            place[index] = len(place)
+    queries = [number for number, path in enumerate(copies.queries) if path not in left_out]
+    if not queries:
+        return None
+    return CopySet(
+        tuple(copies.database[index] for index in place),
+        tuple(copies.queries[number] for number in queries),
+        tuple(place[copies.truth[number]] for number in queries),
+    )
+
+
+def _problems(dataset: Dataset, intact: Dataset, left_out: Mapping[Path, str]) -> list[str]:
+    problems = []
+    if (count := len(left_out)) * MOST > (total := len(dataset.paths)):
+        path, fault = next(iter(left_out.items()))
+        problems.append(
+            f"at most a tenth of the images may be left out, but {count} of {total} cannot be used, the first of them "
+            f"because {path} {fault}; repair or remove them"
         )
-        tracked = zip(paths, progress(found, "checking images", len(paths)), strict=True)
-        return {path: fault for path, fault in tracked if fault}
+    parts = (
+        ("train", dataset.train_labels, intact.train_labels),
+        ("val", dataset.val_labels, intact.val_labels),
+    )
+    for part, before, after in parts:
+        problems += [
+            f"every class needs an intact image, but all {before.count(label)} of {dataset.classes[label]!r} in {part} "
+            "cannot be used; repair them or remove the class"
+            for label in sorted(set(before) - set(after))
+        ]
+    lost = [name for name in dataset.metrics if name not in intact.metrics]
+    if lost:
+        problems.append(f"without the images that cannot be used there is no {' and no '.join(lost)}; repair them")
+    return problems
 
 
-def image_problems(dataset: Dataset, progress: Progress = no_progress) -> list[str]:
-    """A sentence for each image that cannot be used."""
-    faults = image_faults(dataset, progress)
-    return [
-        f"every image must be usable, but {path} {fault}; repair or remove it, or set data.skip_broken to true"
-        for path, fault in faults.items()
-    ]
+def write_intact(manifest: str, skipped: str, root: Path) -> Path:
+    """Write `intact-<digest>/manifest.csv` and `skipped.txt` below `root`; return the path of the manifest.
+
+    The digest is that of the content, so processes that write at the same time write the same files.
+    """
+    content = {"skipped.txt": skipped.encode(errors="backslashreplace"), "manifest.csv": manifest.encode()}
+    name = digest(b"\0".join(content.values()))[:12]
+    folder = root / f"intact-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in content.items():
+        draft = folder / f"{file}.{os.getpid()}"
+        draft.write_bytes(data)
+        draft.replace(folder / file)
+    return folder / "manifest.csv"

@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.loading import Source, evaluation_batches, readable
 from multigrain.data.transforms import EvaluationTransform, scale
+from multigrain.digests import digest
 from multigrain.distributed import rank_and_size
 from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models.multigrain import MultiGrain, l2_normalise
@@ -190,16 +191,16 @@ class _BlockFile:
 
 
 def _hash(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+    return digest(content)[:32]
 
 
 def _digest(network: MultiGrain) -> str:
     """Return the SHA-256 of the weights and constants on which embeddings depend."""
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     for name, tensor in {**network.trunk.state_dict(), "mean": network.mean, "std": network.std}.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def _identity(picture: Source) -> tuple[object, ...]:

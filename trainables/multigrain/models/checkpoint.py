@@ -7,7 +7,6 @@ warning, and the one before is used.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from multigrain.digests import file_digest
 
 FORMAT = 2
 FILES, OPTIMIZER = {"model.safetensors", "state.json"}, "optimizer.pt"
@@ -47,8 +48,7 @@ class Checkpoint(NamedTuple):
 
 def digest(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _sync(path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multigrain.data.dataset import Copies, Dataset
-from multigrain.data.intact import leave_out, write_intact
+from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.manifest import manifest_text, read_manifest
+from multigrain.data.validation import leave_out, write_intact
 from multigrain.errors import DataError
 
 TRAIN = tuple(Path(f"/images/train/{number}.png") for number in range(20))
@@ -24,7 +24,7 @@ WHOLE = Dataset(
     LABELS,
     VAL,
     (0, 0, 0, 0, 1, 1, 1, 1),
-    Copies(DATABASE, QUERIES, (2, 0, 2, 1)),
+    CopySet(DATABASE, QUERIES, (2, 0, 2, 1)),
     (0, 0, 0, *range(3, 20)),
 )
 
@@ -56,7 +56,7 @@ def test_the_first_of_an_instance_may_be_left_out():
 
 def test_a_broken_distractor_or_query_is_left_out_of_the_copies():
     intact, left_out = leave_out(WHOLE, {DATABASE[3]: "is empty", QUERIES[0]: "is empty"})
-    assert intact.copies == Copies(DATABASE[:3], QUERIES[1:], (0, 2, 1))
+    assert intact.copies == CopySet(DATABASE[:3], QUERIES[1:], (0, 2, 1))
     assert set(left_out) == {DATABASE[3], QUERIES[0]}
 
 
@@ -64,7 +64,7 @@ def test_the_queries_of_a_broken_original_are_left_out_with_it():
     faults = {DATABASE[2]: "is empty"}
     intact, left_out = leave_out(WHOLE, faults)
     assert faults == {DATABASE[2]: "is empty"}
-    assert intact.copies == Copies((*DATABASE[:2], DATABASE[3]), (QUERIES[1], QUERIES[3]), (0, 1))
+    assert intact.copies == CopySet((*DATABASE[:2], DATABASE[3]), (QUERIES[1], QUERIES[3]), (0, 1))
     assert set(left_out) == {DATABASE[2], QUERIES[0], QUERIES[2]}
     assert str(DATABASE[2]) in left_out[QUERIES[0]]
 
@@ -121,7 +121,7 @@ def test_a_class_left_without_images_is_told_by_its_part():
 
 
 def test_a_metric_that_is_lost_is_told():
-    one_query = Dataset(("cat", "dog"), TRAIN, LABELS, VAL[:3], (0, 0, 1), Copies(DATABASE[:1], QUERIES[:1], (0,)))
+    one_query = Dataset(("cat", "dog"), TRAIN, LABELS, VAL[:3], (0, 0, 1), CopySet(DATABASE[:1], QUERIES[:1], (0,)))
     (problem,) = problems_of(one_query, QUERIES[:1])
     assert "no copy_map and no mean_top1_copy_map" in problem
     (problem,) = problems_of(one_query, DATABASE[:1])
@@ -149,7 +149,7 @@ def on_disk(tmp_path):
             path.touch()
         return moved
 
-    copies = Copies(move(DATABASE), move(QUERIES), WHOLE.copies.truth)
+    copies = CopySet(move(DATABASE), move(QUERIES), WHOLE.copies.truth)
     return Dataset(WHOLE.classes, move(TRAIN), LABELS, move(VAL), WHOLE.val_labels, copies, WHOLE.instances)
 
 
