@@ -18,7 +18,7 @@ from multigrain.config.training import MultiGrainSpec
 from multigrain.data.folders import read_dataset
 from multigrain.data.manifest import read_manifest
 from multigrain.errors import SHOWN, DataError
-from multigrain.hooks import no_progress
+from multigrain.hooks import LocalFiles, no_progress
 from multigrain.models.weights import weight_problems
 
 SPEC = MultiGrainSpec.model_validate(
@@ -292,6 +292,28 @@ def test_worker_problems_are_those_of_the_batch_and_of_the_weights(tmp_path):
 
 
 # --- in s3://
+
+
+def test_images_are_listed_once_for_each_run(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", *(f"{name}/{number}.png" for name in "ab" for number in range(4)))
+    listed = []
+    monkeypatch.setattr(trainable, "read_dataset", lambda *args: listed.append(args) or read_dataset(*args))
+    for run, files in enumerate((LocalFiles(), LocalFiles()), start=1):
+        data = DataSettings(folder=str(tmp_path / "images"))
+        assert trainable.data_problems(data, no_progress, files) == []
+        assert trainable.metrics(data, files) == {"top1": "max"}
+        prepared = trainable.prepare(data, tmp_path / "data", no_progress, files)
+        assert len(trainable.sources(prepared, files)) == len(trainable.example(prepared, files))
+        assert len(listed) == run
+
+
+def test_sources_in_s3_need_grainmill(tmp_path):
+    (problem,) = trainable.data_problems(DataSettings(folder="s3://bucket/set"), no_progress)
+    assert "need Grainmill" in problem
+    (tmp_path / "list.csv").write_text("image,class\ns3://me:secret@bucket/a.png,a\n")
+    problems = trainable.data_problems(DataSettings(manifest=str(tmp_path / "list.csv")), no_progress)
+    assert any("line 2: data in s3:// need Grainmill" in problem for problem in problems)
+    assert "secret" not in str(problems)
 
 
 @pytest.fixture

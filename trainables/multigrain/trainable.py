@@ -73,13 +73,10 @@ def _list(data: DataSettings, mirror: Mirror, progress: Progress) -> Dataset:
 
 
 def _with_absolute_paths(data: DataSettings) -> DataSettings:
-    paths = {"folder": data.folder, "manifest": data.manifest, "cache": data.cache}
-    remote = (SCHEME, "~")  # `~` differs between machines
-    return data.model_copy(
-        update={
-            name: str(Path(path).absolute()) for name, path in paths.items() if path and not path.startswith(remote)
-        }
-    )
+    cache = None if data.cache.startswith("~") else data.cache  # `~` differs between machines
+    paths = {"folder": data.folder, "manifest": data.manifest, "cache": cache}
+    local = {name: path for name, path in paths.items() if path is not None and not path.startswith(SCHEME)}
+    return data.model_copy(update={name: str(Path(path).absolute()) for name, path in local.items()})
 
 
 def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Literal["max", "min"]]:

@@ -21,7 +21,7 @@ from grainmill.storage.files import digest
 from grainmill.storage.s3 import SCHEME
 
 _held: dict[Path, int] = {}
-"""In-use markers of this process: file -> the descriptor that keeps its lock."""
+"""Markers that this process holds: file -> the descriptor that keeps its lock."""
 
 
 class Cache(NamedTuple):

@@ -23,9 +23,9 @@ SCHEME = "s3://"
 REQUESTS = 16
 """Number of requests that are sent at the same time."""
 PATIENCE = 300
-"""Seconds for which a failing operation is repeated."""
+"""Time limit for repeating a failing operation, in seconds."""
 PAUSES = (0.5, 1, 2, 4, 8, 15)
-"""Seconds between attempts; the last value repeats."""
+"""Pauses between attempts, in seconds; the last one repeats."""
 READING = "s3:ListBucket and s3:GetObject"
 """Rights that reading needs."""
 WRITING = "s3:ListBucket, s3:GetObject, s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload"
@@ -44,11 +44,11 @@ class S3Object(NamedTuple):
     body: bytes
     etag: str
     age: float
-    """Seconds since the object was written, by the clock of the endpoint."""
+    """Age of the object in seconds, by the clock of the endpoint."""
 
 
 class S3Entry(NamedTuple):
-    """One object in a listing of its bucket; tells the transfer manager the size, which saves it a request."""
+    """An object in a listing of its bucket; gives the transfer manager the size, which saves a request."""
 
     key: str
     size: int

@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 from uuid import uuid4
 
 from grainmill.errors import StorageError
@@ -33,13 +32,8 @@ POLL_SECONDS = 1.0
 _TRIES = 5
 """Attempts to read or write a folder that other processes change at the same time."""
 
-
-class _Stamp(NamedTuple):
-    """State of a file that differs after each change of its content."""
-
-    size: int
-    time: int
-    inode: int
+_Stamp = tuple[int, int, int]
+"""Size, time of modification and inode of a file: they differ after each change of its content."""
 
 
 class LocalWorkspace:
@@ -184,8 +178,7 @@ class S3Workspace(LocalWorkspace):
             for file in (Path(place, name) for name in names if self._is_finished(name)):
                 with suppress(FileNotFoundError):  # it was deleted meanwhile
                     state = file.stat()
-                    stamp = _Stamp(state.st_size, state.st_mtime_ns, state.st_ino)
-                    found[file.relative_to(self.path).as_posix()] = stamp
+                    found[file.relative_to(self.path).as_posix()] = state.st_size, state.st_mtime_ns, state.st_ino
         return found
 
 

@@ -12,7 +12,7 @@ class CopySet:
     """Originals first, then distractors."""
     queries: tuple[Path, ...]
     truth: tuple[int, ...]
-    """For each query, the index of its original in `database`."""
+    """Index of each query's original in `database`."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Dataset:
     val_labels: tuple[int, ...]
     copies: CopySet | None
     instances: tuple[int, ...] = ()
-    """For each training image, the index of the first image in `train` that shows the same; its own by default."""
+    """Index of the first image in `train` that shows the same as each image; its own index by default."""
 
     def __post_init__(self) -> None:
         if not self.instances:

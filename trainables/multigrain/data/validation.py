@@ -21,7 +21,7 @@ SMALLEST = 2
 AHEAD = 1024
 """Number of images that are given to the threads at once."""
 MOST = 10
-"""At most one image in this number may be left out."""
+"""Limit for leaving out images: at most one image in this number."""
 
 
 def image_problems(dataset: Dataset, progress: Progress = no_progress) -> list[str]:
