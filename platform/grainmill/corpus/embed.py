@@ -55,29 +55,18 @@ def embed(
     address: str | None,
     progress: trainable.Progress,
 ) -> EmbedResult:
-    """Embed the images of a corpus that the index lacks; files that were no usable images are tried again.
+    """Embed the images that the index lacks; files that were no usable images are tried again.
 
     Images are identified by their names. A changed file with the same name is not embedded again.
-
-    Args:
-        tracking_uri: address of MLflow, from where workers fetch the model.
-        model: `models:/name@alias` or `models:/name/version`.
-        source: images, as the model's trainable understands the text.
-        out: folder of the index; only this process writes there.
-        workers: processes that each hold the model.
-        address: address of a Ray cluster; None starts a local one for the time of the call.
-        progress: shows the progress.
-    Raises:
-        BusyError, CorpusError: the images, the index or the model cannot be used.
-        ResourceError: the cluster is too small.
-        TrackingError: the model is not registered, or MLflow does not answer.
+    See `grainmill.api.embed` for arguments and errors.
     """
     identity = Embedder(tracking_uri, model).identity
     images, names = _list_images(identity, source)
     with index.open_to_write(out, index.IndexRecord(identity, source)) as made:
         known = set(made.ids())
         missing = [name for name in names if name not in known]
-        faults = dict.fromkeys((name for name in missing if not _is_text(name)), "has a name that is not text")
+        unnamed = [name for name in missing if name.encode(errors="ignore").decode() != name]
+        faults = dict.fromkeys(unnamed, "has a name that is not text")
         missing = [name for name in missing if name not in faults]
         writer = _Writer(out, made.record)
         if missing:
@@ -95,8 +84,9 @@ def embed(
             index.write_csv(skipped, ("id", "reason"), sorted(faults.items()))
         else:
             skipped.unlink(missing_ok=True)
-        total, before = len(known) + writer.written, len(known)
-        return EmbedResult(total, before, skipped if faults else None, len(faults), writer.seconds, writer.steady)
+        listed = skipped if faults else None
+        total = len(known) + writer.written
+        return EmbedResult(total, len(known), listed, len(faults), writer.seconds, writer.steady)
 
 
 def _list_images(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequence[str]]:
@@ -109,15 +99,6 @@ def _list_images(identity: ModelIdentity, source: str) -> tuple[trainable.Images
     if not names:
         raise CorpusError(f"{source} must hold images, but none were found there; name another folder or prefix")
     return images, names
-
-
-def _is_text(name: str) -> bool:
-    """Return True if a name is valid Unicode; file names are bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Worker:

@@ -11,8 +11,6 @@ from grainmill import trainable as catalog
 from grainmill.errors import CorpusError
 from grainmill.registry import integrity, models
 
-SCHEME = "models:/"
-
 
 class Answer(NamedTuple):
     """A model's answer to one image; either `error` or all other fields are None."""
@@ -50,7 +48,7 @@ class Embedder:
             CorpusError: the model does not embed images.
             TrackingError: the model is not registered, or MLflow does not answer.
         """
-        if not model.startswith(SCHEME):
+        if not model.startswith(models.SCHEME):
             rule = "a model must be registered, and named as models:/name@alias or models:/name/version"
             raise CorpusError(f"{rule}, got {model}; `grainmill train` and `grainmill tune` register theirs")
         stored = models.fetch(tracking_uri, model)

@@ -49,19 +49,7 @@ class DuplicatesResult(NamedTuple):
 def find(
     tracking_uri: str, model: str, folder: Path, queries: Sequence[str], count: int, page: Path
 ) -> list[QueryResult]:
-    """Find the nearest images of an index for each query by exact search, and write a page that shows them.
-
-    Args:
-        tracking_uri: address of MLflow.
-        model: the model that made the index, as `models:/name@alias` or `models:/name/version`.
-        folder: folder of the index.
-        queries: image files.
-        count: number of images for each query.
-        page: HTML file to write.
-    Raises:
-        CorpusError: there is no index, it is empty or of another model, or no query is an image.
-        TrackingError: the model is not registered, or MLflow does not answer.
-    """
+    """Find the nearest images by exact search. See `grainmill.api.find` for arguments and errors."""
     made = _open(folder)
     embedder = Embedder(tracking_uri, model)
     index.check_model(made, embedder.identity)
@@ -90,16 +78,7 @@ def find(
 
 
 def duplicates(folder: Path, precision: float, threshold: float | None, out: Path) -> DuplicatesResult:
-    """List pairs of images of an index that may be copies: `duplicates.csv` and a page, `duplicates.html`.
-
-    Args:
-        folder: folder of the index.
-        precision: estimated precision of the whole list, in (0, 1]; see `duplicate_precision`. Unused with a threshold.
-        threshold: lowest score to list.
-        out: folder for the files.
-    Raises:
-        CorpusError: there is no index, it is empty, or it is too small for an estimate and there is no threshold.
-    """
+    """List pairs of images that may be copies. See `grainmill.api.duplicates` for arguments and errors."""
     made = _open(folder)
     null_model = _fit_null_model(made)
     if threshold is not None:

@@ -41,7 +41,7 @@ class StoredScores(NamedTuple):
     data: str
     """Digest of the evaluated data; only scores with equal digests can be compared."""
     values: Sequence[float]
-    """One score per query."""
+    """Scores of the queries; larger is better."""
 
     @property
     def mean(self) -> float:

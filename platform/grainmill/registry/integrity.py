@@ -4,7 +4,7 @@ import json
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from grainmill.storage.files import digest, file_digest
 
@@ -33,7 +33,7 @@ def faults(folder: Path, sha256: str | None = None) -> list[str]:
     for name, path in paths.items():
         if name not in manifest:
             found[name] = "is not listed"
-        elif path.is_symlink() or manifest[name] != _manifest_entry(path):
+        elif path.is_symlink() or manifest[name] != {"bytes": path.stat().st_size, "sha256": file_digest(path)}:
             found[name] = "was changed"
         elif holds_pickle(path):
             found[name] = "holds a pickle"
@@ -43,10 +43,6 @@ def faults(folder: Path, sha256: str | None = None) -> list[str]:
 def manifest_digest(folder: Path) -> str:
     """SHA-256 of a portable model's manifest, which identifies all files of the model."""
     return file_digest(folder / MANIFEST)
-
-
-def _manifest_entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def holds_pickle(path: Path) -> bool:

@@ -41,7 +41,7 @@ class ModelCard:
     """Versions of Python and packages, the commit, and `git.dirty` if the working tree had changes."""
     hardware: Mapping[str, str]
     cost: Mapping[str, float]
-    """Seconds by kind, such as `cpu_seconds`."""
+    """Cost by kind, such as `cpu_seconds`."""
     metrics: Mapping[str, Interval]
     """Metrics of this training; the interval is that of the mean over the trainings of its setting, if several."""
 

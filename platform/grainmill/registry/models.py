@@ -21,6 +21,8 @@ from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.storage.files import folder_digest
 from grainmill.tracking.mlflow_runs import Tracker
 
+SCHEME = "models:/"
+"""Beginning of the address of a registered model."""
 CHAMPION, CHALLENGER = "champion", "challenger"
 """Aliases of the version for users, and of the newest version that is not yet shown to be better."""
 CHECKPOINT = "checkpoint"
@@ -34,7 +36,7 @@ SETTING, SOURCE, DIGEST = "evaluated.setting", "evaluated.source", "evaluated.di
 
 
 class Version(NamedTuple):
-    """One version of a registered model."""
+    """Version of a registered model."""
 
     name: str
     number: str
@@ -47,7 +49,7 @@ class Version(NamedTuple):
     @property
     def uri(self) -> str:
         """Address of exactly this version, such as `models:/name/3`."""
-        return f"models:/{self.name}/{self.number}"
+        return f"{SCHEME}{self.name}/{self.number}"
 
 
 def register(
@@ -156,8 +158,7 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Registered
         model: such as `models:/name@champion` or `models:/name/3`.
         into: a new folder; by default, the files stay where they are if this machine sees them.
     Raises:
-        TrackingError: there is no such model, `register` did not make it, its files were changed, or MLflow does not
-            answer.
+        TrackingError: there is no such model, its files were changed, or MLflow does not answer.
     """
     mlflow.set_tracking_uri(tracking_uri)
     try:
@@ -196,7 +197,7 @@ def look_up(client: MlflowClient, model: str) -> Any:
     Raises:
         MlflowException: there is no such version.
     """
-    name, at, alias = model.removeprefix("models:/").partition("@")
+    name, at, alias = model.removeprefix(SCHEME).partition("@")
     if at:
         return client.get_model_version_by_alias(name, alias)
     name, _, number = name.partition("/")

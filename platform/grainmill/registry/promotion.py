@@ -7,7 +7,7 @@ number of the promotion lock.
 """
 
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from grainmill.config.yaml_document import Document, Overrides
 from grainmill.errors import PromotionError
 from grainmill.registry import comparison, models, promotion_lock
 from grainmill.registry.comparison import StoredScores
-from grainmill.registry.models import CHALLENGER, CHAMPION, Version
+from grainmill.registry.models import CHALLENGER, CHAMPION, SCHEME, Version
 from grainmill.registry.promotion_lock import PromotionLock
 from grainmill.tracking.mlflow_runs import PARENT, check_server, translate_errors
 
@@ -46,17 +46,8 @@ class Decision(NamedTuple):
 def promote(tracking_uri: str, model: str, overrides: Overrides, note: Callable[[str], None]) -> Decision:
     """Make a version the champion if it passes the gates and beats the champion beyond the bootstrap interval.
 
-    The gates are the section `promotion` of the experiment that trained the version.
-
-    Args:
-        tracking_uri: address of MLflow.
-        model: such as `models:/name/3`, or `models:/name@challenger`.
-        overrides: changes to the gates.
-        note: receives messages about what takes time.
-    Raises:
-        ExperimentError: an override is wrong.
-        PromotionError: the version does not pass, or was not evaluated on the same data as the champion.
-        TrackingError: there is no such version, or MLflow does not answer.
+    The gates are the section `promotion` of the experiment that trained the version, changed by the overrides. `note`
+    receives messages about what takes time. See `grainmill.api.promote` for errors.
     """
     with _registry(tracking_uri, model) as client:
         challenger = models.look_up(client, model)
@@ -90,15 +81,10 @@ def promote(tracking_uri: str, model: str, overrides: Overrides, note: Callable[
 
 
 def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decision:
-    """Make the version the champion again that the present champion has replaced.
-
-    Raises:
-        PromotionError: there is no champion, or it has replaced none.
-        TrackingError: there is no such model, or MLflow does not answer.
-    """
-    name = name.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    """Make the version the champion again that the champion replaced; see `grainmill.api.rollback` for errors."""
+    name = name.removeprefix(SCHEME).partition("@")[0].partition("/")[0]
     with (
-        _registry(tracking_uri, f"models:/{name}@{CHAMPION}") as client,
+        _registry(tracking_uri, f"{SCHEME}{name}@{CHAMPION}") as client,
         promotion_lock.hold(client, name, note) as lock,
     ):
         champion = _champion(client, name)
@@ -166,11 +152,7 @@ def _size_and_speed_failures(tracking_uri: str, version: Version, gates: Promoti
         failures.append(f"its files must take at most {gates.megabytes:g} MB, but take {megabytes:.1f}")
     if gates.milliseconds:
         model, row = trainable.find(stored.trainable).load(stored.folder), stored.example.head(1)
-        seconds = []
-        for _ in range(WARM_UP_CALLS + TIMED_CALLS):
-            began = time.perf_counter()
-            model(row)
-            seconds.append(time.perf_counter() - began)
+        seconds = timeit.repeat(lambda: model(row), number=1, repeat=WARM_UP_CALLS + TIMED_CALLS)
         took = 1000 * median(seconds[WARM_UP_CALLS:])
         if took > gates.milliseconds:
             failures.append(f"a row must take at most {gates.milliseconds:g} ms, but takes {took:.1f}")

@@ -17,7 +17,8 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from grainmill.corpus.embedder import SCHEME, Answer, Embedder
+from grainmill.corpus.embedder import Answer, Embedder
+from grainmill.registry.models import SCHEME, Version, look_up
 
 log = logging.getLogger("ray.serve")
 
@@ -31,7 +32,7 @@ class Settings(BaseModel):
     tracking_uri: str
     """Address of MLflow."""
     poll_seconds: float = Field(10, gt=0)
-    """Seconds between look-ups of the alias."""
+    """Interval at which the alias is looked up, in seconds."""
     batch: int = Field(16, ge=1)
     """Largest number of images in a batch."""
     wait_seconds: float = Field(0.01, ge=0)
@@ -80,8 +81,7 @@ class Service:
 
     def _named(self) -> str:
         """URI of the version that the alias names."""
-        name, alias = self.settings.model.removeprefix(SCHEME).split("@")
-        return f"{SCHEME}{name}/{self.client.get_model_version_by_alias(name, alias).version}"
+        return Version.of(look_up(self.client, self.settings.model)).uri
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:

@@ -100,12 +100,7 @@ class Tracker:
     def log(self, run_id: str, epoch: int, metrics: Mapping[str, float], at: int | None = None) -> None:
         """Record the metrics of an epoch, all or none, with the epoch as the step.
 
-        Args:
-            run_id: the run.
-            epoch: number of the epoch, from 1.
-            metrics: values by name.
-            at: time of the measurement in milliseconds since 1970, by default now. MLflow stores equal metrics with
-                equal times once.
+        `at` is the time of the measurement in milliseconds since 1970. With the same time, repeating has no effect.
         """
         at = int(time.time() * 1000) if at is None else at
         with translate_errors(self.uri):

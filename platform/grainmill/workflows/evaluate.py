@@ -40,24 +40,13 @@ def evaluate(
 ) -> RecordedEvaluation:
     """Evaluate a model. If it is registered, its run gets the results, and the resulting model becomes a version.
 
-    Args:
-        model: `models:/name@alias`, `models:/name/version`, or a folder, also in S3: of a run, or with checkpoints.
-        overrides: changes to the settings of the trainable's `Evaluation`.
-        trainable: trainable of a model in a folder; that of a registered model is known.
-        out: folder for files. With several workers, their nodes must see it and the model's folder.
-        tracking_uri: address of MLflow.
-        workers: 1 evaluates in this process, more in a Ray Train group.
-        address: address of a Ray cluster; None starts a local one for the time of the call.
-    Raises:
-        ExperimentError: the settings are wrong.
-        EvaluationError: there is no model, or a benchmark cannot be evaluated.
-        ResourceError: the cluster is too small.
-        TrackingError: the model is not registered, or MLflow does not answer.
+    Several workers are a Ray Train group; their nodes must see `out` and the model's folder. A folder may be in S3.
+    See `grainmill.api.evaluate` for the other arguments and for errors.
     """
     with ExitStack() as stack:
         shared = stack.enter_context(_shared_folder(out)) if workers > 1 else None
         stored = None
-        if model.startswith("models:/"):
+        if model.startswith(models.SCHEME):
             stored = models.fetch(tracking_uri, model, shared and shared / "model")
             folder, name = stored.folder, stored.trainable
         else:
