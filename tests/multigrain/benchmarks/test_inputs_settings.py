@@ -162,8 +162,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, mirrored):
         inputs(settings, CLASSES, C, mirrored.files)
     starts = (
         f"the root of holidays must be a folder, but there is nothing at {tmp_path / 'no'}",
-        "s3://closed/x is closed",
         "imagenet needs a network of its classes, but this one knows 2 others; leave it out",
+        "s3://closed/x is closed",
         f"whitening needs images, but there are none in {tmp_path / 'white'}; name another folder",
         "s3://closed/y is closed",
     )

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def run_benchmarks(folder: Path, settings: Evaluation, out: Path, files: Files |
         folder: where `fit` left its checkpoints.
         settings: benchmarks and grid.
         out: folder for `figures.csv`, `proxy.csv`, `grid.png`, galleries, whitenings and `model`.
+        files: access to sources in S3.
     Raises:
         FileNotFoundError: there is no intact checkpoint.
         DataError: a benchmark, a whitening or the proxy task cannot be evaluated, or the network knows other classes.
@@ -60,46 +62,47 @@ def run_benchmarks(folder: Path, settings: Evaluation, out: Path, files: Files |
     if settings.serve and model.exists() and not served_setting.is_served(model):
         raise DataError([f"a model to serve goes to {model}, but something else is there; move it or name another out"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = _Run(network.to(device).requires_grad_(False), spec, settings, found, out, device)
-    run.answers = None if served_setting.is_served(folder) else run.grid.own
+    serve = (settings.serve,) if settings.serve else ()
+    sizes = (*(settings.sizes or ()), *(one.size for one in serve))
+    exponents = (*(settings.exponents or ()), *(one.p for one in serve if isinstance(one.p, float)))
+    network = network.to(device).requires_grad_(False)
+    grid = SettingGrid.of(network, spec, sizes, exponents)
+    answers = None if served_setting.is_served(folder) else grid.own
+    run = _Run(network, spec, settings, found, out, device, grid, answers)
     try:
         run.begin()
-        measurements = [one for size in run.grid.sizes for one in run.at_size(size)]
+        measurements = [one for size in grid.sizes for one in run.at_size(size)]
         return distributed.on_rank_zero(partial(run.finish, measurements, saved))
     finally:
         if run.writes:
             shutil.rmtree(run.draft, ignore_errors=True)
 
 
+@dataclass
 class _Run:
     """State of an evaluation that its steps share."""
 
-    def __init__(
-        self,
-        network: MultiGrain,
-        spec: MultiGrainSpec,
-        settings: Evaluation,
-        found: Inputs,
-        out: Path,
-        device: torch.device,
-    ) -> None:
-        self.network, self.spec, self.settings, self.found = network, spec, settings, found
-        self.out, self.draft, self.device = out, out / ".draft", device
-        self.writes = distributed.rank_and_size()[0] == 0
-        serve = settings.serve
-        sizes = (*(settings.sizes or ()), *((serve.size,) if serve else ()))
-        exponents = (*(settings.exponents or ()), *((serve.p,) if serve and isinstance(serve.p, float) else ()))
-        self.grid = SettingGrid.of(network, spec, sizes, exponents)
-        self.scores: dict[int, dict[float, proxy.Score]] = {}
-        self.chosen: dict[int, float] = {}
-        """p* of each size by the proxy task."""
-        self.answers: Setting | None = None
-        """The setting at which the network answers its users, None if that is not measured here."""
-        self.served: Setting | None = None
-        """The setting that the model made here serves."""
-        self.query_scores: list[QueryScores] = []
-        self.digests: dict[str, dict[str, str]] = {}
-        """Benchmark -> part -> SHA-256, see `results.digests`."""
+    network: MultiGrain
+    spec: MultiGrainSpec
+    settings: Evaluation
+    inputs: Inputs
+    out: Path
+    device: torch.device
+    grid: SettingGrid
+    answers: Setting | None
+    """Setting at which the network answers its users, None if that is not measured here."""
+    scores: dict[int, dict[float, proxy.Score]] = field(default_factory=dict)
+    """Size -> exponent -> score of the proxy task."""
+    chosen: dict[int, float] = field(default_factory=dict)
+    """Size -> p* by the proxy task."""
+    served: Setting | None = None
+    """Setting that the model made here serves."""
+    query_scores: list[QueryScores] = field(default_factory=list)
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Benchmark -> part -> SHA-256, see `results.digests`."""
+
+    def __post_init__(self) -> None:
+        self.draft, self.writes = self.out / ".draft", distributed.rank_and_size()[0] == 0
 
     def begin(self) -> None:
         """Make room for results, and choose p*."""
@@ -107,7 +110,7 @@ class _Run:
         if self.writes:
             shutil.rmtree(self.draft, ignore_errors=True)
             self.draft.mkdir()
-        if self.found.proxy is not None:
+        if self.inputs.proxy is not None:
             self.scores = dict(zip(self.grid.sizes, distributed.share_work(self._proxy_scores), strict=True))
             self.chosen = {size: proxy.best(scores) for size, scores in self.scores.items()}
         if serve := self.settings.serve:
@@ -115,7 +118,7 @@ class _Run:
             self.served = Setting(serve.size, p, serve.whitened)
 
     def _proxy_scores(self, share: slice) -> list[dict[float, proxy.Score]]:
-        dataset = self.found.proxy
+        dataset = self.inputs.proxy
         assert dataset is not None
         rest = (self.grid.exponents, self.device, self.settings.loaders)
         return [proxy.score(self.network, dataset, self.spec.augment, size, *rest) for size in self.grid.sizes[share]]
@@ -123,7 +126,7 @@ class _Run:
     def at_size(self, size: int) -> Iterator[Measurement]:
         """Measure all benchmarks at one size; every image passes through the trunk once."""
         whitenings = self._whitenings(size)
-        for benchmark in self.found.benchmarks:
+        for benchmark in self.inputs.benchmarks:
             pictures = (*benchmark.database, *benchmark.queries)
             own = benchmark.labels is not None and size == self.grid.own.size
             transform = self.spec.evaluation.transform if own else "rect"
@@ -144,10 +147,10 @@ class _Run:
         return self.draft / f"whitening-{size}-p{p:g}.safetensors"
 
     def _whitenings(self, size: int) -> dict[float, Whitening]:
-        if not self.found.whitening:
+        if not self.inputs.whitening:
             return {}
         found = {}
-        for p, embeddings in self._embed(self.found.whitening, size, "rect").items():
+        for p, embeddings in self._embed(self.inputs.whitening, size, "rect").items():
             fit = partial(Whitening.fit, torch.from_numpy(embeddings), self.settings.dimension)
             found[p] = distributed.on_rank_zero(fit)
             if self.writes:
@@ -192,13 +195,15 @@ class _Run:
         """Write the remaining files, and put all results in place."""
         results.write_measurements(self.draft / "figures.csv", measurements)
         files = ["figures.csv"]
-        shown = results.grids(measurements) if len(self.grid.sizes) * len(self.grid.exponents) > 1 else []
-        if shown:
-            files.append(gallery.heat_map(self.draft / "grid.png", shown).name)
+        grids = results.grids(measurements) if len(self.grid.sizes) * len(self.grid.exponents) > 1 else []
+        if grids:
+            files.append(gallery.heat_map(self.draft / "grid.png", grids).name)
         if self.scores:
             results.write_proxy(self.draft / "proxy.csv", self.scores, self.chosen)
             files.append("proxy.csv")
-        files += [results.page_name(benchmark, part) for benchmark in self.found.benchmarks for part in benchmark.truth]
+        files += [
+            results.page_name(benchmark, part) for benchmark in self.inputs.benchmarks for part in benchmark.truth
+        ]
         if at := self.served:
             state = load_file(self._whitening_file(at.size, at.p)) if at.whitened else None
             whitening = Whitening.from_state(state) if state else None
@@ -206,7 +211,7 @@ class _Run:
         results.put_in_place(self.draft, self.out)
         chosen = [Setting(size, p, False) for size, p in self.chosen.items()]
         headlines = results.headlines(measurements, [self.grid.own, *chosen])
-        tables = [results.headline_table(headlines), *map(results.grid_table, shown)]
+        tables = [results.headline_table(headlines), *map(results.grid_table, grids)]
         return EvaluationResult(
             measurements,
             headlines,
@@ -221,7 +226,7 @@ class _Run:
     def _published(self) -> list[tuple[published.PublishedResult, Benchmark]]:
         return [
             (row, benchmark)
-            for benchmark in self.found.benchmarks
+            for benchmark in self.inputs.benchmarks
             for part in (benchmark.truth or ("",))
             for measure in benchmark.measures
             for row in published.rows(benchmark, part, measure)
@@ -233,7 +238,7 @@ class _Run:
             f"top-1 {self.scores[size][p].top1:.2f}"
             for size, p in self.chosen.items()
         ]
-        sets = self.found.benchmarks
+        sets = self.inputs.benchmarks
         notes += [f"{one.name} is not the published set: {problem}" for one in sets for problem in one.problems]
         pairs = ((benchmark, published.difference(benchmark, row)) for row, benchmark in self._published())
         others = {f"the paper's values for {one.name} are of other images: {why}": None for one, why in pairs if why}

@@ -7,10 +7,7 @@ from multigrain.benchmarks.base import counted, demand, images, noted, pictures
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
 
-_FOLDERS = {
-    "train": ("train", "ILSVRC2012_img_train"),
-    "val": ("val", "ILSVRC2012_img_val"),
-}
+_FOLDERS = (("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val"))
 _KIT = Path("ILSVRC2012_devkit_t12", "data")
 _IMAGES, _CLASSES = 50_000, 1000
 
@@ -77,9 +74,8 @@ def imagenet(root: Path) -> Benchmark:
     Raises:
         DataError: there are no images, or their classes are unknown.
     """
-    train, val = (
-        next((root / name for name in names if (root / name).is_dir()), root / names[0]) for names in _FOLDERS.values()
-    )
+    places = ([root / name for name in names if (root / name).is_dir()] or [root / names[0]] for names in _FOLDERS)
+    (train, *_), (val, *_) = places
     folders, flat = _class_folders(val), images(val)
     problems = []
     if folders:
@@ -100,13 +96,5 @@ def imagenet(root: Path) -> Benchmark:
     demand("ImageNet", root, {"images in the folders val/<wnid>/, or ILSVRC2012_val_NNNNNNNN.JPEG": pairs})
     problems += counted("classes", _CLASSES, len(classes)) + counted("images", _IMAGES, len(pairs))
     number = {wnid: index for index, wnid in enumerate(classes)}
-    return Benchmark(
-        "imagenet",
-        (),
-        pictures(path for path, _ in pairs),
-        {},
-        ("top1", "top5"),
-        tuple(number[wnid] for _, wnid in pairs),
-        tuple(classes),
-        tuple(problems),
-    )
+    queries, label_of_query = pictures(path for path, _ in pairs), tuple(number[wnid] for _, wnid in pairs)
+    return Benchmark("imagenet", (), queries, {}, ("top1", "top5"), label_of_query, tuple(classes), tuple(problems))

@@ -1,9 +1,10 @@
 """Reading of everything that an evaluation needs from disk. No torch is imported here."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from multigrain.benchmarks import readers
 from multigrain.benchmarks.base import images, noted, some
@@ -13,8 +14,6 @@ from multigrain.data.folders import read_dataset
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
 from multigrain.hooks import Files, LocalFiles, Mirror, data_errors, no_progress
-
-Found = TypeVar("Found")
 
 
 class Inputs(NamedTuple):
@@ -38,37 +37,34 @@ def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int, files:
         DataError: the evaluation is impossible; all reasons are given.
     """
     problems: list[str] = []
+    benchmarks, whitening, proxy = [], [], None
     mirror = (files or LocalFiles()).mirror(evaluation.cache, evaluation.cache_limit)
-
-    def kept(read: Callable[[], Found]) -> list[Found]:
-        try:
-            return [read()]
-        except DataError as error:
-            problems.extend(error.problems)
-            return []
-
-    on = kept(lambda: _sets(evaluation, classes, mirror))
-    whitening = kept(lambda: _whitening_images(evaluation, channels, mirror))
-    proxy = kept(lambda: _proxy_images(evaluation, classes, mirror))
-    if problems:
-        raise DataError(problems)
-    return Inputs(on[0], whitening[0], proxy[0])
-
-
-def _sets(evaluation: Evaluation, classes: Sequence[str], mirror: Mirror) -> list[Benchmark]:
-    found, problems = [], []
     for name, source in evaluation.on.items():
-        try:
-            found.append(readers.read(name, _local(mirror, source)))
-        except DataError as error:
-            problems += error.problems
-    problems += [
-        f"{one.name} needs a network of its classes, but this one knows {len(classes)} others; leave it out"
-        for one in found
-        if one.labels is not None and list(one.classes) != list(classes)
-    ]
+        with _gather(problems):
+            benchmarks.append(_benchmark(name, _local(mirror, source), classes))
+    with _gather(problems):
+        whitening = _whitening_images(evaluation, channels, mirror)
+    with _gather(problems):
+        proxy = _proxy_images(evaluation, classes, mirror)
     if problems:
         raise DataError(problems)
+    return Inputs(benchmarks, whitening, proxy)
+
+
+@contextmanager
+def _gather(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a DataError to a list instead of raising it."""
+    try:
+        yield
+    except DataError as error:
+        problems.extend(error.problems)
+
+
+def _benchmark(name: str, root: Path, classes: Sequence[str]) -> Benchmark:
+    found = readers.read(name, root)
+    if found.labels is not None and list(found.classes) != list(classes):
+        got = f"{name} needs a network of its classes, but this one knows {len(classes)} others; leave it out"
+        raise DataError([got])
     return found
 
 

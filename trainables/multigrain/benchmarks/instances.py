@@ -92,18 +92,12 @@ def holidays(root: Path, upright: bool = False) -> Benchmark:
     problems += counted("images", 1491, len(paths)) + counted("queries", 500, len(queries))
     headless = [group * 100 for group, members in groups.items() if members[0] not in answers]
     problems += noted("queries are missing", headless)
-    problems += noted(
-        "queries have no other image of their group", [numbers[query] for query in queries if not answers[query]]
-    )
+    alone = [numbers[query] for query in queries if not answers[query]]
+    problems += noted("queries have no other image of their group", alone)
     database = tuple(Picture(path, turn=turns.get(path.stem, 0)) for path in paths)
-    return Benchmark(
-        "holidays-upright" if upright else "holidays",
-        database,
-        tuple(database[query] for query in queries),
-        {"": tuple(Truth(indices(answers[query]), indices([query])) for query in queries)},
-        ("map", "map_finite"),
-        problems=tuple(problems),
-    )
+    truth = {"": tuple(Truth(indices(answers[query]), indices([query])) for query in queries)}
+    name, shown = "holidays-upright" if upright else "holidays", tuple(database[query] for query in queries)
+    return Benchmark(name, database, shown, truth, ("map", "map_finite"), problems=tuple(problems))
 
 
 def ukbench(root: Path) -> Benchmark:

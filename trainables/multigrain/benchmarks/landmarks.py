@@ -16,12 +16,7 @@ from multigrain.retrieval.metrics import Truth
 
 Box = tuple[float, float, float, float]
 
-_TITLES = {
-    "oxford5k": "Oxford5k",
-    "paris6k": "Paris6k",
-    "roxford5k": "Revisited Oxford",
-    "rparis6k": "Revisited Paris",
-}
+_TITLES = {"oxford5k": "Oxford5k", "paris6k": "Paris6k", "roxford5k": "Revisited Oxford", "rparis6k": "Revisited Paris"}
 _SIZES = {"oxford5k": (5062, 5063), "paris6k": (6392,), "roxford5k": (4993,), "rparis6k": (6322,)}
 """Number of images in the database; the literature has both numbers for Oxford5k."""
 _QUERIES = {"oxford5k": 55, "paris6k": 55, "roxford5k": 70, "rparis6k": 70}
@@ -101,14 +96,9 @@ def _benchmark(
         *noted("queries have an image as positive and as junk", dict.fromkeys(twofold)),
     ]
     extra = pictures(images(root / "distractors", deep=True)) if name in ("roxford5k", "rparis6k") else ()
-    return Benchmark(
-        name,
-        (*pictures(files[image] for image in names), *extra),
-        tuple(Picture(files[query.name], query.box) for query in asked),
-        truth,
-        measures,
-        problems=tuple(problems),
-    )
+    shown = tuple(Picture(files[query.name], query.box) for query in asked)
+    images_of_set = pictures(files[image] for image in names)
+    return Benchmark(name, (*images_of_set, *extra), shown, truth, measures, problems=tuple(problems))
 
 
 def _names(file: Path) -> list[str]:
@@ -150,11 +140,8 @@ def classic(name: str, root: Path) -> Benchmark:
             first = texts.setdefault(match[1], {}).setdefault(match[2], path)
             if first != path:
                 wrong.append(f"the ground truth must be there once, but there are {first} and {path}; keep one")
-    demand(
-        _TITLES[name],
-        root,
-        {"images <landmark>_NNNNNN.jpg": files, f"ground truth <landmark>_<1 to 5>_{{{','.join(_PARTS)}}}.txt": texts},
-    )
+    truth = f"ground truth <landmark>_<1 to 5>_{{{','.join(_PARTS)}}}.txt"
+    demand(_TITLES[name], root, {"images <landmark>_NNNNNN.jpg": files, truth: texts})
     read = [_classic_query(query, parts, wrong) for query, parts in sorted(texts.items())]
     if wrong:
         raise DataError(wrong)
@@ -189,10 +176,8 @@ def _revisited_query(file: Path, number: int, name: str, gnd: Any, imlist: Seque
 def _held(file: Path) -> tuple[list[str], list[str], list[Any]]:
     """Read the names in the database, the names of the queries, and an entry for each query."""
     held = read_pickle(file)
-    imlist: Any
-    qimlist: Any
-    gnd: Any
-    imlist, qimlist, gnd = (held.get(key) if isinstance(held, dict) else None for key in ("imlist", "qimlist", "gnd"))
+    entries: list[Any] = [held.get(key) if isinstance(held, dict) else None for key in ("imlist", "qimlist", "gnd")]
+    imlist, qimlist, gnd = entries
     wrong = [
         f"{file} must hold a list of names {key!r}, got {names!r:.80}"
         for key, names in (("imlist", imlist), ("qimlist", qimlist))

@@ -71,14 +71,8 @@ def disc21(root: Path) -> Benchmark:
     problems = noted("queries have no row in groundtruth.csv and are left out", sorted(by_query.keys() - pairs.keys()))
     problems += noted("queries of groundtruth.csv are missing", sorted(pairs.keys() - by_query.keys()))
     problems += noted("references of groundtruth.csv are missing", sorted(named - place.keys()))
-    return Benchmark(
-        "disc21",
-        pictures(references),
-        pictures(by_query[name] for name in asked),
-        {"": truth},
-        ("micro_ap", "recall@p90", "recall@1"),
-        problems=tuple(problems),
-    )
+    shown, measures = pictures(by_query[name] for name in asked), ("micro_ap", "recall@p90", "recall@1")
+    return Benchmark("disc21", pictures(references), shown, {"": truth}, measures, problems=tuple(problems))
 
 
 class _Table(ManifestReader):

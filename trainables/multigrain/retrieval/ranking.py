@@ -13,6 +13,7 @@ from multigrain.retrieval.scores import (
     Chunk,
     Database,
     Descriptors,
+    Device,
     Indices,
     Places,
     at_least,
@@ -28,11 +29,7 @@ MANY = 1 / 64
 
 
 def ranks(
-    queries: Descriptors,
-    database: Descriptors,
-    truth: Sequence[Truth],
-    device: torch.device | str | None = None,
-    chunk: int = CHUNK,
+    queries: Descriptors, database: Descriptors, truth: Sequence[Truth], device: Device = None, chunk: int = CHUNK
 ) -> list[Indices]:
     """Return the 0-based ranks of each query's positives, ascending, after its junk is deleted from the list.
 
@@ -87,11 +84,7 @@ def _sorted(items: Database, part: Chunk, positive: Places, removed: Places) -> 
 
 
 def pairs(
-    queries: Descriptors,
-    database: Descriptors,
-    truth: Sequence[Truth],
-    device: torch.device | str | None = None,
-    chunk: int = CHUNK,
+    queries: Descriptors, database: Descriptors, truth: Sequence[Truth], device: Device = None, chunk: int = CHUNK
 ) -> Pairs:
     """Rank all pairs of a query and an item together, for measures such as micro-AP.
 
@@ -119,11 +112,7 @@ def pairs(
 
 
 def top(
-    queries: Descriptors,
-    database: Descriptors,
-    k: int,
-    device: torch.device | str | None = None,
-    chunk: int = CHUNK,
+    queries: Descriptors, database: Descriptors, k: int, device: Device = None, chunk: int = CHUNK
 ) -> tuple[Indices, NDArray[np.float32]]:
     """Find the k best items of each query, best first; equal ones in any order.
 
@@ -153,10 +142,7 @@ def top(
 
 
 def mean_average_precision(
-    queries: Descriptors,
-    database: Descriptors,
-    truth: Sequence[Truth],
-    device: torch.device | str | None = None,
+    queries: Descriptors, database: Descriptors, truth: Sequence[Truth], device: Device = None
 ) -> float:
     """Return the mean of the trapezoidal `average_precision` over the queries with a positive, in [0, 1].
 
@@ -166,11 +152,7 @@ def mean_average_precision(
 
 
 def _prepared(
-    queries: Descriptors,
-    database: Descriptors,
-    truth: Sequence[Truth] | None,
-    device: torch.device | str | None,
-    chunk: int,
+    queries: Descriptors, database: Descriptors, truth: Sequence[Truth] | None, device: Device, chunk: int
 ) -> tuple[Database, Callable[[int], Iterator[Chunk]]]:
     """Check everything but the truth's indices; return the database, and a function that cuts queries into chunks."""
     shapes = tuple(queries.shape), tuple(database.shape)

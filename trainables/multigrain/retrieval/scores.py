@@ -17,6 +17,7 @@ TINY = 2.0**-90
 """Lower bound on products of lengths, because smaller ones underflow in fp32."""
 
 Descriptors: TypeAlias = Tensor | NDArray[np.floating]
+Device: TypeAlias = torch.device | str | None
 Indices: TypeAlias = NDArray[np.int64]
 
 
