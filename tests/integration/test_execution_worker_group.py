@@ -41,7 +41,8 @@ def test_group_does_job_after_job_with_the_same_workers_until_one_fails(tmp_path
 
     with pytest.raises(SystemExit):
         train("stopped", stop)
-    assert list_actors(filters=[("class_name", "=", "PreemptionWatcher")]) == []  # draining is up to our watchdog
+    where, asked = ray.get_runtime_context().gcs_address, [("class_name", "=", "PreemptionWatcher")]
+    assert list_actors(address=where, filters=asked) == []  # draining is up to our watchdog
     assert train("next") == [1, 2, 3]
     assert pids("next") == first
     assert pids("stopped") <= first  # the second worker may find the first one's epoch in the checkpoint
