@@ -9,7 +9,7 @@ are set in the environment of the process (`grainmill.environment`). Errors are 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from grainmill.config.experiment import Experiment
@@ -64,24 +64,23 @@ def train(
 def _run(
     verb: Literal["tune", "train"], experiment: "Experiment", tracking_uri: str | None, address: str | None, quiet: bool
 ) -> "Outcome":
-    from grainmill import environment, progress
+    from grainmill import progress
     from grainmill.workflows import run_folder
 
     run_folder.check_name(experiment)  # before what takes seconds to start
-    environment.prepare()
     with progress.RunDisplay(experiment, quiet) as display:
         display.message("starting Ray and MLflow")
+        uri, address = _start(tracking_uri or experiment.tracking.uri, address, experiment.storage)
         from grainmill.workflows import tune as workflow
 
-        uri = environment.tracking_uri(tracking_uri or experiment.tracking.uri, experiment.storage)
         call = workflow.tune if verb == "tune" else workflow.train
-        return call(experiment, uri, environment.ray_address(address), display, progress.bar(quiet))
+        return call(experiment, uri, address, display, progress.bar(quiet))
 
 
 def evaluate(
     model: "str | Path | Version",
     on: Mapping[str, str | Path],
-    settings: Mapping[str, Any] | Sequence[str] = (),
+    settings: "Overrides" = (),
     *,
     out: str | Path = "evaluation",
     trainable: str = "multigrain",
@@ -105,17 +104,15 @@ def evaluate(
         ResourceError: the cluster is too small.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
-    from grainmill import environment
-
-    environment.prepare()
+    uri, address = _start(tracking_uri, address)
     from grainmill.workflows import evaluate as workflow
 
-    texts = [f"on.{name}={json.dumps(str(folder))}" for name, folder in on.items()]
-    pairs = settings.items() if isinstance(settings, Mapping) else ()
-    texts += [f"{key}={json.dumps(value)}" for key, value in pairs] or list(settings)
-    uri = environment.tracking_uri(tracking_uri)
-    ray_address = environment.ray_address(address)
-    return workflow.evaluate(_name(model), texts, trainable, Path(out), uri, workers, ray_address)
+    benchmarks = {f"on.{name}": str(place) for name, place in on.items()}
+    if isinstance(settings, Mapping):
+        overrides: Overrides = {**benchmarks, **settings}
+    else:
+        overrides = [*(f"{key}={json.dumps(place)}" for key, place in benchmarks.items()), *settings]
+    return workflow.evaluate(_name(model), overrides, trainable, Path(out), uri, workers, address)
 
 
 def embed(
@@ -141,14 +138,11 @@ def embed(
         ResourceError: the cluster is too small.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
-    from grainmill import environment, progress
-
-    environment.prepare()
+    uri, address = _start(tracking_uri, address)
+    from grainmill import progress
     from grainmill.corpus import embed as corpus
 
-    uri = environment.tracking_uri(tracking_uri)
-    ray_address = environment.ray_address(address)
-    return corpus.embed(uri, _name(model), str(images), Path(out), workers, ray_address, progress.bar(quiet))
+    return corpus.embed(uri, _name(model), str(images), Path(out), workers, address, progress.bar(quiet))
 
 
 def find(
@@ -166,12 +160,9 @@ def find(
         CorpusError: the index is missing, empty or of another model, or no query is an image.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
-    from grainmill import environment
-
-    environment.prepare()
+    uri, _ = _start(tracking_uri)
     from grainmill.corpus import query
 
-    uri = environment.tracking_uri(tracking_uri)
     return query.find(uri, _name(model), Path(index), [str(one) for one in queries], count, Path(page))
 
 
@@ -200,19 +191,18 @@ def promote(
 
     Args:
         model: a registered version, or its name, such as `models:/photos@challenger`.
-        gates: changes to the section `promotion` of the experiment file, such as `{"minimum.top1": 0.8}`.
+        gates: changes to the section `promotion` of the experiment file, such as `{"megabytes": 50}`.
         tracking_uri, quiet: see `grainmill.api`.
     Raises:
         ExperimentError: a gate is wrong.
         PromotionError: the version does not become the champion; the message says why.
         TrackingError: there is no such version, or MLflow does not answer.
     """
-    from grainmill import environment, progress
-
-    environment.prepare()
+    uri, _ = _start(tracking_uri)
+    from grainmill import progress
     from grainmill.registry import promotion
 
-    return promotion.promote(environment.tracking_uri(tracking_uri), _name(model), gates, progress.note(quiet))
+    return promotion.promote(uri, _name(model), gates, progress.note(quiet))
 
 
 def rollback(name: str, *, tracking_uri: str | None = None, quiet: bool = False) -> "Decision":
@@ -222,12 +212,19 @@ def rollback(name: str, *, tracking_uri: str | None = None, quiet: bool = False)
         PromotionError: there is none.
         TrackingError: there is no such model, or MLflow does not answer.
     """
-    from grainmill import environment, progress
-
-    environment.prepare()
+    uri, _ = _start(tracking_uri)
+    from grainmill import progress
     from grainmill.registry import promotion
 
-    return promotion.rollback(environment.tracking_uri(tracking_uri), name, progress.note(quiet))
+    return promotion.rollback(uri, name, progress.note(quiet))
+
+
+def _start(tracking_uri: str | None, address: str | None = None, storage: str | None = None) -> tuple[str, str | None]:
+    """Prepare the process for Ray and MLflow; returns the URI of MLflow and the address of Ray."""
+    from grainmill import environment
+
+    environment.prepare()
+    return environment.tracking_uri(tracking_uri, storage), environment.ray_address(address)
 
 
 def _name(model: "str | Path | Version") -> str:
