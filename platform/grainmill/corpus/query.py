@@ -45,6 +45,9 @@ class DuplicatesResult(NamedTuple):
     """True if pairs above the threshold were left out; they have lower scores than those listed."""
     files: list[Path]
 
+    def __repr__(self) -> str:
+        return f"DuplicatesResult({len(self.pairs)} pairs, precision {self.precision[-1:]}, files {self.files})"
+
 
 def find(
     tracking_uri: str, model: str, folder: Path, queries: Sequence[str], count: int, page: Path

@@ -28,6 +28,11 @@ class RecordedEvaluation(NamedTuple):
     version: models.Version | None
     """Registered version of the result's model; None if the result has none or the evaluated model is in a folder."""
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{one.name} {one.value:.4f}" for one in self.result.measurements[:4])
+        more = f", {len(self.result.measurements) - 4} more" if len(self.result.measurements) > 4 else ""
+        return f"RecordedEvaluation({values}{more}; version {self.version.uri if self.version else None})"
+
 
 def evaluate(
     model: str,
