@@ -94,7 +94,7 @@ def trials_that_fit(nodes: Sequence[NodeType], need: Need) -> int:
             f"a trial needs {need.fewest} workers of {needs} each, but the cluster has room for {total} at most "
             f"({_listed(nodes)}); lower the workers to {total}"
         )
-    if not need.apart:
+    if not need.one_per_node:
         return max(1, total // need.most)
     if len(holds) < need.fewest:
         raise ResourceError(

@@ -17,7 +17,7 @@ class Need(NamedTuple):
     """Smallest number of workers with which the trial can go on."""
     most: int
     """Number of workers if there is room for all."""
-    apart: bool = False
+    one_per_node: bool = False
     """True if each worker must have its own node."""
 
 

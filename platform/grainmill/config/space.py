@@ -111,8 +111,8 @@ def space_problems(space: Space) -> dict[str, list[str]]:
                 problems.setdefault(name, []).append(f"`when` must name values that {other} can have, got {strangers}")
     if not problems and len(list(_dependency_order(space))) < len(space):
         ring = set(space) - set(_dependency_order(space))
-        while beside := ring - {other for name in ring for other in space[name].when or ()}:
-            ring -= beside
+        while outside := ring - {other for name in ring for other in space[name].when or ()}:
+            ring -= outside
         message = "conditions must not form a ring; drop a `when` of " + ", ".join(sorted(ring))
         problems |= {name: [message] for name in ring}
     return problems

@@ -83,7 +83,7 @@ def missing_resources(setup: StudySetup) -> str:
         f"{amount * need.fewest:g} {name} ({free.get(name, 0):g} of {total.get(name, 0):g} free)"
         for name, amount in need.bundle.items()
     ]
-    if need.apart:
+    if need.one_per_node:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         large = sum(all(node.get(name, 0) >= amount for name, amount in need.bundle.items()) for node in nodes)
         parts.append(f"{need.fewest} nodes for its workers ({large} there)")

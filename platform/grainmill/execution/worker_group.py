@@ -42,7 +42,7 @@ class WorkerGroup:
     def __init__(self, setup: StudySetup, watchdog: Any) -> None:
         self.setup, need = setup, setup.need
         self.mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=placement.this_node()).remote()
-        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if need.apart else "SPREAD"}
+        strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if need.one_per_node else "SPREAD"}
         trainer = ray.train.torch.TorchTrainer(
             _run_worker,
             train_loop_config={"mailbox": self.mailbox, "watchdog": watchdog},

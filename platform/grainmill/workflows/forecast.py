@@ -106,17 +106,17 @@ class _Fleet:
         """Number of workers of a trial: the largest that is allowed and has room."""
         return min(need.most, sum(node.size for node in self.nodes))
 
-    def take(self, workers: int, apart: bool, now: float) -> tuple[float, list[_Node]]:
-        """Place the workers of a trial, on separate nodes if `apart`; returns the time when all are ready, and them."""
+    def take(self, workers: int, one_per_node: bool, now: float) -> tuple[float, list[_Node]]:
+        """Place the workers of a trial, on separate nodes if `one_per_node`; returns the time when all are ready, and them."""
         # All on one node if one has room: first nodes that are there, then those with the least room that is enough.
         # Otherwise on the emptiest nodes.
-        together = 1 if apart else workers
+        together = 1 if one_per_node else workers
         candidates = sorted(
             self.nodes,
             key=lambda node: (
                 node.free < together,
                 self._gone(node, now),
-                node.free if together <= node.free and not apart else -node.free,
+                node.free if together <= node.free and not one_per_node else -node.free,
             ),
         )
         places: list[_Node] = []
@@ -262,7 +262,7 @@ def _run(work: _Work, fleet: _Fleet, need: Need, limit: int | None, pace: Pace, 
     started = 0
     while True:
         while len(running) < at_once and (number := work.next()) is not None:
-            began, places = fleet.take(workers, need.apart, now)
+            began, places = fleet.take(workers, need.one_per_node, now)
             start = pace.start if len(running) == started else 0.0
             started = max(started, len(running) + 1)
             heapq.heappush(running, _Running(began + start + pace.epoch, number, began, places))

@@ -89,9 +89,9 @@ ONE = Need({"CPU": 1.0}, 1, 1)
 )
 def test_workers_of_a_trial_that_are_spread_share_no_node(cpus, workers, trials):
     nodes = [NodeType("node", {"CPU": float(count)}, 1) for count in cpus]
-    assert trials_that_fit(nodes, Need({"CPU": 1.0}, workers, workers, apart=True)) == trials
+    assert trials_that_fit(nodes, Need({"CPU": 1.0}, workers, workers, one_per_node=True)) == trials
     with pytest.raises(ResourceError, match=rf"each of its 4 workers, but the cluster has {len(cpus)} that|room for"):
-        trials_that_fit(nodes, Need({"CPU": 1.0}, 4, 4, apart=True))
+        trials_that_fit(nodes, Need({"CPU": 1.0}, 4, 4, one_per_node=True))
 
 
 def test_a_trial_of_few_or_many_workers_has_room_if_the_few_have():
