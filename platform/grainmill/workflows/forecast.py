@@ -107,7 +107,7 @@ class _Fleet:
         return min(need.most, sum(node.size for node in self.nodes))
 
     def take(self, workers: int, one_per_node: bool, now: float) -> tuple[float, list[_Node]]:
-        """Place the workers of a trial, on separate nodes if `one_per_node`; returns the time when all are ready, and them."""
+        """Place the workers of a trial; returns the time when all their nodes are ready, and the nodes."""
         # All on one node if one has room: first nodes that are there, then those with the least room that is enough.
         # Otherwise on the emptiest nodes.
         together = 1 if one_per_node else workers
