@@ -202,22 +202,23 @@ def load(
         document.add(("trainable",), str(error))
         document.stop_if_wrong()
     model = experiment_model(trainable)
-    parts = _validated_parts(model, document)
+    try:
+        experiment = model.model_validate(document.tree)
+        parts = dict(experiment)
+    except ValidationError as error:
+        parts = _valid_parts(model, document, error)
     for location, message in validation.between_sections(trainable, parts, progress, here):
         document.add(location, message)
     document.stop_if_wrong()
-    return model.model_validate(document.tree)
+    return experiment
 
 
-def _validated_parts(model: type[Experiment], document: Document) -> dict[str, Any]:
+def _valid_parts(model: type[Experiment], document: Document, error: ValidationError) -> dict[str, Any]:
     """The sections that are valid by themselves; problems of the others are added to the document."""
     wrong: set[str | int] = set()
-    try:
-        model.model_validate(document.tree)
-    except ValidationError as error:
-        for location, message in validation.error_messages(model, error):
-            document.add(location, message)
-            wrong.update(location[:1])
+    for location, message in validation.error_messages(model, error):
+        document.add(location, message)
+        wrong.update(location[:1])
     parts = {}
     for name in model.model_fields.keys() - wrong:
         field = model.model_fields[name]
