@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +74,25 @@ class Document:
             return
         try:
             if (size := file.stat().st_size) > MAX_BYTES:
-                self.add(
-                    (), f"the file must not be larger than {MAX_BYTES} bytes, got {size}; images belong in folders"
-                )
+                rule = f"the file must not be larger than {MAX_BYTES} bytes"
+                self.add((), f"{rule}, got {size}; images belong in folders")
                 return
-            content = file.read_bytes()
+            tree, self.lines, self.problems = _read(file.read_bytes().decode())
         except OSError as error:
             self.add((), f"the file must be readable, but is not ({error.strerror})")
-            return
-        self._parse(content)
-
-    def _parse(self, content: bytes) -> None:
-        try:
-            tree, self.lines, self.problems = _read(content.decode())
         except UnicodeDecodeError as error:
             self.add((), f"the file must be UTF-8 text, but is not ({error.reason} at byte {error.start}); save it so")
-            return
-        if isinstance(tree, dict):
-            self.tree = tree
-        elif not self.problems:
-            self.add((), f"the file must hold keys and values, got {type(tree).__name__}; see `grainmill schema`")
+        else:
+            if isinstance(tree, dict):
+                self.tree = tree
+            elif not self.problems:
+                self.add((), f"the file must hold keys and values, got {type(tree).__name__}; see `grainmill schema`")
 
     def apply(self, overrides: Overrides) -> None:
         """Change the tree; a malformed change becomes a problem."""
         if isinstance(overrides, Mapping):
             for path, value in overrides.items():
-                self._set(path, os.fspath(value) if isinstance(value, os.PathLike) else value)
+                self._set(path, os.fspath(value) if isinstance(value, os.PathLike) else deepcopy(value))
         else:
             for text in overrides:
                 self.override(text)
@@ -182,15 +176,11 @@ def _plain(
             raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
         key = str(_scalar(loader, key_node))
         place = (*location, key)
+        line = key_node.start_mark.line + 1
         if key in tree:
-            problems.append(
-                Problem(
-                    key_node.start_mark.line + 1,
-                    dotted(place),
-                    f"a key must stand once, but is on line {lines[place]} too; remove one",
-                )
-            )
-        lines[place] = key_node.start_mark.line + 1
+            message = f"a key must stand once, but is on line {lines[place]} too; remove one"
+            problems.append(Problem(line, dotted(place), message))
+        lines[place] = line
         tree[key] = _plain(loader, value_node, place, lines, problems)
     return tree
 
