@@ -70,19 +70,8 @@ def tune(
 ) -> Outcome:
     """Search, train the winner again, register it, report.
 
-    Called again after an interruption at any point, it carries on from there.
-
-    Args:
-        experiment: the settings of the run.
-        tracking_uri: URI of MLflow.
-        address: Ray cluster; None starts a local Ray for the time of the call.
-        observer: receives the progress of the run.
-        progress: shows the progress of long loops.
-    Raises:
-        NameTakenError, BusyError, StorageError: see `run_folder.claim`.
-        ResourceError: a trial does not fit into the cluster.
-        TrackingError: MLflow does not answer.
-        SearchError: no trial ran to its end.
+    Called again after an interruption at any point, it carries on from there. `observer` receives the progress of the
+    run, `progress` shows that of long loops. See `grainmill.api.tune` for the other arguments and for errors.
     """
     with _Run.begin(experiment, tracking_uri, progress, observer, "run") as run, connect(address):
         run.check_room("trial", experiment.resources.workers)
