@@ -72,8 +72,12 @@ class S3Objects:
         return found.body
 
     @cached_property
+    def _stack(self) -> ExitStack:
+        return ExitStack()  # closes the client when this object goes
+
+    @cached_property
     def _store(self) -> S3Prefix:
-        store = ExitStack().enter_context(s3.opened(self.source, 0, READING))
+        store = self._stack.enter_context(s3.opened(self.source, 0, READING))
         return store.at(store.folder_of(s3.parse(self.source)[1]))
 
     def __reduce__(self) -> tuple[type["S3Objects"], tuple[str]]:
@@ -141,18 +145,16 @@ class Mirror(Cache):
 
     def pins(self, paths: Iterable[Path]) -> dict[Path, tuple[str, Pin]]:
         """Return URL and version of the files that were mirrored."""
-        by_bucket: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+        records: dict[str, dict[str, list[Any]]] = {}
+        found: dict[Path, tuple[str, Pin]] = {}
         for path in paths:
             if url := self.url(path):
                 bucket, key = s3.parse(url)
-                by_bucket[bucket].append((key, path))
-        found: dict[Path, tuple[str, Pin]] = {}
-        for bucket, keys in by_bucket.items():
-            records = _records(self.state(bucket) / "records")
-            for key, path in keys:
-                if key in records:
-                    size, etag, _ = records[key]
-                    found[path] = f"{SCHEME}{bucket}/{key}", (size, etag)
+                if bucket not in records:
+                    records[bucket] = _records(self.state(bucket) / "records")
+                if key in records[bucket]:
+                    size, etag, _ = records[bucket][key]
+                    found[path] = url, (size, etag)
         return found
 
 

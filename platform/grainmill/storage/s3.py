@@ -336,12 +336,3 @@ def _explained(name: str, client: Any = None, rights: str = READING) -> Iterator
             code = type(error).__name__
             message = _MESSAGES.get(code, f"must be in reach, but is not ({code}); check the variables of AWS")
         raise StorageError(f"{name} {message.replace('{endpoint}', endpoint).replace('{rights}', rights)}") from None
-
-
-def problem(url: str) -> str | None:
-    """Return what is wrong with a URL; None if it is valid."""
-    try:
-        parse(url.rstrip("/"))
-    except StorageError as error:
-        return str(error)
-    return None

@@ -192,7 +192,12 @@ def problem(place: str) -> str | None:
     scheme, rest, _ = place.partition("://")
     if rest and not is_remote(place):
         return f"must be a folder or s3://bucket/prefix, got one that begins with {scheme}://; change it"
-    return s3.problem(place) if is_remote(place) else None
+    try:
+        if is_remote(place):
+            s3.parse(place.rstrip("/"))
+    except StorageError as error:
+        return str(error)
+    return None
 
 
 def absolute(place: str) -> str:

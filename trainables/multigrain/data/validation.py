@@ -4,6 +4,7 @@ This module does not import torch: an experiment file is checked, its images inc
 """
 
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,8 @@ AHEAD = 1024
 """Number of images that are given to the threads at once."""
 MOST = 10
 """Limit for leaving out images: at most one image in this number."""
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
+"""Surrogates, by which Python represents bytes of a path that are not UTF-8."""
 
 
 def image_problems(dataset: Dataset, progress: Progress = no_progress) -> list[str]:
@@ -96,7 +99,7 @@ def leave_out(dataset: Dataset, faults: Mapping[Path, str]) -> tuple[Dataset, di
     """
     left_out = dict(faults)
     for path in dataset.paths:
-        if not _is_utf8(str(path)):
+        if _NOT_UTF8.search(str(path)):
             left_out.setdefault(path, "has a name that is not UTF-8")
     copies = dataset.copies and _intact_copies(dataset.copies, left_out)
     train = [index for index, path in enumerate(dataset.train) if path not in left_out]
@@ -114,14 +117,6 @@ def leave_out(dataset: Dataset, faults: Mapping[Path, str]) -> tuple[Dataset, di
     if problems := _problems(dataset, intact, left_out):
         raise DataError(problems)
     return intact, left_out
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _intact_copies(copies: CopySet, left_out: dict[Path, str]) -> CopySet | None:
