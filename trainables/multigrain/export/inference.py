@@ -60,7 +60,7 @@ def read(folder: Path) -> Served:
     own, transform = spec.evaluation_size, spec.evaluation.transform
     if setting is None:
         p = network.pool.p
-        learnt = max(1.0, p.item()) if isinstance(p, Tensor) else p  # as it counts
+        learnt = max(1.0, p.item()) if isinstance(p, Tensor) else p  # a learnt p below 1 counts as 1
         setting = served_setting.ServedSetting(own, learnt, None)
     network.pool = GeM(setting.p)
     facts = {
