@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import Schema
 
 from grainmill import trainable as catalog
 from grainmill.errors import TrackingError, hidden
@@ -111,13 +110,14 @@ def _create(
         about.mkdir()
         for file, text in written.items():
             (about / file).write_text(text)
+        columns = json.loads((portable / "signature.json").read_text())
         requirements = (portable / "requirements.txt").read_text().splitlines()
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_script.py")),
             artifacts={"model": str(portable), ABOUT: str(about)},
             model_config={"trainable": trainable},
-            signature=_signature(portable),
+            signature=ModelSignature.from_dict({side: json.dumps(found) for side, found in columns.items()}),
             input_example=example,
             pip_requirements=[f"mlflow=={metadata.version('mlflow')}", *filter(str.strip, requirements)],
         )
@@ -129,7 +129,7 @@ def _create(
     version = client.create_model_version(
         name, model.artifact_location, run_id, dict(tags), description=description, model_id=model.model_id
     )
-    return Version(name, str(version.version))
+    return Version.of(version)
 
 
 class RegisteredModel(NamedTuple):
@@ -246,8 +246,3 @@ def _dataset_input(part: catalog.DataPart) -> DatasetInput:
     profile, where = json.dumps({"rows": part.rows}), json.dumps({"uri": hidden(part.where)})
     dataset = Dataset(part.name, part.digest, "local", where, profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", part.role)])
-
-
-def _signature(portable: Path) -> ModelSignature:
-    columns = json.loads((portable / "signature.json").read_text())
-    return ModelSignature(*(Schema.from_json(json.dumps(columns[side])) for side in ("inputs", "outputs")))
