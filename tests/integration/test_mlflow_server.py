@@ -21,7 +21,7 @@ from grainmill.tracking.mlflow_runs import Tracker
 
 @pytest.fixture
 def served(postgres, tmp_path, monkeypatch):
-    """The server by the command of the compose file, on other addresses; and the client of its store."""
+    """Run the server by the command of the compose file, on other addresses; yields also a client of its store."""
     import psycopg
 
     with psycopg.connect(postgres.url(), autocommit=True) as base:

@@ -25,7 +25,7 @@ def picture(seed):
 
 
 def ask(url, content=None):
-    """Status and answer; a GET without content."""
+    """Send a request, a GET without content; return status and answer."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, content), timeout=60) as response:
             return response.status, json.load(response)
@@ -35,7 +35,7 @@ def ask(url, content=None):
 
 @pytest.fixture
 def service(ray_cluster, tmp_path):
-    """What registers a version and makes it champion, and the URL of the application that serves the champion."""
+    """A function that registers a version and makes it champion, and the URL of the application that serves it."""
     from ray import serve
 
     from grainmill.serve import app

@@ -1,4 +1,4 @@
-"""A search whose tracking server is gone for most of it."""
+"""A search whose tracking server is away most of the time."""
 
 import signal
 import threading
@@ -54,7 +54,7 @@ def umpire():
 
 @pytest.fixture(scope="module")
 def calm(ray_cluster, tracking_server, umpire, tmp_path_factory):
-    """What MLflow knows of a search whose server is always there."""
+    """Runs in MLflow of a search whose server is always available."""
     checked = search(tmp_path_factory.mktemp("calm") / "runs", umpire, "calm")
     tune.tune(checked, tracking_server.uri, None, Memory(), trainable.no_progress)
     return all_of(MlflowClient(tracking_server.uri), "calm")

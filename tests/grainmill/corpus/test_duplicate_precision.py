@@ -1,4 +1,4 @@
-"""The estimate of precision, on corpora of which it is known what is a copy of what."""
+"""Estimate of the precision, on corpora with known copies."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ MOST = 20_000
 
 
 def corpus(kind, share, noise, seed, images=1500, channels=64):
-    """Random rows, alone or in families, the last of them copies; and for each, the row that it is a copy of."""
+    """Return random rows, alone or in families, the last of them copies, and the index of each row's original."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(images, channels))
     if kind == "families":
@@ -22,7 +22,7 @@ def corpus(kind, share, noise, seed, images=1500, channels=64):
 
 
 def listed(rows, precision):
-    """Pairs down to the stated precision, as `lookup` lists them."""
+    """Return the pairs down to the stated precision, as `query.duplicates` lists them."""
 
     def blocks(start):
         return [(at, rows[at : at + 512]) for at in range(0, len(rows), 512) if at + 512 > start]

@@ -1,4 +1,4 @@
-"""Embedding a corpus on real Ray: what is in the index, what is skipped, and what a crash leaves."""
+"""Embedding a corpus without Ray: what is refused, what is skipped, and how an index is read."""
 
 import os
 
@@ -26,7 +26,7 @@ def test_an_index_is_of_one_model_and_one_source(shades_registry, tmp_path, monk
 
 
 def answers_here(images, names, tracking_uri, identity, workers):
-    """What `corpus._answers` gives, without Ray."""
+    """Stands in for `corpus._answers`, without Ray."""
     yield corpus._Worker(images, tracking_uri, identity)(pa.table({"id": names}))
 
 

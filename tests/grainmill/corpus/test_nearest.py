@@ -1,4 +1,4 @@
-"""The exact search, held against loops over all pairs."""
+"""Exact search, compared with loops over all pairs."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def unit(count, channels, seed=0):
 
 
 def in_blocks(rows, size):
-    """As an index gives them."""
+    """Return a function that yields the rows in blocks, as `Index.blocks` does."""
 
     def blocks(start=0):
         return ((at, rows[at : at + size]) for at in range(0, len(rows), size) if at + size > start)

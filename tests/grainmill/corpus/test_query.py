@@ -1,4 +1,4 @@
-"""Finding images and copies in an index: what is found, what is refused, and the pages."""
+"""Nearest images and duplicates in an index: results, errors and pages."""
 
 import base64
 import csv
@@ -21,7 +21,7 @@ from grainmill.tracking.mlflow_runs import Tracker
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A registry with two models, 80 pictures of which the last 6 are copies, and an index of them by the first."""
+    """A registry with two models, 80 images of which the last 6 are copies, and an index of them by the first model."""
     folder = tmp_path_factory.mktemp("world")
     tracker = Tracker(database(folder), "shades", folder)
     models = [shades.register(tracker, folder / str(bias), bias) for bias in (0.1, 2)]
@@ -49,7 +49,7 @@ def find(world, *queries, model=0, count=5, folder=None, page="found.html"):
 
 
 def pictures(page):
-    """Those of a page, which names no other file."""
+    """Return the text and the pictures of a page; check that the page refers to no other file."""
     text = page.read_text()
     assert not re.search(r"(src|href)=(?!\"data:image/jpeg;base64,)", text)
     found = [base64.b64decode(one) for one in re.findall(r'data:image/jpeg;base64,([^"]+)"', text)]

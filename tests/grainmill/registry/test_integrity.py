@@ -1,4 +1,4 @@
-"""Which files of a portable model are refused, and how they are named."""
+"""Refusal of changed, missing and pickled files of a portable model."""
 
 import io
 import json

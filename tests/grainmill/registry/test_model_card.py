@@ -1,4 +1,4 @@
-"""What is told of where a model comes from, and what is not."""
+"""Model cards: their tags, JSON and Markdown, without passwords."""
 
 import json
 

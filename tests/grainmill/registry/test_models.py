@@ -87,7 +87,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 
 @pytest.fixture
 def stored(tmp_path):
-    """The tracker, the run, and the folder of models:/apples/1."""
+    """Tracker, run id, and folder of the portable model of models:/apples/1."""
     tracker = Tracker(database(tmp_path), "apples", tmp_path)
     list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {})
@@ -122,7 +122,7 @@ def test_a_model_is_loaded_by_mlflow_alone(stored):
 
 
 def resealed(portable):
-    """Somebody who changes a file and puts its digest into the manifest, too."""
+    """Change a file, and its digest in the manifest as well."""
     (portable / "model.py").write_text("load = print\n")
     manifest = json.loads((portable / "MANIFEST.json").read_text())
     manifest["model.py"] = {"bytes": 13, "sha256": sha256(b"load = print\n").hexdigest()}

@@ -1,4 +1,4 @@
-"""Who is the champion: only what is shown to be better, whoever else promotes, wherever a process dies."""
+"""Promotion: only a better version becomes champion, also with rivals and after a kill at any point."""
 
 import random
 import shutil
@@ -171,11 +171,11 @@ def test_rollback_goes_back_step_by_step(shelf):
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the death of the process."""
 
 
 def mortal(monkeypatch, at):
-    """The process dies before its change number `at` of the registry."""
+    """Let the process die before its change number `at` of the registry."""
     made = []
 
     def deadly(name):
@@ -260,12 +260,12 @@ def test_a_promotion_lock_has_one_holder_until_it_is_released_or_expires(shelf, 
 
 
 def false_promotions(draw, rounds):
-    """How often the second of two networks that are equally good would be promoted."""
+    """Share of rounds in which one of two equally good networks would be promoted."""
     return sum(comparison.difference(*draw()).low > 0 for _ in range(rounds)) / rounds
 
 
 def test_of_two_that_are_equally_good_one_in_twenty_is_promoted_at_most():
-    """20 queries, the fewest that count; average precisions that are 1 for half of them and go together."""
+    """Correlated average precisions on 20 queries, the smallest number; half of them are 1."""
     rng, rounds = np.random.default_rng(0), 1000
 
     def draw():

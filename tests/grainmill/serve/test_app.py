@@ -1,4 +1,4 @@
-"""The application on real Ray Serve: answers, bad images, a change of champion."""
+"""Settings of the application that Ray Serve runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""MLflow comes to know the same of a study whatever becomes of its server meanwhile, and training does not wait."""
+"""MLflow sync: the runs of a study are the same at the end, whatever calls of the server fail."""
 
 import pytest
 import toy
@@ -57,7 +57,7 @@ EXPECTED = {
 
 
 def told(client, experiment_id, parent, study):
-    """What MLflow knows of the children: status, tags of ours, and the steps and values of the score."""
+    """Return status, tags, and steps and values of the score of each child run in MLflow."""
     runs = client.search_runs([experiment_id], f"tags.mlflow.parentRunId = '{parent}'", ViewType.ACTIVE_ONLY)
     found = {}
     for run in runs:
@@ -72,7 +72,7 @@ def told(client, experiment_id, parent, study):
 
 
 class Faulty(Tracker):
-    """Its call number `bad` fails: before it is made, or after, so that only the answer is lost."""
+    """Tracker whose call number `bad` fails: before the call, or after it, so that only the answer is lost."""
 
     CALLS = ("start", "parameters", "runs_by_tag", "last_epoch", "log", "tag", "set_status", "remove")
     bad, after, made = None, False, 0
@@ -120,7 +120,7 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
 
 
 def test_runs_of_a_process_that_was_killed_are_brought_up_to_date(tmp_path):
-    """Whatever it told: nothing, a part, or all but the end."""
+    """The killed process has sent nothing, a part, or all but the end."""
     tracker = Tracker(database(tmp_path), "toy", tmp_path)
     parent = tracker.start("parent", {})
     study = make_study(tmp_path)

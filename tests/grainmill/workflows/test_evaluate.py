@@ -1,4 +1,4 @@
-"""The mill's side of an evaluation: which model, which settings, on how many workers, and what MLflow is told."""
+"""Evaluation of a model: the model, its settings, the workers, and the records in MLflow."""
 
 import os
 import subprocess
@@ -143,7 +143,7 @@ def grainmill(*words, cwd):
 
 
 def cells(output, word):
-    """Of each row of a table that has the word."""
+    """Return the cells of each table row that contains the word."""
     rows = [line for line in output.splitlines() if "│" in line and word in line]
     return [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows]
 
