@@ -10,7 +10,7 @@ import multigrain
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = """
-    Dataset DataError DataSettings EpochResult GeM JointLoss MarginLoss MultiGrain MultiGrainSpec
+    AugmentSettings Dataset DataError EpochResult GeM JointLoss MarginLoss MultiGrain MultiGrainSpec
     RepeatedAugmentationBatches TrainTransform TrainingError Triplets Truth Whitening average_precision
     classification_loss colour decode entropy_loss evaluation_view fit gem load load_network load_weights
     margin_loss mean_average_precision micro_ap negative_weights pairs ranks read_dataset recall_at same_label

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of the table below, for type checkers and editors
-    from multigrain.config.data import DataSettings as DataSettings
+    from multigrain.config.training import AugmentSettings as AugmentSettings
     from multigrain.config.training import MultiGrainSpec as MultiGrainSpec
     from multigrain.data.dataset import Dataset as Dataset
     from multigrain.data.folders import read_dataset as read_dataset
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # the names of the table below, for type checkers and editors
     from multigrain.training.trainer import TrainingError as TrainingError
 
 _PUBLIC = {
-    "DataSettings": "config.data",
+    "AugmentSettings": "config.training",
     "MultiGrainSpec": "config.training",
     "Dataset": "data.dataset",
     "read_dataset": "data.folders",

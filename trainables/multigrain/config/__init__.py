@@ -1,1 +1,1 @@
-"""TODO."""
+"""Settings of the method: every pydantic model, for `training`, `data`, `evaluation` and `finetune`."""

@@ -1,4 +1,4 @@
-"""Fine-tuning of the pooling exponent for images of another size: all else of a trained network stays as it is."""
+"""Fine-tuning of the pooling exponent of a trained network for images of another size; all else stays as it is."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,17 +17,17 @@ from multigrain.config.finetune import FinetuneSpec
 from multigrain.data.dataset import Dataset, first_of_each_class
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_pixels, scale
-from multigrain.distributed import StopSignal
+from multigrain.distributed import StopSignal, rank_and_size
 from multigrain.evaluation.held_out import held_out_metrics
 from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import network_of
 from multigrain.models.pooling import GeM
 from multigrain.training.fit import EpochResult
-from multigrain.training.trainer import TrainingError
+from multigrain.training.trainer import TrainingError, default_device, loader_count
 
 LARGEST = 100.0
-"""Largest p that the settings of a network allow."""
+"""Largest finite p that the settings of a network allow."""
 
 
 def fit(
@@ -37,42 +37,38 @@ def fit(
     device: torch.device | None = None,
     heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[EpochResult]:
-    """Learn p by the cross-entropy of whole images at another size, evaluating and saving after every epoch.
+    """Learn p by the cross-entropy of whole images at another size; evaluate and save a checkpoint after every epoch.
 
-    The result is a checkpoint like those of training, whose settings hold the new p, and the size and
-    transform for which it was learnt. Goes on from the newest intact checkpoint below `folder`, which holds
-    all that is needed; where that lies at the end of an epoch, its result comes again.
+    The checkpoint is like that of a training; its settings hold the new p, with the size and the transform for which it
+    was learnt. A run resumes from the newest intact checkpoint below `folder`, as that of `training.fit` does.
 
     Args:
-        spec: the settings; must be those of the checkpoints in `folder`.
-        dataset: of the classes that the network knows.
-        folder: for checkpoints; the same for all ranks, which must all see it.
-        device: the current GPU, if there is one, by default.
-        heartbeat: where it is True on any rank, all save a checkpoint at most a step later, and end.
+        spec: settings; must equal those of the checkpoints in `folder`.
+        dataset: images of the classes that the network knows.
+        folder, device, heartbeat: as in `training.fit.fit`.
     Yields:
-        One result an epoch, the same on every rank: `held_out.METRICS`, `p`, and `loss`, the mean over the steps.
+        One result for each epoch, the same on every rank: `held_out.METRICS`, `p`, and `loss`, the mean over the steps.
     Raises:
-        FileNotFoundError: there is no intact checkpoint to begin with.
-        TrainingError: loss or p leave their range.
-        ValueError: the network knows other classes, or the checkpoints are of other settings.
+        FileNotFoundError: `spec.checkpoint` holds no intact checkpoint.
+        TrainingError: loss or p are out of range.
+        ValueError: the network knows other classes, or the checkpoints have other settings.
     """
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = device or default_device()
     saved = checkpoint.latest(folder)
     if saved and saved.state.get("finetuning") != spec.model_dump():
         raise ValueError(
             f"a fine-tuning goes on with the settings it began with, but {folder} holds others; use another"
         )
-    tuning, ending = _Tuning(spec, dataset, saved or _trained(spec), device), StopSignal(heartbeat, device)
+    tuning, stop_signal = _Tuning(spec, dataset, saved or _trained(spec), device), StopSignal(heartbeat, device)
     done = 0
-    with closing(checkpoint.Writer(folder)) as writer, suppress(EndedError):  # the next start evaluates again
+    with closing(checkpoint.Writer(folder)) as writer, suppress(EndedError):  # the resumed run evaluates again
         if saved:
             done = saved.state["epochs"]
             tuning.restore(saved)
             if tuning.step == 0:
                 yield tuning.result(saved, heartbeat)
         for epoch in range(done, spec.epochs):
-            whole = tuning.train_epoch(epoch, ending)
+            whole = tuning.train_epoch(epoch, stop_signal)
             state = tuning.state(epoch + whole)
             if tuning.rank == 0:
                 writer.save(state)
@@ -93,12 +89,12 @@ def _trained(spec: FinetuneSpec) -> checkpoint.Checkpoint:
 
 
 def rate(spec: FinetuneSpec, done: float) -> float:
-    """Learning rate where the share `done` of all steps, in [0, 1), lies behind [R]."""
+    """Learning rate after a share `done`, in [0, 1), of all steps [R]."""
     return spec.rate * (1 - done) ** spec.power
 
 
 class _Images(torch_data.Dataset[tuple[Tensor, int]]):
-    """Whole images, (3, h, w) uint8, larger side `size`, each with its label."""
+    """Whole images, (3, h, w) uint8 with the larger side `size`, and their labels."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], size: int) -> None:
         self.files, self.size = files, size
@@ -112,14 +108,14 @@ class _Images(torch_data.Dataset[tuple[Tensor, int]]):
 
 
 class _Tuning:
-    """What one fine-tuning builds once and steps through."""
+    """State of a fine-tuning: network, exponent, optimizer, images and position."""
 
     def __init__(
         self, spec: FinetuneSpec, dataset: Dataset, source: checkpoint.Checkpoint, device: torch.device
     ) -> None:
         self.spec, self.dataset, self.device = spec, dataset, device
         self.grouped = distributed.is_initialized()
-        self.rank, self.world_size = (distributed.get_rank(), distributed.get_world_size()) if self.grouped else (0, 1)
+        self.rank, self.world_size = rank_and_size()
         self.classes = source.state["classes"]
         if self.classes != list(dataset.classes):
             raise ValueError(
@@ -127,9 +123,9 @@ class _Tuning:
                 f"not the same ones; use the data that {spec.checkpoint} was trained on"
             )
         network, settings = network_of(source)
-        # In evaluation mode for good, so that the statistics of batch normalisation stay, too.
+        # In evaluation mode throughout, so that the statistics of batch normalisation stay, too.
         self.network = network.requires_grad_(False).eval()
-        # The maximum has no gradient with respect to p: it starts from the published 3.
+        # The maximum has no gradient with respect to p: learning then starts from the published 3.
         start = float(network.pool.p) if math.isfinite(network.pool.p) else 3.0
         self.network.pool = GeM(min(max(1.0, start), LARGEST), learnable=True)
         self.network.to(device)
@@ -138,20 +134,19 @@ class _Tuning:
         self.images = first_of_each_class(dataset, spec.images_per_class)
         shown = settings.evaluation.model_copy(update={"transform": "rect", "size": spec.image_size})
         self.settings = settings.model_copy(update={"evaluation": shown})
-        default = torch.get_num_threads() if device.type == "cuda" else 0
-        self.loaders = default if spec.loaders is None else spec.loaders
+        self.loaders = loader_count(spec.loaders, device)
         self.step, self.loss = 0, 0.0
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
-        """Of the losses of this pass's steps."""
+        """Sum of the losses of this epoch's steps."""
 
     @property
     def steps(self) -> int:
-        """In one pass over the images."""
+        """Number of steps in one epoch."""
         return -(-len(self.images) // self.spec.batch_size)
 
-    def train_epoch(self, epoch: int, ending: StopSignal | None = None) -> bool:
-        """What is left of one pass over the images, counted from 0; False where `ending` said before its end to end."""
-        spec, ending = self.spec, ending or StopSignal(no_heartbeat, self.device)
+    def train_epoch(self, epoch: int, stop_signal: StopSignal | None = None) -> bool:
+        """Train the rest of an epoch, counted from 0; return False if `stop_signal` ended it early."""
+        spec, stop_signal = self.spec, stop_signal or StopSignal(no_heartbeat, self.device)
         order = np.random.default_rng((spec.seed, epoch)).permutation(self.images).tolist()
         begins = range(self.step * spec.batch_size, len(order), spec.batch_size)
         steps = [order[begin : begin + spec.batch_size] for begin in begins]
@@ -166,7 +161,7 @@ class _Tuning:
             self.optimizer.param_groups[0]["lr"] = rate(spec, (epoch + self.step / self.steps) / spec.epochs)
             self.total += self._step(islice(views, len(share)), len(images))
             self.step += 1
-            if ending.after_step() and self.step < self.steps:
+            if stop_signal.after_step() and self.step < self.steps:
                 return False
         self.loss = self.total.item() / self.steps
         self.step = 0
@@ -180,7 +175,7 @@ class _Tuning:
         return True
 
     def _step(self, views: Iterable[tuple[Tensor, int]], count: int) -> Tensor:
-        """One step of all ranks, over `count` images, of which `views` are this rank's; the loss of all."""
+        """Do one step over `count` images, of which `views` are this rank's, and return the loss over all."""
         self.p.grad = torch.zeros_like(self.p)
         loss = torch.zeros_like(self.p)
         for pixels, label in views:
@@ -195,7 +190,7 @@ class _Tuning:
         return loss
 
     def state(self, epochs: int) -> checkpoint.Checkpoint:
-        """The network with its new exponent, as training would have left it, and what a later start needs."""
+        """A checkpoint of the network with its new exponent, and of the state that resuming needs."""
         # Below 1, p counts as 1.
         model = self.settings.model.model_copy(update={"p": max(1.0, self.p.item()), "learn_p": False})
         weights = {
@@ -215,7 +210,7 @@ class _Tuning:
         return checkpoint.Checkpoint(weights, self.optimizer.state_dict(), state)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint of this fine-tuning."""
+        """Resume from a checkpoint of this fine-tuning."""
         with torch.no_grad():
             self.p.fill_(saved.state["p"])
             self.total.fill_(saved.state["total"])
@@ -223,7 +218,7 @@ class _Tuning:
         self.optimizer.load_state_dict(saved.optimizer)
 
     def result(self, saved: checkpoint.Checkpoint, heartbeat: Heartbeat = no_heartbeat) -> EpochResult:
-        """What the network that is left is worth."""
+        """Result of an epoch: metrics of the network in its checkpoint."""
         network, settings = network_of(saved)
         metrics = held_out_metrics(
             network.to(self.device), self.dataset, settings, self.device, self.loaders, heartbeat

@@ -1,7 +1,6 @@
-"""fit(): the training loop, a generator that yields one result an epoch.
+"""The training loop: `fit`, a generator that yields one result for each epoch.
 
-Plain torch. Where a process group exists, every rank runs fit(): the ranks share each step, and what
-comes out is what one process would get of it.
+With a process group, every rank runs `fit`: the ranks share each step, and the result is that of a single process.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,19 +15,19 @@ from multigrain.data.dataset import Dataset
 from multigrain.evaluation.held_out import held_out_grid
 from multigrain.hooks import EndedError, Heartbeat, no_heartbeat
 from multigrain.models import checkpoint
-from multigrain.training.trainer import Training
+from multigrain.training.trainer import Training, default_device
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch gave."""
+    """Result of one epoch."""
 
     epoch: int
-    """Epochs finished, from 1."""
+    """Number of epochs done."""
     metrics: dict[str, float]
-    """`held_out.METRICS`, and the course of the training, over all ranks."""
+    """Metrics of held-out images (`held_out.METRICS`) and statistics of the training, over all ranks."""
     variants: Mapping[str, dict[str, float]] = field(default_factory=dict)
-    """After the last epoch, `held_out.METRICS` at each of `evaluation.variants`, by its name."""
+    """After the last epoch, metrics at each of the settings `evaluation.variants`, by its name."""
 
 
 def fit(
@@ -38,31 +37,29 @@ def fit(
     device: torch.device | None = None,
     heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[EpochResult]:
-    """Train, evaluating after every epoch; checkpoints are written then and every so many steps.
+    """Train, evaluate after every epoch, and save checkpoints after epochs and every `compute.checkpoint_steps` steps.
 
-    Goes on from the newest intact checkpoint below `folder`. Where that lies at the end of an epoch, its
-    result comes again: its reader may have gone before it took note. A run that was interrupted anywhere
-    and went on ends, on CPU, with the same bits as one that was not. The first rank yields a result when
-    its checkpoint is safe.
+    Training resumes from the newest intact checkpoint below `folder`. If that is the end of an epoch, the epoch's
+    result is yielded again, as the caller may not have received it. A run that was interrupted anywhere and resumed
+    ends, on CPU, with the same bits as an uninterrupted one. Rank 0 yields a result when its checkpoint is on disk.
 
     Args:
-        spec: the settings; must be those of the checkpoints.
-        dataset: the images.
-        folder: for checkpoints; the same for all ranks, which must all see it.
-        device: the current GPU, if there is one, by default.
-        heartbeat: where it is True on any rank, all save a checkpoint at most a step later, and end.
+        spec: settings; must equal those of the checkpoints.
+        dataset: images.
+        folder: folder of the checkpoints, the same for all ranks and readable by all.
+        device: by default the current GPU, or the CPU if there is none.
+        heartbeat: if it returns True on any rank, all save a checkpoint at most one step later, and end.
     Yields:
-        One result an epoch, the same on every rank but for the speed; the last has the variants.
+        One result for each epoch, the same on every rank except for the speed; the last one has the variants.
     Raises:
         TrainingError: loss or weights are not finite.
-        ValueError: the checkpoints are of other settings.
+        ValueError: the checkpoints have other settings or classes.
     """
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = device or default_device()
     training = Training(spec, dataset, device, heartbeat)
     _restore(training, folder)
     with closing(checkpoint.Writer(folder)) as writer:
-        save = writer.save if training.rank == 0 else _leave
+        save = writer.save if training.rank == 0 else _do_not_save
         for epoch in range(training.epoch, spec.epochs):
             if epoch > training.epoch:
                 training.begin_epoch(epoch)
@@ -74,22 +71,22 @@ def fit(
                 own, variants = held_out_grid(
                     training.result_network, dataset, spec, wanted, device, training.loaders, heartbeat
                 )
-            except EndedError:  # the next start evaluates again
+            except EndedError:  # the resumed run evaluates again
                 return
             writer.wait()
             yield EpochResult(epoch + 1, metrics | own, variants)
 
 
 def _restore(training: Training, folder: Path) -> None:
-    """Go on from the newest intact checkpoint, if there is one."""
+    """Resume from the newest intact checkpoint, if there is one."""
     if saved := checkpoint.latest(folder):
-        begun = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
-        if begun != (training.spec, list(training.dataset.classes)):
+        first = MultiGrainSpec.model_validate(saved.state["spec"]), saved.state["classes"]
+        if first != (training.spec, list(training.dataset.classes)):
             raise ValueError(
                 f"a run goes on with the settings and classes it began with, but {folder} holds others; use another"
             )
         training.restore(saved)
 
 
-def _leave(_: checkpoint.Checkpoint) -> None:
-    """The other ranks leave writing to the first."""
+def _do_not_save(_: checkpoint.Checkpoint) -> None:
+    """Save nothing: on all ranks but 0."""

@@ -1,4 +1,4 @@
-"""Optimizers of the network and of beta, and the schedule of their rates."""
+"""Optimizers of the network and of beta, and the schedule of their learning rates."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from multigrain.config.training import OptimizerSettings
 
 REFERENCE_BATCH = 512
-"""Views in a step for which the settings' rates hold."""
+"""Number of views in a step for which the learning rates of the settings hold."""
 
 
 def rate_factor(progress: float, epochs: int, settings: OptimizerSettings) -> float:
-    """What the learning rates are multiplied with after `progress` epochs, in [0, epochs)."""
+    """Factor of the learning rates after `progress` epochs, in [0, epochs)."""
     warm = min(1.0, progress / settings.warmup) if settings.warmup else 1.0
     if settings.schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * progress / epochs))
@@ -23,10 +23,10 @@ def rate_factor(progress: float, epochs: int, settings: OptimizerSettings) -> fl
 def build_optimizers(
     settings: OptimizerSettings, network: nn.Module, beta: nn.Parameter, batch_size: int
 ) -> list[optim.Optimizer]:
-    """One optimizer for the network, and SGD for beta; rates grow linearly with the views in a step over all ranks.
+    """Build the optimizer of the network, and SGD for beta.
 
-    Weight decay is for kernels and, with `decay_all`, for the vectors: scales, shifts and biases. A
-    learnable exponent p, a single number, never decays.
+    Learning rates are proportional to `batch_size`, the number of views in a step over all ranks. Weight decay applies
+    to kernels and, with `decay_all`, to scales, shifts and biases; never to a learnable exponent p, a single number.
     """
     scale = batch_size / REFERENCE_BATCH
     smallest = 1 if settings.decay_all else 2
@@ -54,16 +54,16 @@ def build_optimizers(
 
 
 def set_rates(optimizers: Sequence[optim.Optimizer], factor: float) -> None:
-    """Set the rates to `factor` times the groups' base rates."""
+    """Set all learning rates to `factor` times their base rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
 
 
-def follow(averaged: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
-    """Move averaged weights towards the network's by 1 - decay, and copy its statistics.
+def update_average(averaged: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
+    """Move averaged weights towards those of the network by 1 - decay, and copy the network's statistics.
 
-    Young averages follow faster, by 1 - (1 + steps) / (10 + steps), lest the random start weigh in for long.
+    At the start they move by 1 - (1 + steps) / (10 + steps), which is more, so that random weights fade soon.
     """
     update = get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))  # type: ignore[no-untyped-call]
     update([*averaged.parameters()], [*network.parameters()], 0)

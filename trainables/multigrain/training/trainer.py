@@ -1,4 +1,4 @@
-"""One training run: what `fit` builds once and steps through."""
+"""A training run and its steps; `fit` drives it."""
 
 import copy
 import time
@@ -14,16 +14,16 @@ from multigrain.data.dataset import Dataset
 from multigrain.data.loading import TrainViews, Views, training_batches
 from multigrain.data.sampler import RepeatedAugmentationBatches
 from multigrain.data.transforms import colour, paints, scale
-from multigrain.distributed import StopSignal, mean_over_ranks
+from multigrain.distributed import StopSignal, mean_over_ranks, rank_and_size
 from multigrain.hooks import Heartbeat, no_heartbeat
 from multigrain.losses.joint import JointLoss, Step
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import MultiGrain, freeze_batchnorm
 from multigrain.models.weights import load_weights
-from multigrain.training.optimizers import build_optimizers, follow, rate_factor, set_rates
+from multigrain.training.optimizers import build_optimizers, rate_factor, set_rates, update_average
 
 CHECK_STEPS = 100
-"""Steps between two looks at whether the loss is still finite: each look waits for the device."""
+"""Number of steps between two checks that the loss is finite, each of which waits for the device."""
 
 
 class TrainingError(RuntimeError):
@@ -31,16 +31,27 @@ class TrainingError(RuntimeError):
 
 
 def autocast_type(settings: ComputeSettings, device: torch.device) -> torch.dtype | None:
-    """The type that the trunk computes in; None for fp32."""
+    """Number type in which the trunk computes; None means fp32."""
     if settings.precision != "auto":
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    # bf16 on a CPU without matrix units for it is some ten times slower than fp32.
+    # On a CPU without matrix units for bf16, it is some ten times slower than fp32.
     fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else None
 
 
+def default_device() -> torch.device:
+    """The current GPU, or the CPU if there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def loader_count(wanted: int | None, device: torch.device) -> int:
+    """Number of image-reading processes: as wanted, or by default one for each thread if a GPU computes, else none."""
+    default = torch.get_num_threads() if device.type == "cuda" else 0
+    return default if wanted is None else wanted
+
+
 class _Encoder(nn.Module):
-    """Images to embeddings: the part of the network whose gradients the ranks share while they are computed."""
+    """Images to embeddings: the part of the network whose gradients DistributedDataParallel averages over ranks."""
 
     def __init__(self, network: MultiGrain) -> None:
         super().__init__()
@@ -52,15 +63,14 @@ class _Encoder(nn.Module):
 
 
 class Training:
-    """Network, losses, batches, optimizers and the position of one run."""
+    """State of a training run: network, losses, batches, optimizers and position."""
 
     def __init__(
         self, spec: MultiGrainSpec, dataset: Dataset, device: torch.device, heartbeat: Heartbeat = no_heartbeat
     ) -> None:
         self.spec, self.dataset, self.device, self.stop_signal = spec, dataset, device, StopSignal(heartbeat, device)
         self.grouped = distributed.is_initialized()
-        self.rank = distributed.get_rank() if self.grouped else 0
-        world_size = distributed.get_world_size() if self.grouped else 1
+        self.rank, world_size = rank_and_size()
         batch = spec.batch
         self.batches = RepeatedAugmentationBatches(
             len(dataset.train), batch.size, batch.repeats, batch.length_factor, self.rank, world_size, spec.seed
@@ -78,11 +88,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
         self.views = TrainViews(dataset.train, dataset.train_labels, spec.augment, spec.image_size, spec.seed)
         self.instances = torch.tensor(dataset.instances)
-        cuda = device.type == "cuda"
-        loaders = spec.compute.loaders
-        self.loaders = (torch.get_num_threads() if cuda else 0) if loaders is None else loaders
-        self.loader = training_batches(self.views, self.batches, self.loaders, cuda)
-        self.epoch = self.step = 0
+        self.loaders = loader_count(spec.compute.loaders, device)
+        self.loader = training_batches(self.views, self.batches, self.loaders, device.type == "cuda")
         self.begin_epoch(0)
 
     def _network(self) -> MultiGrain:
@@ -100,29 +107,29 @@ class Training:
 
     @property
     def result_network(self) -> MultiGrain:
-        """What is evaluated and kept: the averaged network, if there is one."""
+        """The network that is evaluated and saved as the result: the averaged one, if there is one."""
         return self.averaged or self.network
 
     @property
     def steps(self) -> int:
-        """Steps done in all."""
+        """Number of steps done in all epochs."""
         return self.epoch * len(self.batches) + self.step
 
     def begin_epoch(self, epoch: int) -> None:
-        """Stand before the first step of an epoch, counted from 0."""
+        """Move to the first step of an epoch, counted from 0."""
         self.epoch, self.step = epoch, 0
         self.totals: dict[str, Tensor] = {}
         self.seconds = self.waited = 0.0
         self._first_bad = torch.full((), torch.inf, device=self.device)
 
     def train_epoch(self, save: Callable[[checkpoint.Checkpoint], None]) -> dict[str, float] | None:
-        """What is left of the epoch, saved at intervals and at the end; its course, None if a heartbeat ended it."""
+        """Train the rest of the epoch, saving checkpoints; return its statistics, or None if a heartbeat stopped it."""
         self.batches.load_state_dict({"seed": self.spec.seed, "epoch": self.epoch, "step": self.step})
         self.views.set_epoch(self.epoch)
         self.loss.train()
-        left = range(self.step, len(self.batches))
-        loader: Iterator[Views] = iter(self.loader) if left else iter(())
-        for step in left:
+        remaining = range(self.step, len(self.batches))
+        loader: Iterator[Views] = iter(self.loader) if remaining else iter(())
+        for step in remaining:
             started = time.perf_counter()
             batch = next(loader)
             self.waited += time.perf_counter() - started
@@ -131,12 +138,12 @@ class Training:
             self.seconds += time.perf_counter() - started
             if self.step % CHECK_STEPS == 0:
                 self._check()
-            ends, last = self.stop_signal.after_step(), self.step == len(self.batches)
-            if last or ends or self.steps % self.spec.compute.checkpoint_steps == 0:
+            stops, last = self.stop_signal.after_step(), self.step == len(self.batches)
+            if last or stops or self.steps % self.spec.compute.checkpoint_steps == 0:
                 save(self._checkpoint())
-            if ends and not last:
+            if stops and not last:
                 return None
-        return self._course()
+        return self._statistics()
 
     def _train_step(self, batch: Views) -> None:
         spec, position = self.spec, (self.spec.seed, self.epoch, self.step)
@@ -174,7 +181,7 @@ class Training:
     def _embed_parts(self, parts: list[tuple[Tensor, Tensor]], position: tuple[int, ...]) -> list[Tensor]:
         if len(parts) == 1:
             return [self._embed(parts[0], (*position, 0))]
-        # Without memory of how: each part passes once more when its gradient is known. Statistics count once.
+        # Without a graph: each part passes once more when its gradient is known. Batch statistics count once.
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         with torch.no_grad():
             embeddings = [self._embed(part, (*position, index)) for index, part in enumerate(parts)]
@@ -199,7 +206,7 @@ class Training:
                 torch.autograd.backward(self._embed(part, (*position, index)), gradient)
 
     def _update(self) -> None:
-        if self.grouped:  # what stands behind the encoder
+        if self.grouped:  # the encoder's gradients are averaged already
             for parameter in self.loss.head:
                 if parameter.grad is not None:  # the classifier has none where loss.weight is 0
                     parameter.grad.copy_(mean_over_ranks(parameter.grad))
@@ -211,7 +218,7 @@ class Training:
             optimizer.zero_grad()
         self.scaler.update()
         if self.averaged is not None:
-            follow(self.averaged, self.network, self.spec.optimizer.ema, self.steps)
+            update_average(self.averaged, self.network, self.spec.optimizer.ema, self.steps)
 
     def _check(self) -> None:
         first = self._first_bad.clone()
@@ -224,7 +231,7 @@ class Training:
             )
 
     def _checkpoint(self) -> checkpoint.Checkpoint:
-        """All that the rest of the run depends on, the same on all ranks."""
+        """State that the rest of the run depends on, the same on all ranks."""
         self._check()
         if not all(parameter.isfinite().all() for parameter in self.loss.parameters()):
             raise TrainingError(
@@ -233,7 +240,7 @@ class Training:
             )
         if self.grouped:
             self.totals = {name: mean_over_ranks(total) for name, total in self.totals.items()}
-            for buffer in self.result_network.buffers():  # every rank evaluates with the statistics that are saved
+            for buffer in self.result_network.buffers():  # every rank evaluates with the saved statistics
                 distributed.broadcast(buffer, src=0)
         model = self.loss.state_dict()
         if self.averaged is not None:
@@ -252,7 +259,7 @@ class Training:
         return checkpoint.Checkpoint(model, {"network": main, "beta": beta, "scaler": self.scaler.state_dict()}, state)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint; what it does not hold follows from seed, epoch and step."""
+        """Resume from a checkpoint; all that it does not hold follows from seed, epoch and step."""
         state = saved.state
         self.loss.load_state_dict(
             {key: value for key, value in saved.model.items() if not key.startswith(checkpoint.AVERAGED)}
@@ -269,11 +276,11 @@ class Training:
             for name, total in state["totals"].items()
         }
 
-    def _course(self) -> dict[str, float]:
-        """How the epoch went: means over its steps and all ranks."""
+    def _statistics(self) -> dict[str, float]:
+        """Statistics of the epoch: means over its steps and all ranks."""
         mean = {name: total.item() for name, total in self.totals.items()}
         steps, triplets = len(self.batches), max(mean["triplets"], 1)
-        course = {
+        statistics = {
             "loss": mean["loss"] / steps,
             "classification_loss": mean["classification"] / steps,
             "margin_loss": mean["margin"] / steps,
@@ -287,12 +294,12 @@ class Training:
             "data_wait": self.waited / self.seconds,
         }
         if self.spec.model.learn_p:
-            course["p"] = torch.as_tensor(self.network.pool.p).item()
+            statistics["p"] = torch.as_tensor(self.network.pool.p).item()
         if self.spec.loss.entropy:
-            course["entropy_loss"] = mean["entropy"] / steps
-        return course
+            statistics["entropy_loss"] = mean["entropy"] / steps
+        return statistics
 
 
 def _seed(*parts: int) -> int:
-    """A seed of one's own for every position."""
+    """A different seed for every position."""
     return hash(parts) % 2**63
