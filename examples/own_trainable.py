@@ -7,7 +7,6 @@ Run it with `PYTHONPATH=examples grainmill tune examples/own_trainable.yaml`.
 import hashlib
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,8 +1,8 @@
-"""How long a checkpoint holds the training up: ours, written in the background, against torch.save in place.
+"""Time that training waits for a checkpoint: ours, written in the background, against torch.save.
 
     python -m tests.benchmarks.checkpoints [--device cuda] [--rounds 5]
 
-ResNet-50 and its momentum, 205 MB. Also: how long `ray.train.report` holds it up, which ours calls once an epoch.
+A ResNet-50 and its momentum, 205 MB. Also the time of a call of `ray.train.report`, which ours makes once an epoch.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def in_place(checkpoint, folder):
 
 
 def in_background(checkpoint, writer):
-    """Until training can go on; that it is written is awaited outside the measurement."""
+    """Milliseconds until training can go on; the end of the writing is awaited outside the measurement."""
     started = time.perf_counter()
     writer.save(checkpoint)
     blocked = 1e3 * (time.perf_counter() - started)

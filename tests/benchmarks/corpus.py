@@ -1,10 +1,10 @@
-"""Images a second into an index: `grainmill embed` on one worker against a plain loop of torch.
+"""Images per second into an index: `grainmill embed` on one worker against a plain PyTorch loop.
 
     python -m tests.benchmarks.corpus [--images 1536] [--rounds 3] [--trunk resnet18]
 
-500 x 375 JPEGs of some 75 kB at 224 pixels. Both have the same network. The plain loop reads by a DataLoader with as
-many processes as there are cores, Pillow and the transforms of torchvision's examples, in batches of 64, and keeps the
-embeddings in memory. Of both, the time from their first answer to their last counts, without the start of processes.
+JPEGs of 500 x 375 pixels and about 75 kB, embedded at 224 pixels by the same network. The plain loop uses a DataLoader
+with one process for each core, Pillow and the transforms of torchvision's examples, in batches of 64, and keeps the
+embeddings in memory. Measured from the first result to the last, without the start of processes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ OURS, PLAIN = "grainmill embed, one worker", "plain torch loop"
 
 
 def plain(network, paths):
-    """Images a second."""
+    """Images per second of the plain loop."""
     batches = DataLoader(Plain(paths), BATCH, num_workers=len(os.sched_getaffinity(0)))
     started, found = None, []
     with torch.no_grad():
@@ -49,7 +49,7 @@ def plain(network, paths):
 
 
 def ours(uri, model, source, out):
-    """Images a second, with Ray started before."""
+    """Images per second of `grainmill embed`, with Ray started before."""
     done = embed.embed(uri, model, str(source), out, 1, None, trainable.no_progress)
     assert not done.faults
     assert done.steady >= 512, "from the first answer to the last, of blocks of 256"
@@ -57,7 +57,7 @@ def ours(uri, model, source, out):
 
 
 def register(folder, trunk, image):
-    """A network with random weights as a registered model, and itself."""
+    """Register a network with random weights; return the tracking URI, the model's URI and the network."""
     spec = MultiGrainSpec.model_validate({"model": {"trunk": trunk}})
     network, classes = MultiGrain(trunk, 1000, spec.model.p), [str(number) for number in range(1000)]
     state = {"steps": 1, "spec": spec.model_dump(), "classes": classes}
@@ -91,7 +91,7 @@ def main():
             PLAIN: lambda: plain(network, paths),
         }
         figures = compare(contestants, options.rounds)
-    report("corpus", figures, [Goal(OURS, PLAIN, 0.95)], before, "images a second")
+    report("corpus", figures, [Goal(OURS, PLAIN, 0.95)], before, "images per second")
 
 
 if __name__ == "__main__":

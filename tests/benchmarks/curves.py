@@ -1,7 +1,7 @@
-"""Simulated trainings of a MultiGrain search space, and workers that run them in virtual time.
+"""Simulated trainings of a MultiGrain search space, run by workers in virtual time.
 
-Two objectives trade off through lambda, and learning curves cross: more copies of an image start behind and end ahead,
-as in Fig. A.1 of the paper, and so do higher rates.
+Two objectives trade off through lambda. Learning curves cross: trainings with more copies of an image start lower and
+end higher, as in Fig. A.1 of the paper, and so do those with higher rates.
 """
 
 import heapq
@@ -21,25 +21,24 @@ SPACE = {
     "optimizer.rate": {"loguniform": [0.02, 2.0]},
 }
 METRICS = ("top1", "copy_map")
-"""Percent; larger is better."""
+"""Simulated metrics, in percent; larger is better."""
 FLOOR = {"top1": 60.0, "copy_map": 40.0, "mean": 50.0}
-"""Reference point of hypervolumes: a setting below it counts for nothing."""
+"""Reference point of hypervolumes: settings below it do not count."""
 EPOCH_SECONDS = 60.0
 DRAWS = 4000
-"""Settings from which the best that a world allows is found."""
+"""Number of random settings from which the best possible result of a world is found."""
 
 
 def lag(repeats: int, progress: float) -> float:
-    """Points below the end at a share of the epochs, at the published rate.
+    """Percentage points below the final value after a share of the epochs, at the published learning rate.
 
-    Through what Fig. A.1 shows for 1 and 3 copies: 72.4 and 70.5 at a third, equal at 70 epochs of 120, and 0.9 apart
-    at the end.
+    Fitted to Fig. A.1 for 1 and 3 copies: 72.4 and 70.5 after a third, equal at epoch 70 of 120, 0.9 apart at the end.
     """
     return (19 + 2.3 * (repeats - 1)) * (1 - progress) ** (4 - 0.42 * (repeats - 1))
 
 
 def front(points: list[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    """The points that no other dominates, from the largest first value on."""
+    """The points that no other dominates, sorted by descending first value."""
     height = -math.inf
     for x, y in sorted(set(points), reverse=True):
         if y > height:
@@ -48,7 +47,7 @@ def front(points: list[tuple[float, float]]) -> Iterator[tuple[float, float]]:
 
 
 def hypervolume(points: list[tuple[float, float]], floor: tuple[float, float]) -> float:
-    """Area between a floor and the points above it; larger is better in both values."""
+    """Area between the floor and the points above it; in both values, larger is better."""
     area, height = 0.0, floor[1]
     for x, y in front([(x, y) for x, y in points if x > floor[0] and y > floor[1]]):
         area, height = area + (x - floor[0]) * (y - height), y
@@ -56,12 +55,12 @@ def hypervolume(points: list[tuple[float, float]], floor: tuple[float, float]) -
 
 
 class World:
-    """A data set: where its optima lie, and how noisy its trainings are."""
+    """A simulated data set, with the optima of its settings and the noise of its trainings."""
 
     def __init__(self, seed: int, epochs: int) -> None:
         self.seed, self.epochs = seed, epochs
         random = np.random.default_rng(seed)
-        self.weight = random.uniform([0.2, 0.6], [0.7, 1.0])  # of top1 and of copy_map, as the others
+        self.weight = random.uniform([0.2, 0.6], [0.7, 1.0])  # optimum for top1 and for copy_map, as in the next lines
         self.p = random.uniform([1.0, 2.5], [3.0, 6.0])
         self.crop = np.log(random.uniform([0.1, 0.2], [0.4, 0.7]))
         self.rate = np.log(random.uniform([0.05, 0.05], [0.8, 0.8]))
@@ -82,7 +81,7 @@ class World:
         return float(top1), float(copy_map)
 
     def training(self, setting: Setting, number: int) -> Iterator[tuple[float, dict[str, float]]]:
-        """Seconds and metrics of each epoch; a number is a seed, and begins the same training again."""
+        """Seconds and metrics of each epoch; the number is the seed: the same one repeats the same training."""
         random = np.random.default_rng([self.seed, number])
         speed = EPOCH_SECONDS * (0.8 + 0.2 / setting["batch.repeats"]) * math.exp(random.normal(0, 0.1))
         ends = np.array(self.end(setting)) + random.normal(0, [0.15, 0.4])
@@ -94,7 +93,7 @@ class World:
             yield speed * math.exp(random.normal(0, 0.03)), {name: float(value) for name, value in metrics.items()}
 
     def volume(self, settings: list[Setting], both: bool) -> float:
-        """Hypervolume of the settings' ends; with one objective, how far the best mean is above the floor."""
+        """Hypervolume of the settings' final metrics; with one objective, the best mean minus the floor."""
         ends = [self.end(setting) for setting in settings]
         if both:
             return hypervolume(ends, (FLOOR["top1"], FLOOR["copy_map"]))
@@ -102,7 +101,7 @@ class World:
 
 
 def drawn(random: np.random.Generator, parameter: Parameter) -> Scalar:
-    """A value of a parameter, evenly from its range."""
+    """A random value of a parameter, uniform in its range."""
     if parameter.choice:
         return parameter.choice[random.integers(len(parameter.choice))]
     if parameter.uniform:
@@ -111,28 +110,28 @@ def drawn(random: np.random.Generator, parameter: Parameter) -> Scalar:
 
 
 class Player(Protocol):
-    """A way to search."""
+    """A search algorithm."""
 
     def suggest(self) -> tuple[int, Setting] | None:
-        """A trial's number and setting; one that was paused comes back under its number. None: ask again later."""
+        """Number and setting of the next trial, new or paused before; None: ask again later."""
 
     def goes_on(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """Told of an epoch, whether the trial goes on."""
+        """Record the metrics of an epoch, and return True if the trial continues."""
 
     def ended(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Told that a trial ended with these metrics, by its own or the player's doing."""
+        """Record that a trial ended with these metrics, complete or stopped."""
 
 
 class Finish(NamedTuple):
-    """A trial that ran to its end."""
+    """A trial that ran all its epochs."""
 
     seconds: float
-    """Of all workers, from the start of the search until then."""
+    """Time of all workers from the start of the search to the end of the trial."""
     setting: Setting
 
 
 def play(world: World, player: Player, workers: int, budget: float) -> list[Finish]:
-    """The trials that end before so many seconds of all workers are spent; waiting counts, too."""
+    """Complete trials within a budget of worker seconds, which include waiting."""
     finished: list[Finish] = []
     trainings: dict[int, Iterator[tuple[float, dict[str, float]]]] = {}
     running: list[tuple[float, int, Setting, dict[str, float]]] = []
@@ -161,5 +160,5 @@ def play(world: World, player: Player, workers: int, budget: float) -> list[Fini
 
 
 def share(world: World, finished: list[Finish], both: bool, seconds: float) -> float:
-    """Of the best that the world allows, what trials that ended by then reached."""
+    """Share of the best possible result of the world that the trials finished after some seconds have reached."""
     return world.volume([trial.setting for trial in finished if trial.seconds <= seconds], both) / world.best[both]

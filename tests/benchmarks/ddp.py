@@ -1,4 +1,4 @@
-"""Two workers under Ray Train against the same two under torchrun: steady images a second, and the time around it.
+"""Two workers under Ray Train against two under torchrun: images per second, and time outside the steps.
 
     python -m tests.benchmarks.ddp [--rounds 3] [--steps 24]
 
@@ -18,7 +18,7 @@ WORKERS, SIZE, BATCH, WARM = 2, 96, 48, 4
 
 
 def steps(config):
-    """What each worker does; the first writes its rate after the warm steps."""
+    """Train on one worker; rank 0 writes the rate, measured after the warm-up steps."""
     import torch
     from torch import distributed
 
@@ -32,7 +32,7 @@ def steps(config):
     labels = tuple(index % 100 for index in range(10 * BATCH))
     classes, everywhere = tuple(map(str, range(100))), (Path("unread"),) * len(labels)
     training = Training(spec, Dataset(classes, everywhere, labels, (), (), None), torch.device("cpu"))
-    training.objective.train()
+    training.loss.train()
     own = BATCH // WORKERS
     images = torch.randint(0, 256, (own, 3, SIZE, SIZE), dtype=torch.uint8)
     colour = torch.tensor([1.0, 1, 1, 0, 1, 2, 0, 0, 0, 0, 1]).repeat(own, 1)
@@ -42,7 +42,7 @@ def steps(config):
             distributed.barrier()
             started = time.perf_counter()
         training._train_step(batch)
-        training.ending.after_step()
+        training.stop_signal.after_step()
     distributed.barrier()
     if distributed.get_rank() == 0:
         Path(config["out"]).write_text(json.dumps(BATCH * config["steps"] / (time.perf_counter() - started)))
@@ -72,7 +72,7 @@ def child(config):
 
 
 def rates(launch, config, seconds):
-    """The steady rate of one launch; `seconds` gets the time that it took besides."""
+    """Images per second of one launch; the time it took outside the steps is appended to `seconds`."""
     started = time.perf_counter()
     launch(config)
     rate = json.loads(Path(config["out"]).read_text())
@@ -107,8 +107,8 @@ def main():
             figures = compare(measures, options.rounds)
     finally:
         ray.shutdown()
-    report("ddp", figures, [Goal("Ray Train", "torchrun", 0.97)], before, "images a second")
-    report("ddp-start", around, [Goal("Ray Train", "torchrun")], before, "seconds besides the steps", False)
+    report("ddp", figures, [Goal("Ray Train", "torchrun", 0.97)], before, "images per second")
+    report("ddp-start", around, [Goal("Ray Train", "torchrun")], before, "seconds outside the steps", False)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Images a second from JPEG files to embeddings: `grid.embed` against a plain loop of torchvision.
+"""Images per second from JPEG files to embeddings: `evaluation.embed` against a plain torchvision loop.
 
     python -m tests.benchmarks.embedding [--device cuda] [--images 500] [--rounds 3] [--loaders 2]
 
-500 x 375 JPEGs of some 75 kB, a ResNet-18 at 224 pixels, the start of the loading processes included. Both contestants
-have the same weights; ours pools with p = 3, the plain loop takes torchvision's average. The wait for data is the time
-in which the main process has no batch to compute on.
+JPEGs of 500 x 375 pixels and about 75 kB, a ResNet-18 at 224 pixels; the start of the loading processes is included.
+Both contestants have the same weights; ours pools with p = 3, the plain loop by torchvision's average. The wait for
+data is the time in which the main process has no batch to compute on.
 """
 
 import argparse
@@ -33,7 +33,7 @@ OURS, PLAIN = "ours", "plain torchvision loop"
 
 
 class Plain(Dataset):
-    """Each image by itself: Pillow, then the transforms of torchvision's own examples."""
+    """Images decoded by Pillow and prepared by the transforms of torchvision's examples."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -55,7 +55,7 @@ class Plain(Dataset):
 
 
 class Wait:
-    """Seconds that the loop over something spent in getting the next of it."""
+    """Measures the seconds that a loop waits for its next batch."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -80,7 +80,7 @@ def plain(network, paths, device, loaders, wait):
 
 @contextmanager
 def timed_batches(wait):
-    """While it lasts, the batches of `grid.embed` are timed."""
+    """Measure the wait for the batches of `embed` within the context."""
     batches = embed.evaluation_batches
     embed.evaluation_batches = lambda *args, **kwargs: wait.of(batches(*args, **kwargs))
     try:
@@ -95,7 +95,7 @@ def ours(network, paths, device, loaders, wait, p=3.0):
 
 
 def rate(run, paths, shares):
-    """Images a second; the share of the time that was a wait is added to `shares`."""
+    """Images per second; the share of the time spent waiting is appended to `shares`."""
     wait, started = Wait(), time.perf_counter()
     run(paths, wait)
     used = time.perf_counter() - started
@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loaders", type=int, default=2, help="processes that read")
+    parser.add_argument("--loaders", type=int, default=2, help="number of image-reading processes")
     options = parser.parse_args()
     before, device = machine(), torch.device(options.device)
     network = MultiGrain("resnet18", 1000).to(device).eval()
@@ -120,7 +120,7 @@ def main():
         rng = np.random.default_rng(0)
         files = [Path(folder) / f"{number:03d}.jpg" for number in range(FILES)]
         size = np.mean([path.write_bytes(photo(rng)) for path in files]) / 1000
-        print(f"{size:.1f} kB an image, {options.loaders} loaders")
+        print(f"{size:.1f} kB per image, {options.loaders} loaders")
         runs = {
             OURS: lambda paths, wait: ours(network, paths, device, options.loaders, wait),
             PLAIN: lambda paths, wait: plain(peer, paths, device, options.loaders, wait),
@@ -133,11 +133,11 @@ def main():
         contestants = {name: partial(rate, run, paths, shares[name]) for name, run in runs.items()}
         figures = compare(contestants, options.rounds)
     for name, values in shares.items():
-        print(f"{name}: {statistics.median(values):.1%} of the time is a wait for data")
+        print(f"{name}: {statistics.median(values):.1%} of the time is spent waiting for data")
         figures[f"{name}, without the wait"] = [
             speed / (1 - share) for speed, share in zip(figures[name], values, strict=True)
         ]
-    report("embedding", figures, [Goal(OURS, PLAIN, 1)], before, "images a second")
+    report("embedding", figures, [Goal(OURS, PLAIN, 1)], before, "images per second")
 
 
 if __name__ == "__main__":

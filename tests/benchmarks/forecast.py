@@ -1,10 +1,10 @@
-"""How near `grainmill plan` comes: its epochs and hours against those of simulated searches.
+"""Accuracy of `grainmill plan`: its epochs and hours against those of simulated searches.
 
     python -m tests.benchmarks.forecast [--seeds 10] [--trials 64] [--epochs 27]
 
-The searches are ours in worlds of learning curves that cross (see `curves`), with all that the forecast leaves out: who
-is good at a rung is good later, too, the sampler learns, and epochs differ in length. The forecast is given the mean
-time of an epoch, and nothing else of the world.
+The searches run in simulated worlds (see `curves`), with all that the forecast leaves out: trials that are good at one
+rung are good later, too, the sampler learns, and epochs differ in length. The forecast knows the mean time of an epoch,
+and nothing else of the world.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CONTESTS: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 class Clocked(curves.World):
-    """A world that counts what is trained in it."""
+    """A world that records the seconds of every epoch trained in it."""
 
     def __init__(self, seed: int, epochs: int) -> None:
         super().__init__(seed, epochs)
@@ -48,7 +48,7 @@ class Clocked(curves.World):
 def ratios(
     objectives: tuple[str, ...], search: Mapping[str, Any], seed: int, trials: int, epochs: int
 ) -> dict[str, float]:
-    """What the forecast says, over what came: epochs, and hours until the last trial that runs to its end."""
+    """Forecast divided by simulation: epochs, and hours until the last complete trial."""
     world = Clocked(seed, epochs)
     finished = curves.play(world, Ours(world, objectives, trials, **search), WORKERS, float("inf"))
     checked = experiment(objectives, epochs, trials=trials, **search)
@@ -67,18 +67,18 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=27)
     options = parser.parse_args()
-    before, told = machine(), {}
-    print(f"forecast over what came, {options.seeds} worlds, {options.trials} trials of {options.epochs} epochs")
+    before, results = machine(), {}
+    print(f"forecast divided by simulation, {options.seeds} worlds, {options.trials} trials of {options.epochs} epochs")
     print(f"{'':<36}{'min':>8}{'median':>8}{'max':>8}")
     for name, (objectives, search) in CONTESTS.items():
         found = [ratios(objectives, search, seed, options.trials, options.epochs) for seed in range(options.seeds)]
         for what in ("epochs", "hours"):
             values = [one[what] for one in found]
-            told[f"{name}, {what}"] = values
+            results[f"{name}, {what}"] = values
             print(f"{f'{name}, {what}':<36}{min(values):>8.3f}{statistics.median(values):>8.3f}{max(values):>8.3f}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "forecast.json"
-    path.write_text(json.dumps({"name": "forecast", **before, "ratios": told}))
+    path.write_text(json.dumps({"name": "forecast", **before, "ratios": results}))
     print(path)
 
 

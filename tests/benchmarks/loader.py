@@ -1,8 +1,8 @@
-"""Views a second that reach the training loop, against the pipelines in common use.
+"""Augmented views per second that reach the training loop, against common pipelines.
 
 python -m tests.benchmarks.loader [--device cuda] [--seconds 6] [--rounds 3] [--loaders 2]
 
-500 x 375 JPEGs of some 75 kB become batches of 224 x 224 crops, three views of an image in each.
+JPEGs of 500 x 375 pixels and about 75 kB become batches of 224 x 224 crops, with three views of each image.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LIMIT = "limit: a third of a decode and a crop"
 
 
 def photo(rng: np.random.Generator) -> bytes:
-    """Discs and grain: as many bytes as a photograph of its size."""
+    """A drawn JPEG of discs and grain, with as many bytes as a photograph of its size."""
     image = Image.new("RGB", (500, 375), tuple(rng.integers(40, 220, 3).tolist()))
     draw = ImageDraw.Draw(image)
     for _ in range(40):
@@ -49,7 +49,7 @@ def photo(rng: np.random.Generator) -> bytes:
 
 
 class Reference(Dataset[Tensor]):
-    """Every view is read, decoded by Pillow, cropped, flipped, jittered, made float and lit by itself."""
+    """Pipeline of Pillow and floats: each view is read, decoded and transformed separately."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -69,7 +69,7 @@ class Reference(Dataset[Tensor]):
 
 
 class Uint8(Dataset[Tensor]):
-    """Every view is read, decoded by torchvision, cropped and flipped by itself; the rest is left to the device."""
+    """Pipeline of torchvision on uint8: each view is read, decoded, cropped and flipped separately, without colours."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -80,7 +80,7 @@ class Uint8(Dataset[Tensor]):
 
 
 class Endless(RepeatedAugmentationBatches):
-    """Epoch after epoch."""
+    """Batches of one epoch after another, without end."""
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
@@ -88,7 +88,7 @@ class Endless(RepeatedAugmentationBatches):
 
 
 def loaded(loader: DataLoader, use: Callable[[object], object], seconds: float, warm: int) -> float:
-    """Views a second, once the loading processes have started and read ahead."""
+    """Views per second, measured after the loading processes have started and read ahead."""
     batches = iter(loader)
     for _ in range(warm):
         use(next(batches))
@@ -102,7 +102,7 @@ def loaded(loader: DataLoader, use: Callable[[object], object], seconds: float, 
 
 
 def alone(work: Callable[[Path], object], paths: list[Path], seconds: float) -> float:
-    """Calls in a second of a core's time, whoever else uses the cores."""
+    """Calls per second of CPU time of one core, independent of the machine's load."""
     started = time.process_time()
     for count, path in enumerate(cycle(paths), 1):
         work(path)
@@ -112,25 +112,25 @@ def alone(work: Callable[[Path], object], paths: list[Path], seconds: float) -> 
 
 
 def by_pillow(path: Path) -> Tensor:
-    """As the reference reads."""
+    """Decode an image by Pillow."""
     with Image.open(path) as image:
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all pipelines, print the table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", help="where the views are coloured")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--device", default="cpu", help="device on which the colours of the views are changed")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loaders", type=int, default=2, help="processes that read")
+    parser.add_argument("--loaders", type=int, default=2, help="number of image-reading processes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the loading processes have one each, too
     before, device, loaders = machine(), torch.device(arguments.device), arguments.loaders
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         paths = [Path(folder) / f"{number:03d}.jpg" for number in range(IMAGES)]
-        print(f"{np.mean([path.write_bytes(photo(rng)) for path in paths]) / 1000:.1f} kB an image, {loaders} loaders")
+        print(f"{np.mean([path.write_bytes(photo(rng)) for path in paths]) / 1000:.1f} kB per image, {loaders} loaders")
 
         def others(dataset: Dataset) -> float:
             loader = DataLoader(dataset, batch_sampler=Endless(IMAGES, BATCH, REPEATS), num_workers=loaders)
@@ -164,7 +164,7 @@ def main() -> None:
         for decoded, cropped in zip(figures[decodes], figures[crops], strict=True)
     ]
     goals = [Goal(OURS, REFERENCE, 3.8), Goal(OURS, UINT8, 1.6), Goal(COLOURED, REFERENCE), Goal(OURS, LIMIT)]
-    report("loader", figures, goals, before, "views or images a second")
+    report("loader", figures, goals, before, "views or images per second")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Two workers on two nodes against two on one node, on the same cores: steady images a second.
+"""Two workers on two nodes against two on one node, on the same cores: images per second.
 
     python -m tests.benchmarks.nodes [--rounds 3] [--steps 24]
 
-The nodes are network namespaces of this machine with a cable between them: what it costs that all gradients go through
-a network, not what a real network is like. The steps are those of `ddp`.
+The nodes are network namespaces of this machine, connected by a virtual cable. Measured is the cost of sending all
+gradients through a network, not the speed of a real network. The steps are those of `ddp`.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main():
             },
             options.rounds,
         )
-    report("nodes", figures, [Goal("two nodes", "one node")], before, "images a second")
+    report("nodes", figures, [Goal("two nodes", "one node")], before, "images per second")
 
 
 if __name__ == "__main__":

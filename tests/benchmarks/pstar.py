@@ -1,8 +1,8 @@
-"""Embeddings of ten exponents for two sizes: ours, in one pass for each size, against one pass for each exponent.
+"""Seconds for embeddings of ten exponents at two sizes: one pass for each size, against one for each exponent.
 
     python -m tests.benchmarks.pstar [--device cuda] [--trunk resnet50] [--images 8] [--rounds 2]
 
-The images lie in memory; both contestants pool by GeM, and end with the embeddings on the host.
+The images are in memory. Both contestants pool by GeM and end with the embeddings in CPU memory.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BATCH = 8
 
 
 def one_by_one(network, images, exponents):
-    """The usual way: the whole network, once for each exponent."""
+    """Embeddings by one pass of the whole network for each exponent, the usual way."""
     found = []
     for p in exponents:
         network.pool = GeM(p)
@@ -43,7 +43,7 @@ def seconds(run, *arguments):
 
 
 def pooling_share(network, images):
-    """Of the time of one pass, what goes into pooling for all exponents."""
+    """Share of the time of one pass that pooling for all exponents takes."""
 
     def timed(run, argument, calls=5):
         times = []

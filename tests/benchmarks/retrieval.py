@@ -1,15 +1,15 @@
-"""Exact mAP of 1,000 queries among 10,000 items: ours against a loop, sorting, and the product alone.
+"""Seconds for the exact mAP of 1,000 queries among 10,000 items: ours against a loop, sorting, and a lower bound.
 
     python -m tests.benchmarks.retrieval [--rounds 5]
     python -m tests.benchmarks.retrieval --large --rounds 1
 
-2,048 channels, about five positives a query. The loop is timed on a tenth of the queries and scaled.
+2,048 channels, about five positives for each query. The loop is timed on a tenth of the queries and scaled.
 
---large: 60,000 items of 512 channels searched among each other, each contestant in a process of its own; memory is by
-how much the largest resident one exceeds that with the descriptors loaded. The loop is timed on 200 queries and scaled.
-The accuracy calculator of pytorch-metric-learning, where it is installed, searches by faiss if that is, too. On all
-items it has MAP@R, for which the R nearest are enough; mAP takes it memory that grows with the square of the items,
-and is therefore compared on 10,000.
+--large: 60,000 items of 512 channels searched among each other, each contestant in its own process. Memory is the
+largest resident size minus that with the descriptors loaded. The loop is timed on 200 queries and scaled. The accuracy
+calculator of pytorch-metric-learning, if installed, searches by faiss if that is installed. On all items it computes
+MAP@R, for which the R nearest are enough; its mAP takes memory that grows with the square of the items, and is
+therefore compared on 10,000.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from tests.benchmarks.table import Goal, compare, machine, report
 QUERIES, ITEMS, CHANNELS = 1000, 10_000, 2048
 LARGE, SMALL, LARGE_CHANNELS = 60_000, 10_000, 512
 LOOPED = 200
-"""Queries of the loop among 60,000."""
+"""Number of the loop's queries among 60,000 items."""
 
 
 def descriptors(labels, channels, seed):
-    """Of unit norm, not negative, as after a ReLU; more like those of their own label than like others."""
+    """Non-negative descriptors of unit norm, as after a ReLU, most similar to those of their own label."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(0).random((labels.max() + 1, channels), dtype=np.float32) ** 4
     rows = centres[labels] + 2.5 * rng.random((len(labels), channels), dtype=np.float32) ** 4
@@ -45,14 +45,14 @@ def descriptors(labels, channels, seed):
 
 @cache
 def problem():
-    """Queries and items of twice as many objects as there are queries, in any order, and the truth."""
+    """Queries, items of twice as many objects as queries, in random order, and the truth."""
     objects = np.random.default_rng(1).permutation(ITEMS) % (2 * QUERIES)
     truth = [Truth(np.flatnonzero(objects == query), np.empty(0, np.int64)) for query in range(QUERIES)]
     return descriptors(np.arange(2 * QUERIES), CHANNELS, 2)[:QUERIES], descriptors(objects, CHANNELS, 3), truth
 
 
 def loop(queries, database, truth):
-    """The usual evaluation: the distances of one query at a time, sorted."""
+    """mAP by the usual loop, which sorts the distances of one query at a time."""
     found = []
     for query, (positives, junk) in zip(queries, truth, strict=True):
         order = np.argsort(np.linalg.norm(database - query, axis=1))
@@ -63,7 +63,7 @@ def loop(queries, database, truth):
 
 
 def argsort(queries, database, truth):
-    """One product in fp32, and every query's scores sorted."""
+    """mAP by one matrix product in fp32 and a sort of each query's scores."""
     orders = np.argsort(-(torch.from_numpy(queries) @ torch.from_numpy(database).T).numpy(), axis=1)
     found = [
         average_precision(np.flatnonzero(np.isin(order, positives)))
@@ -73,12 +73,12 @@ def argsort(queries, database, truth):
 
 
 def product(queries, database, truth):
-    """What no exact evaluation can do without."""
+    """The lower bound: the matrix product that every exact evaluation computes."""
     torch.from_numpy(queries) @ torch.from_numpy(database).T
 
 
 def seconds(run, share=1):
-    """Of all queries, measured on one in `share` of them."""
+    """Seconds for all queries, measured on every `share`-th of them."""
     queries, database, truth = problem()
     started = time.perf_counter()
     run(queries[::share], database, truth[::share])
@@ -97,7 +97,7 @@ def small(rounds):
 
 
 def labels_of(count):
-    """As many items an object as in Stanford Online Products."""
+    """Labels with as many items per object as in Stanford Online Products."""
     return np.random.default_rng(0).permutation(count) % (count * 11_316 // 60_000)
 
 
@@ -112,7 +112,7 @@ def loop_among(items, labels):
 
 
 def calculator_among(items, labels, k, name, ours):
-    """A measure of pytorch-metric-learning, and what it is called here."""
+    """A measure of pytorch-metric-learning, by its name here."""
     from pytorch_metric_learning.distances import CosineSimilarity
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
@@ -136,16 +136,16 @@ AMONG = {
 
 
 def resident(name):
-    """A figure of this process in MB."""
+    """A memory size of this process, in MB, by its name in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1e3
 
 
 def measured(pipe, name, folder):
-    """Sends seconds, MB and measures of a contestant."""
+    """Send seconds, MB and measures of a contestant."""
     run, count = AMONG[name]
     items, labels = np.load(folder / f"{count}.npy"), labels_of(count)
-    run(items[:100].copy(), np.arange(100) % 20)  # loads what is loaded once
+    run(items[:100].copy(), np.arange(100) % 20)  # warm-up
     before, started = resident("VmRSS"), time.perf_counter()
     values = run(items, labels)
     used = (time.perf_counter() - started) * (count / LOOPED if run is loop_among else 1)
@@ -153,7 +153,7 @@ def measured(pipe, name, folder):
 
 
 def in_a_process(name, folder):
-    """What `measured` sends from a process of its own; None if it cannot."""
+    """Run `measured` in a new process; None if it sends nothing."""
     here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measured, args=(there, name, folder))
     process.start()

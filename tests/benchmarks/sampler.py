@@ -1,8 +1,8 @@
-"""Triplet sampling: ours against a loop over anchors, pytorch-metric-learning's miner, and what no sampler can avoid.
+"""Time of triplet sampling: ours against a loop over anchors, pytorch-metric-learning's miner, and a lower bound.
 
     python -m tests.benchmarks.sampler [--device cuda] [--rounds 5]
 
-Groups of three views, 2,048 channels; every contestant ends with the three gathered sets of descriptors.
+Groups of three views, 2,048 channels; all contestants end with the three gathered sets of descriptors.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CHANNELS, COPIES = 2048, 3
 
 
 def batch(images, device):
-    """Descriptors of copies about 0.4 apart, of different images about 1.2 apart."""
+    """Descriptors and instance ids: copies lie about 0.4 apart, different images about 1.2."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.rand(images, CHANNELS, generator=generator) ** 4
     views = centres.repeat_interleave(COPIES, 0) + 0.1 * torch.rand(images * COPIES, CHANNELS, generator=generator)
@@ -28,7 +28,7 @@ def batch(images, device):
 
 
 def loop(descriptors, ids):
-    """The usual algorithm: the weights go to the host, where the negatives of each anchor are drawn in turn."""
+    """The usual algorithm: weights are copied to the CPU, which draws the negatives anchor by anchor."""
     squares = descriptors.square().sum(dim=1)
     squared = squares[:, None] + squares[None] - 2 * descriptors @ descriptors.T
     distances = (squared.clamp(min=0) + torch.eye(len(descriptors), device=descriptors.device)).sqrt().clamp(min=0.5)
@@ -56,7 +56,7 @@ def ours(descriptors, ids):
 
 
 def floor(descriptors, ids):
-    """The matrix of cosines and the three gathered sets: what every sampler computes."""
+    """The lower bound: the matrix of cosines and the three gathered sets, which every sampler computes."""
     descriptors @ descriptors.T
     indices = torch.arange(len(ids), device=descriptors.device).repeat_interleave(COPIES - 1)
     return tuple(descriptors[indices] for _ in range(3))
@@ -77,14 +77,14 @@ def miner():
 
 
 def waits(descriptors, ids):
-    """How often `ours` makes the host wait for a GPU."""
+    """Number of times that `ours` makes the CPU wait for the GPU."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         ours(descriptors, ids)
     return sum("Synchronize" in event.name for event in record.events())
 
 
 def milliseconds(run, descriptors, ids, calls=3):
-    """Of one call, the best of a few."""
+    """Milliseconds of one call, the best of a few."""
     times = []
     for _ in range(calls):
         started = time.perf_counter()
@@ -107,7 +107,7 @@ def main():
         size = len(ids)
         contestants = {"loop": loop, "ours": ours, "floor": floor} | ({"miner": miner()} if miner() else {})
         if against_miner is None:
-            contestants.pop("miner", None)  # minutes a call
+            contestants.pop("miner", None)  # it takes minutes
         names = {name: f"{name}, {size} views" for name in contestants}
         runs = {names[name]: partial(milliseconds, run, descriptors, ids) for name, run in contestants.items()}
         figures |= compare(runs, options.rounds)
@@ -116,7 +116,7 @@ def main():
         goals += [Goal(names["ours"], names["floor"], 1 / 1.5), Goal(names["floor"], names["loop"])]
     report("sampler", figures, goals, before, "milliseconds", more_is_better=False)
     if options.device != "cpu":
-        print("times that ours waits for the device in a call:", waits(*batch(170, options.device)))
+        print("times that a call of ours waits for the device:", waits(*batch(170, options.device)))
 
 
 if __name__ == "__main__":

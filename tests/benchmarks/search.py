@@ -1,10 +1,10 @@
-"""The search: what it finds for the accelerator time it takes, and what a suggestion costs in a long study.
+"""Search: results for the accelerator time spent, and the time of a suggestion in a long study.
 
     python -m tests.benchmarks.search [--seeds 30] [--trials 64] [--epochs 27]
     python -m tests.benchmarks.search --suggest [--sizes 1000 10000]
 
-The first is a simulation of eight workers (see `curves`); its figures do not depend on the machine. All contestants
-begin with the published setting, and only trials that ran to their end count, by their values without noise.
+The first command simulates eight workers (see `curves`); its numbers do not depend on the machine. All contestants
+begin with the published setting. Only complete trials count, by their values without noise.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tests.benchmarks.table import FOLDER, machine
 
 WORKERS = 8
 SHARES = (0.2, 0.4, 0.6, 1.0)
-"""Of the budget, at which a search is looked at."""
+"""Shares of the budget after which the results are compared."""
 
 
 def experiment(objectives: tuple[str, ...], epochs: int, **search: Any) -> Experiment:
@@ -50,7 +50,7 @@ def experiment(objectives: tuple[str, ...], epochs: int, **search: Any) -> Exper
 
 
 class Ours:
-    """The mill's study, searcher and asha, told what the clerk of real trials tells them."""
+    """Grainmill's study, searcher and ASHA, called as the `TrialCallback` calls them."""
 
     def __init__(self, world: curves.World, objectives: tuple[str, ...], trials: int, **search: Any) -> None:
         checked = experiment(objectives, world.epochs, seed=world.seed, trials=trials, **search)
@@ -61,14 +61,14 @@ class Ours:
         self.searcher = StudySearcher(self.study, self.asha, lambda: False)
 
     def suggest(self) -> tuple[int, Setting] | None:
-        """As of `curves.Player`."""
+        """As in `curves.Player`."""
         suggestion = self.searcher.suggest("any")
         if not isinstance(suggestion, dict):
             return None
         return suggestion["number"], self.study.record(suggestion["number"]).setting
 
     def goes_on(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """As of `curves.Player`."""
+        """As in `curves.Player`."""
         self.study.report(number, metrics)
         if metrics["epoch"] >= self.study.experiment.base.epochs:
             return True
@@ -78,7 +78,7 @@ class Ours:
         return verdict == "continue"
 
     def ended(self, number: int, metrics: Mapping[str, float]) -> None:
-        """As of `curves.Player`."""
+        """As in `curves.Player`."""
         if self.study.record(number).state != "paused":
             self.study.close(number, failed=False)
 
@@ -101,13 +101,13 @@ class Tune:
         self.given = 0
 
     def suggest(self) -> tuple[int, Setting] | None:
-        """As of `curves.Player`."""
+        """As in `curves.Player`."""
         number, self.given = self.given, self.given + 1
         self.asha.on_trial_add(None, SimpleNamespace(trial_id=number))
         return number, self.search.suggest(number)
 
     def goes_on(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """As of `curves.Player`."""
+        """As in `curves.Player`."""
         trial = SimpleNamespace(trial_id=number)
         if self.asha.on_trial_result(None, trial, metrics) == TrialScheduler.STOP:
             return False
@@ -115,12 +115,12 @@ class Tune:
         return True
 
     def ended(self, number: int, metrics: Mapping[str, float]) -> None:
-        """As of `curves.Player`."""
+        """As in `curves.Player`."""
         self.search.on_trial_complete(number, {**metrics, "training_iteration": int(metrics["epoch"])})
 
 
 def contestants(objectives: tuple[str, ...], trials: int) -> dict[str, Any]:
-    """How each search of a world is opened; those that stop trials get more of them than they can run."""
+    """Constructors of the searches by name; those that stop trials get more of them than they can run."""
     whole, many = trials * 2, trials * 4
     return {
         "ours": partial(Ours, objectives=objectives, trials=many),
@@ -133,17 +133,17 @@ def contestants(objectives: tuple[str, ...], trials: int) -> dict[str, Any]:
 
 
 def found(seed: int, name: str, objectives: tuple[str, ...], trials: int, epochs: int) -> list[float]:
-    """Shares of the best possible that one search found, at each share of the budget."""
+    """Share of the best possible result that one search has found after each share of the budget."""
     world = curves.World(seed, epochs)
-    # What so many trials take that all run to their end, on average.
+    # Mean time of that many complete trials.
     budget = trials * epochs * curves.EPOCH_SECONDS * 0.91
     finished = curves.play(world, contestants(objectives, trials)[name](world), WORKERS, budget)
     return [curves.share(world, finished, len(objectives) > 1, budget * part) for part in SHARES]
 
 
 def simulate(seeds: int, trials: int, epochs: int, processes: int) -> None:
-    """Print what each contestant found, and whether the goals are met."""
-    before, told = machine(), {}
+    """Print the results of each contestant, and whether the goals are met."""
+    before, results = machine(), {}
     print(f"share of the best possible, {seeds} seeds, budget of {trials} whole trials on {WORKERS} workers")
     with ProcessPoolExecutor(processes) as pool:
         for objectives in (curves.METRICS, ("mean",)):
@@ -159,10 +159,10 @@ def simulate(seeds: int, trials: int, epochs: int, processes: int) -> None:
                 cells = zip(middle, low, high, strict=True)
                 print(f"{name:<30}" + "".join(f"{m:>8.3f} ({a:.3f}-{b:.3f})" for m, a, b in cells))
             _goals(shares)
-            told[" and ".join(objectives)] = {name: table.tolist() for name, table in shares.items()}
+            results[" and ".join(objectives)] = {name: table.tolist() for name, table in shares.items()}
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "search.json"
-    path.write_text(json.dumps({"name": "search", **before, "at": SHARES, "floor": curves.FLOOR, "shares": told}))
+    path.write_text(json.dumps({"name": "search", **before, "at": SHARES, "floor": curves.FLOOR, "shares": results}))
     print(f"\n{path}")
 
 

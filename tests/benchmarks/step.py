@@ -1,10 +1,10 @@
-"""One training step: ours against plain cross-entropy loops of the same trunk.
+"""Images per second of a training step: ours against plain cross-entropy loops with the same trunk.
 
     python -m tests.benchmarks.step [--device cuda] [--trunk resnet50] [--batch 48] [--steps 3] [--rounds 5]
 
-Ours does more: it pools by GeM, pairs the copies, samples negatives and adds the margin loss. The images lie
-in memory as uint8 for all contestants. The plain loop is fp32 in torch's default layout; the tuned one has channels
-last and the precision that `compute.precision: auto` picks on this device.
+Ours does more: it pools by GeM, pairs the copies, samples negatives and adds the margin loss. The images of all
+contestants are in memory as uint8. The plain loop uses fp32 and torch's default layout; the tuned one uses channels
+last and the precision that `compute.precision: auto` selects on this device.
 """
 
 import argparse
@@ -27,7 +27,7 @@ COPIES, CLASSES, SIZE = 3, 1000, 224
 
 
 def plain(trunk, batch, device, tuned, precision):
-    """A step of cross-entropy on torchvision's classifier."""
+    """A function that does a step of cross-entropy with torchvision's classifier."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     network = torchvision.models.get_model(trunk, weights=None).to(device).to(memory_format=layout).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -46,7 +46,7 @@ def plain(trunk, batch, device, tuned, precision):
 
 
 def ours(trunk, batch, device, policy, compiled):
-    """A step as `fit` does it, without reading images."""
+    """A function that does a step as `fit` does, without reading images."""
     spec = MultiGrainSpec.model_validate(
         {
             "model": {"trunk": trunk},
@@ -60,7 +60,7 @@ def ours(trunk, batch, device, policy, compiled):
     labels = tuple(index % CLASSES for index in range(count))
     dataset = Dataset(tuple(map(str, range(CLASSES))), everywhere, labels, (), (), None, tuple(range(count)))
     training = Training(spec, dataset, device)
-    training.objective.train()
+    training.loss.train()
     return partial(training._train_step, batch)
 
 
@@ -74,7 +74,7 @@ def images_per_second(step, images, steps, device):
 
 
 def matmul_peak(device, precision):
-    """FLOP/s of a large product in the precision of the trunk."""
+    """FLOP/s of a large matrix product in the precision of the trunk."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.rand(size, size, device=device, dtype=precision or torch.float32)
     best = 0.0
@@ -99,7 +99,7 @@ def main():
     device, before = torch.device(options.device), machine()
     precision = autocast_type(MultiGrainSpec().compute, device)
     images = torch.randint(0, 256, (options.batch, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
-    # What a loader delivers for the policy `torch`: nothing left to paint.
+    # Parameters that change no colours, as a loader gives them for the policy `torch`.
     colour = torch.tensor([1.0, 1, 1, 0, 1, 2, 0, 0, 0, 0, 1]).repeat(options.batch, 1).to(device)
     labels = torch.arange(options.batch, device=device) // COPIES
     batch = Views(images, colour, labels, labels)
@@ -116,13 +116,13 @@ def main():
     measure = partial(images_per_second, images=options.batch, steps=options.steps, device=device)
     figures = compare({name: partial(measure, step) for name, step in steps.items()}, options.rounds)
     goals = [Goal("ours", "tuned", 0.95), Goal("ours", "plain", 2.3), Goal("ours, jitter and lighting", "tuned")]
-    report(f"step-{options.trunk}-{device.type}", figures, goals, before, "images a second")
+    report(f"step-{options.trunk}-{device.type}", figures, goals, before, "images per second")
     with FlopCounterMode(display=False) as counter:
         steps["tuned"]()
     flops = counter.get_total_flops() / options.batch
     peak = matmul_peak(device, precision)
     rate = max(figures["ours"]) * flops
-    print(f"{precision or torch.float32}: {flops / 1e9:.1f} GFLOP an image, {rate / 1e12:.3g} TFLOP/s,", end=" ")
+    print(f"{precision or torch.float32}: {flops / 1e9:.1f} GFLOP per image, {rate / 1e12:.3g} TFLOP/s,", end=" ")
     print(f"{rate / peak:.0%} of a matrix product's {peak / 1e12:.3g}")
 
 

@@ -1,4 +1,4 @@
-"""What a study of many trials costs a call: ours against plain Optuna on a copy of the same SQLite file."""
+"""Time of the calls of a study with many trials: ours against plain Optuna on a copy of the same SQLite file."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def opened(folder: Path, sampler: str, size: int) -> Study:
 
 
 def fill(folder: Path, size: int) -> None:
-    """A study in which two trials of three were stopped at a third; row by row, Optuna takes minutes."""
+    """Write a study in which two of three trials were stopped after a third; directly, as Optuna would take minutes."""
     study, world, random = opened(folder, "random", size), curves.World(0, EPOCHS), np.random.default_rng(0)
     space = study.experiment.space
     known = {name: samplers._distribution(parameter) for name, parameter in space.items()}
@@ -48,7 +48,7 @@ def fill(folder: Path, size: int) -> None:
         if state == "COMPLETE":
             tables["values"] += [(None, key, at, history[-1][name], "FINITE") for at, name in enumerate(curves.METRICS)]
         for name, value in setting.items():
-            if name != "loss.weight" or setting["batch.repeats"] != 1:  # else it was not drawn
+            if name != "loss.weight" or setting["batch.repeats"] != 1:  # otherwise it was not drawn
                 inner = known[name].to_internal_repr(value)
                 tables["params"].append((None, key, name, inner, distribution_to_json(known[name])))
         kept = {"setting": setting, "history": history, "run_id": "0" * 32, "cost": {"gpu_seconds": 1.0}}
@@ -69,7 +69,7 @@ def timed(figures: dict[str, list[float]], name: str, call: Callable[..., Any], 
 
 
 def ours(folder: Path, sampler: str, size: int, figures: dict[str, list[float]]) -> None:
-    """Suggestions with others running, then an epoch's report, its judgement and a trial's end."""
+    """Time suggestions while other trials run, reports of epochs, judgements at rungs and ends of trials."""
     study = opened(folder, sampler, size)
     asha = ASHA(study.experiment, study.records)
     searcher, world = StudySearcher(study, asha, lambda: False), curves.World(0, EPOCHS)
@@ -86,7 +86,7 @@ def ours(folder: Path, sampler: str, size: int, figures: dict[str, list[float]])
 
 
 def plain(folder: Path, sampler: str, size: int, figures: dict[str, list[float]]) -> None:
-    """The same draws by Optuna alone, and its own way to keep an attribute and to end a trial."""
+    """Time the same draws by Optuna alone, and its own calls to set an attribute and to end a trial."""
     space = opened(folder, sampler, size).experiment.space
     checked = search.experiment(curves.METRICS, EPOCHS, sampler=sampler)
     storage, built = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}"), samplers.build(checked, size + 100)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants take turns, and the outcome becomes a table and a JSON file."""
+"""Shared by the benchmarks: contestants take turns, and the results become a table and a JSON file."""
 
 import json
 import os
@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 import torch
 
 FOLDER = Path("grainmill-runs/benchmarks")
-"""Where the JSON files go."""
+"""Folder of the JSON files."""
 
 
 class Goal(NamedTuple):
-    """How many times as good as its peer a contestant should be."""
+    """Goal of a contestant: the ratio by which it should be better than its peer."""
 
     contestant: str
     peer: str
     ratio: float | None = None
-    """None: the ratio is shown without a goal."""
+    """Smallest ratio; None shows the ratio without a goal."""
 
 
 def machine() -> dict[str, Any]:
-    """Names, versions and the load that was there before: what a reader needs to believe the figures."""
+    """Hardware, versions and the load before the measurement, to be shown with the results."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 
 def compare(contestants: dict[str, Callable[[], float]], rounds: int = 3) -> dict[str, list[float]]:
-    """One figure of each contestant a round, in turns, so that what else the machine does falls on all of them."""
+    """Measure each contestant once in each round, in turns, so that other load on the machine affects all of them."""
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(1, rounds + 1):
         for name, measure in contestants.items():
@@ -63,13 +63,13 @@ def report(
     unit: str,
     more_is_better: bool = True,
 ) -> Path:
-    """Print ratios, then figures, each with minimum, median and maximum over the rounds; write both as JSON.
+    """Print ratios and measurements with minimum, median and maximum over the rounds; write both as JSON.
 
     Args:
-        figures: as `compare` returns them.
+        figures: measurements, as `compare` returns them.
         before: `machine()`, called before the measurement.
-        unit: of the figures.
-        more_is_better: true of rates, false of times.
+        unit: unit of the measurements.
+        more_is_better: True for rates, False for times.
     Returns:
         The JSON file.
     """

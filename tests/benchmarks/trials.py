@@ -1,10 +1,10 @@
-"""What a trial costs besides its training: ours against Ray Tune as it comes, on one worker and on two.
+"""Overhead of a trial: ours against plain Ray Tune, on one worker and on two.
 
     python -m tests.benchmarks.trials [--rounds 3] [--trials 40] [--pairs 5] [--many 1000]
 
-The trainable does nothing, one trial runs at a time, and the first one of a search, which starts the processes, is not
-counted. Ours keeps every trial in a SQLite study and in MLflow; Tune keeps its own files alone. `--many` is the size of
-one more search of ours, for its time and memory; 0 leaves it out.
+The trainable does nothing, and one trial runs at a time. The first trial of a search, which starts the processes, is
+not counted. Ours records every trial in a SQLite study and in MLflow; Tune writes only its own files. `--many` is the
+number of trials of one more search of ours, for its time and memory; 0 leaves it out.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from grainmill.execution import runner
 from grainmill.execution.training_job import StudySetup
 from grainmill.search.study import Study
 from grainmill.tracking.mlflow_runs import Tracker, local_uri
-from tests import toy
 from tests.benchmarks.table import Goal, compare, machine, report
+from tests.support import toy
 
 POLL = "0.5"
-"""Seconds between Ray Train's looks at its workers, for both; its default, 2, is slower still."""
+"""Interval in seconds at which Ray Train polls its workers, for both contestants; its default of 2 is slower."""
 
 
 class Ends(tune.Callback):
-    """When each trial ended, for Tune as a callback, and for ours as an `Observer`."""
+    """Records the end of each trial: a callback for Tune, and an `Observer` for ours."""
 
     def __init__(self):
         self.times = []
@@ -52,16 +52,16 @@ class Ends(tune.Callback):
 
     @property
     def milliseconds(self):
-        """From one end to the next, on average."""
+        """Mean time from the end of one trial to the end of the next."""
         return 1e3 * (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 def ours(workers, count):
-    """Milliseconds a trial."""
+    """Milliseconds per trial of ours."""
     ends = Ends()
     content = {
         "name": "toy",
-        "trainable": "tests.toy",
+        "trainable": "tests.support.toy",
         "data": {},
         "base": {"epochs": 1},
         "space": {"height": {"uniform": [0.0, 1.0]}},
@@ -73,8 +73,8 @@ def ours(workers, count):
         checked = experiment_model(toy).model_validate(content)
         tracker = Tracker(local_uri(folder), "toy", folder)
         study = Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, count)
-        plan = StudySetup("trial", "toy", toy.Data(), folder, Resources(concurrent=1), workers)
-        runner.run(plan, study, tracker, tracker.start("parent", {}), ends)
+        setup = StudySetup("trial", "tests.support.toy", toy.Data(), str(folder), Resources(concurrent=1), workers)
+        runner.run(setup, study, tracker, tracker.start("parent", {}), ends)
     assert len(ends.times) == count, "every trial is complete"
     return ends.milliseconds
 
@@ -94,8 +94,8 @@ def pair(config):
     tune.report({"score": config["height"]})
 
 
-def as_it_comes(function, count, reuse):
-    """Milliseconds a trial of Tune's."""
+def plain_tune(function, count, reuse):
+    """Milliseconds per trial of Ray Tune."""
     ends = Ends()
     with tempfile.TemporaryDirectory() as folder:
         tune.Tuner(
@@ -108,7 +108,7 @@ def as_it_comes(function, count, reuse):
 
 
 def many(count):
-    """Print what a long search takes."""
+    """Print time and memory of a long search."""
     started = time.perf_counter()
     each = ours(1, count)
     seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -137,10 +137,10 @@ def main():
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     measures = {
         "ours, one worker": lambda: ours(1, options.trials),
-        "Tune, reused actors": lambda: as_it_comes(alone, options.trials, True),
-        "Tune": lambda: as_it_comes(alone, min(10, options.trials), False),
+        "Tune, reused actors": lambda: plain_tune(alone, options.trials, True),
+        "Tune": lambda: plain_tune(alone, min(10, options.trials), False),
         "ours, two workers": lambda: ours(2, options.pairs),
-        "Tune and TorchTrainer": lambda: as_it_comes(pair, options.pairs, True),
+        "Tune and TorchTrainer": lambda: plain_tune(pair, options.pairs, True),
     }
     goals = [
         Goal("ours, one worker", "Tune", 10),
@@ -149,7 +149,7 @@ def main():
     ]
     with cluster():
         figures = compare(measures, options.rounds)
-        report("trials", figures, goals, before, "milliseconds a trial", more_is_better=False)
+        report("trials", figures, goals, before, "milliseconds per trial", more_is_better=False)
         if options.many:
             many(options.many)
 

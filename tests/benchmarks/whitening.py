@@ -1,8 +1,8 @@
-"""Whitening of 20,000 embeddings of 2,048 channels: ours against scikit-learn's PCA in fp32, and what goes wrong in it.
+"""Time and error of whitening 20,000 embeddings of 2,048 channels: ours against scikit-learn's PCA in fp32.
 
     python -m tests.benchmarks.whitening [--device cuda] [--rounds 3]
 
-The error is the largest entry of |cov(z) - I| over the embeddings that were fitted, the covariance in fp64.
+The error is the largest entry of |cov(z) - I| over the fitted embeddings, with the covariance in fp64.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROWS, CHANNELS = 20_000, 2048
 
 
 def embeddings():
-    """fp32, not negative like pooled maps; the covariance of their normalised form has a condition above 1e7."""
+    """Non-negative embeddings in fp32; when normalised, their covariance has a condition number above 1e7."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.logspace(0, -3.6, CHANNELS)
     rotation = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=generator))[0]
@@ -28,7 +28,7 @@ def embeddings():
 
 
 def normalised(x):
-    """What both contestants whiten: l2([e; 1]), fp32."""
+    """Input of both contestants: l2([e; 1]) in fp32."""
     return l2_normalise(torch.nn.functional.pad(x, (0, 1), value=1.0))
 
 
@@ -47,7 +47,7 @@ def by_sklearn(x):
 
 
 def in_fp32(x):
-    """The eigenvectors of the covariance, all in fp32."""
+    """Fit by the eigenvectors of the covariance, all in fp32."""
     v = normalised(x)
     mean = v.mean(dim=0)
     variances, directions = torch.linalg.eigh((v - mean).T @ (v - mean) / (len(v) - 1))
@@ -56,7 +56,7 @@ def in_fp32(x):
 
 
 def gram(x):
-    """The product that no fit in fp64 can avoid."""
+    """The lower bound: the matrix product that every fit in fp64 computes."""
     v = normalised(x).double()
     return v.T @ v
 
@@ -81,7 +81,7 @@ def main():
     options = parser.parse_args()
     before, x = machine(), embeddings().to(options.device)
     variances = torch.linalg.eigvalsh(torch.cov(normalised(x.double()).T))
-    print(f"condition {float(variances[-1] / variances[0]):.1e}")
+    print(f"condition number {float(variances[-1] / variances[0]):.1e}")
     fits = {"ours": ours, "ours, in chunks of 256": ours_in_chunks, "sklearn": by_sklearn, "fp32": in_fp32}
     for name, fit in fits.items():
         found = error(fit, x)  # and warm

@@ -10,7 +10,10 @@ from commands import ROOT
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    *(ROOT / name for name in ("infra/README.md", "infra/mlflow/README.md", "search_spaces/README.md")),
+    *(
+        ROOT / name
+        for name in ("infra/README.md", "infra/mlflow/README.md", "search_spaces/README.md", "examples/README.md")
+    ),
 ]
 NOT_RUN = {
     "install": "installs packages or runs the whole test suite",
