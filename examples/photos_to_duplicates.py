@@ -1,7 +1,7 @@
 """From photos to found duplicates, by the Python API of Grainmill.
 
-Run it with `python examples/photos_to_duplicates.py`. It cuts 71 small photos out of two that come with scikit-learn,
-and adds copies of eight. Then it searches for a good embedding, embeds all photos, and lists the most similar pairs.
+Run it with `python examples/photos_to_duplicates.py`. It cuts 88 small photos out of two that come with scikit-learn,
+and adds copies of ten. Then it searches for a good embedding, embeds all photos, and lists the most similar pairs.
 Takes about two minutes on two cores. With photos of your own, put them into `photos/<class>/`, and change the settings.
 """
 

@@ -38,4 +38,4 @@ def test_photos_become_a_model_and_a_list_of_duplicates(tmp_path):
     originals = [sorted(name.replace("-copy", "") for name in pair) for pair in pairs]
     assert any(one == other for one, other in originals), pairs
     assert (tmp_path / "photos.index" / "duplicates.html").exists()
-    assert len([*(tmp_path / "photos").glob("*/*-copy.jpg")]) == 8
+    assert len([*(tmp_path / "photos").glob("*/*-copy.jpg")]) == 10
