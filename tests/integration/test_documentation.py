@@ -72,7 +72,9 @@ class Newcomer:
 
     def __init__(self, folder):
         self.folder, self.done = folder, set()
-        drawn = write_builtin(DataSettings(builtin="shapes", images=64, image_size=32), folder / "builtin", no_progress)
+        drawn = write_builtin(
+            DataSettings(builtin="shapes", images=200, image_size=32), folder / "builtin", no_progress
+        )
         for name in ("infra", "search_spaces"):
             (folder / name).symlink_to(ROOT / name)
         (folder / "drawn").symlink_to(drawn)
