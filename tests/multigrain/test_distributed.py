@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed, multiprocessing
+from ranks import start_ranks
+from torch import distributed
 
 from multigrain import distributed as group
 from multigrain.retrieval import ranking
@@ -44,7 +45,7 @@ def of_one_rank(rank, meeting):
 
 
 def test_two_ranks_share_the_work_and_have_the_whole(tmp_path):
-    multiprocessing.spawn(of_one_rank, (str(tmp_path),), nprocs=2)
+    start_ranks(of_one_rank, (str(tmp_path),))
     expected = [[0, 1, 4, 9, 16], [0, 1], [0], []]
     for rank in range(2):
         place, squares, shares, made, calls, found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)

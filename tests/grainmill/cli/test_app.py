@@ -6,8 +6,10 @@ import pytest
 import yaml
 from commands import start
 from PIL import Image
+from typer.testing import CliRunner
 
 from grainmill import environment
+from grainmill.cli.app import app
 from grainmill.errors import TrackingError
 
 
@@ -40,14 +42,15 @@ def test_tracking_server_that_does_not_answer_ends_with_code_1_and_the_remedy(ga
 
 
 def test_password_in_the_address_of_the_server_is_nowhere_to_be_seen(gated_file, tmp_path, monkeypatch):
+    for name in ("URI", "USERNAME", "PASSWORD"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")  # and put back in the end, whatever the commands set
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:very%2Dsecret@127.0.0.1:9")
-    for words in (["tune", gated_file], ["promote", "models:/apples/1"], ["rollback", "apples"]):
-        process = start(words, tmp_path, "none")
-        output = process.communicate()[0]
-        assert process.returncode == 1
-        assert "MLflow must answer at http://127.0.0.1:9, but said" in output
-        assert "secret" not in output
-        assert "Traceback" not in output
+    for words in (["tune", str(gated_file)], ["promote", "models:/apples/1"], ["rollback", "apples"]):
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit), "no defect"
+        assert "MLflow must answer at http://127.0.0.1:9, but said" in done.output
+        assert "secret" not in done.output
     in_file = start(["tune", gated_file, "--set", "tracking.uri=http://me:very-secret@127.0.0.1:9"], tmp_path, "none")
     output = in_file.communicate()[0]
     assert in_file.returncode == 2

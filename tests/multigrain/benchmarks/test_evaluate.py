@@ -14,8 +14,9 @@ import pytest
 import torch
 from layouts import copydays, draw, holidays
 from PIL import Image
+from ranks import start_ranks
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.functional import normalize
 
 from multigrain.benchmarks import evaluate, gallery, proxy, results
@@ -706,7 +707,7 @@ def test_two_ranks_assess_what_one_process_does(trained, roots, shapes_folder, t
         proxy=str(shapes_folder),
         serve={"size": 24, "p": "proxy", "whitened": True},
     )
-    multiprocessing.spawn(of_one_rank, (str(tmp_path), str(trained), settings.model_dump()), nprocs=2)
+    start_ranks(of_one_rank, (str(tmp_path), str(trained), settings.model_dump()))
     (one, of_first), (two, of_second) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     alone = run_benchmarks(trained, settings, tmp_path / "alone")
     assert one == two

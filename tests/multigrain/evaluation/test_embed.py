@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import distributed, multiprocessing
+from ranks import start_ranks
+from torch import distributed
 
 from multigrain import Whitening
 from multigrain.data import loading
@@ -331,7 +332,7 @@ def of_one_rank(rank, meeting, pictures):
 
 
 def test_two_ranks_find_what_one_process_finds(pictures, tmp_path):
-    multiprocessing.spawn(of_one_rank, (str(tmp_path), pictures), nprocs=2)
+    start_ranks(of_one_rank, (str(tmp_path), pictures))
     for rank in range(2):
         once, again, one = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         same(once, slow(pictures[:7], 32, "rect", GRID))

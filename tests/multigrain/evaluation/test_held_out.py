@@ -8,7 +8,8 @@ import pytest
 import torch
 from networks import slow_average_precision
 from PIL import Image
-from torch import distributed, multiprocessing, nn
+from ranks import start_ranks
+from torch import distributed, nn
 
 from multigrain import Whitening
 from multigrain.config.training import MultiGrainSpec, VariantSettings
@@ -326,7 +327,7 @@ def of_one_rank(rank, meeting, folder):
 
 
 def test_two_ranks_find_what_one_process_finds(shapes_folder, tmp_path):
-    multiprocessing.spawn(of_one_rank, (str(tmp_path), str(shapes_folder)), nprocs=2)
+    start_ranks(of_one_rank, (str(tmp_path), str(shapes_folder)))
     data, network = read_dataset(shapes_folder), small_network()
     expected, (own, others) = (
         held_out_metrics(network, data, spec(32), CPU),

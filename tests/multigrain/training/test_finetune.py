@@ -15,7 +15,8 @@ import pytest
 import torch
 from commands import ROOT
 from PIL import Image
-from torch import distributed, multiprocessing
+from ranks import start_ranks
+from torch import distributed
 from typer.testing import CliRunner
 
 from grainmill import trainable
@@ -439,7 +440,7 @@ def of_one_rank(rank, meeting, folder, settings):
 
 def test_two_ranks_do_what_one_process_does(data, folder, spec, tmp_path):
     settings = spec()  # 9 images in steps of 4, 4 and 1: the second rank has none of the last
-    multiprocessing.spawn(of_one_rank, (str(tmp_path), str(folder), settings.model_dump()), nprocs=2)
+    start_ranks(of_one_rank, (str(tmp_path), str(folder), settings.model_dump()))
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one[:2] == two[:2]
     assert one[1] == one[0][-1:]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from networks import EPOCHS, STEPS, spec, with_dropout
-from torch import distributed, multiprocessing
+from ranks import start_ranks
+from torch import distributed
 
 from multigrain.data.folders import read_dataset
 from multigrain.evaluation import embed
@@ -520,9 +521,7 @@ def of_one_rank(rank, meeting, images):
 def two_ranks(tmp_path_factory, shapes_folder):
     """What each of two ranks found, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("ranks")
-    # The server imports torch once for all; it has not computed anything when it forks.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["multigrain.training.fit"])
-    multiprocessing.start_processes(of_one_rank, (str(folder), str(shapes_folder)), nprocs=2, start_method="forkserver")
+    start_ranks(of_one_rank, (str(folder), str(shapes_folder)))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], folder
 
 

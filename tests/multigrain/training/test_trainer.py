@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from networks import merged, with_dropout
+from ranks import start_ranks
 from safetensors.torch import save_file
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -168,10 +169,7 @@ def of_one_rank(rank, world, folder, images, weights):
 def ranks(request, tmp_path_factory, shapes_folder, weights):
     """What each of some ranks found."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    # The server imports torch once for all; it has not computed anything when it forks.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["multigrain.training.trainer"])
-    arguments = (world, str(folder), str(shapes_folder), str(weights))
-    multiprocessing.start_processes(of_one_rank, arguments, nprocs=world, start_method="forkserver")
+    start_ranks(of_one_rank, (world, str(folder), str(shapes_folder), str(weights)), world)
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
