@@ -34,7 +34,5 @@ def test_experiment_files_and_trainables_are_completed(words, completed, tmp_pat
     code = "from grainmill.cli.app import app; app(prog_name='grainmill')"
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
-    output = subprocess.run(
-        command, cwd=tmp_path, env=environment, check=False, stdout=subprocess.PIPE, text=True
-    ).stdout
-    assert output.split() == [completed]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert done.stdout.split() == [completed]
