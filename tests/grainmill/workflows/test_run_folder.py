@@ -229,7 +229,7 @@ def test_a_finished_run_holds_its_outcome(read):
 
 
 def test_a_run_that_is_cut_short_while_it_is_finished_is_carried_on(read, monkeypatch):
-    def cut_short(path, text):
+    def cut_short(path, text, **_):
         with path.open("w") as file:
             file.write(text[: len(text) // 2])
         raise KeyboardInterrupt
@@ -243,7 +243,7 @@ def test_a_run_that_is_cut_short_while_it_is_finished_is_carried_on(read, monkey
 
 
 def test_a_process_that_is_cut_short_while_it_records_the_settings_does_not_spoil_the_name(read, monkeypatch):
-    def cut_short(path, text):
+    def cut_short(path, text, **_):
         with path.open("w") as file:
             file.write(text[: len(text) // 2])
         raise KeyboardInterrupt
