@@ -1,5 +1,7 @@
 """MLflow sync: the runs of a study are the same at the end, whatever calls of the server fail."""
 
+import shutil
+
 import pytest
 import toy
 from mlflow import MlflowClient
@@ -12,6 +14,14 @@ from grainmill.search.study import Study
 from grainmill.tracking import sync
 from grainmill.tracking.mlflow_runs import Tracker
 from grainmill.tracking.sync import MLflowSync
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A database with Optuna's tables, which take longer to make than to copy."""
+    folder = tmp_path_factory.mktemp("tables")
+    make_study(folder, name="another")
+    return folder / "study.db"
 
 
 def make_study(folder, epochs=2, name="trial"):
@@ -99,7 +109,7 @@ def hasty(monkeypatch):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["asked in vain", "answer lost"])
-def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
+def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, tables, hasty, after):
     tracker = Faulty(database(tmp_path), "toy", tmp_path)
     bad, calls = 0, 1
     while bad < calls:  # the last round is the first in which none fails
@@ -109,6 +119,7 @@ def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
         tracker.bad, tracker.after, tracker.made, notes = bad, after, 0, []
         folder = tmp_path / str(bad)
         folder.mkdir()
+        shutil.copy(tables, folder / "study.db")
         study = make_study(folder)
         with MLflowSync(study, name, tracker, parent, notes.append) as sync:
             live(study, sync, deed=lambda sync=sync: sync._drained(60))  # so that each is told by itself
