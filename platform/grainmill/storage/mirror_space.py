@@ -146,12 +146,16 @@ def _try_lock(state: Path, own: str) -> Iterator[bool]:
         yield True
         return
     with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield _locked_now(lock.fileno())
+
+
+def _locked_now(file: int) -> bool:
+    """Lock a file if no other process has locked it; return whether it is locked now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _evicted(cache: Cache, own: str) -> Iterator[int]:
@@ -172,18 +176,12 @@ def _evicted(cache: Cache, own: str) -> Iterator[int]:
 
 def _is_unused(marker: Path) -> bool:
     """Return whether no other process holds a marker. The caller must hold the bucket's lock."""
-    lock = _held[marker] if marker in _held else os.open(marker, os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        if marker in _held:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        else:
-            os.close(lock)
+    if marker in _held:
+        unused = _locked_now(_held[marker])
+        fcntl.flock(_held[marker], fcntl.LOCK_SH)
+        return unused
+    with marker.open("r+") as file:
+        return _locked_now(file.fileno())
 
 
 def _prefixes(marker: Path) -> tuple[str, ...]:

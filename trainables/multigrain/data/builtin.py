@@ -31,7 +31,7 @@ QUALITIES = (75, 30, 10, 5)
 SHAPES = ("circle", "cross", "diamond", "ring", "square", "star", "triangle", "wave")
 
 
-class Picture(NamedTuple):
+class BuiltinImage(NamedTuple):
     """A built-in image with its class."""
 
     image: Image.Image
@@ -39,14 +39,14 @@ class Picture(NamedTuple):
     name: str
 
 
-def digits(size: int = 32) -> Iterator[Picture]:
+def digits(size: int = 32) -> Iterator[BuiltinImage]:
     """Yield the 1,797 handwritten digits, 8 x 8 scans enlarged to `size` x `size` pixels."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
     for index, (scan, label) in enumerate(zip(scans.images, scans.target, strict=True)):
         grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-        yield Picture(grey.resize((size, size), Image.Resampling.BICUBIC), str(label), f"digit{index:04d}")
+        yield BuiltinImage(grey.resize((size, size), Image.Resampling.BICUBIC), str(label), f"digit{index:04d}")
 
 
 def _outline(shape: str, centre: tuple[float, float], radius: float, turn: float) -> list[tuple[float, float]]:
@@ -85,7 +85,7 @@ def _texture(rng: random.Random, size: int) -> np.ndarray:
     return np.clip(stripes + grain, 0, 255).astype(np.uint8)
 
 
-def shapes(images: int, size: int, seed: int = 0) -> Iterator[Picture]:
+def shapes(images: int, size: int, seed: int = 0) -> Iterator[BuiltinImage]:
     """Yield `images` textured shapes on textured grounds, `size` x `size` pixels, eight classes in turn."""
     for index in range(images):
         rng = random.Random(f"{seed}/{index}")
@@ -99,7 +99,7 @@ def shapes(images: int, size: int, seed: int = 0) -> Iterator[Picture]:
         if shape == "ring":
             draw.polygon(_outline("circle", centre, radius / 2, 0.0), fill=0)
         image.paste(Image.fromarray(_texture(rng, size)), mask=mask)
-        yield Picture(image, shape, f"shape{index:06d}")
+        yield BuiltinImage(image, shape, f"shape{index:06d}")
 
 
 def _cut(image: Image.Image, percent: float, rng: random.Random) -> Image.Image:
@@ -132,7 +132,7 @@ def _save(image: Image.Image, path: Path, quality: int = 95) -> None:
     image.save(path, quality=quality)
 
 
-def write_copies(pictures: list[Picture], root: Path) -> None:
+def write_copies(pictures: list[BuiltinImage], root: Path) -> None:
     """Write Copydays' folders: `original`, `strong`, `crops/*`, `jpegqual/*`, `distractors`."""
     count = min(COPYDAYS_ORIGINALS, len(pictures) // 2)
     for block, picture in enumerate(pictures[:count], start=2000):
@@ -148,7 +148,7 @@ def write_copies(pictures: list[Picture], root: Path) -> None:
         _save(picture.image, root / "distractors" / f"{picture.name}.png")
 
 
-def write(pictures: Iterable[Picture], length: int, folder: Path, progress: Progress) -> None:
+def write(pictures: Iterable[BuiltinImage], length: int, folder: Path, progress: Progress) -> None:
     """Write a data set with a fixed split, recorded in `split.csv`; after a crash there is no folder.
 
     The hash of a picture's name alone decides whether the picture is held out.
@@ -156,7 +156,7 @@ def write(pictures: Iterable[Picture], length: int, folder: Path, progress: Prog
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    held_out: list[Picture] = []
+    held_out: list[BuiltinImage] = []
     with (draft / "split.csv").open("w", newline="") as file:
         record = csv.writer(file)
         record.writerow(["file", "class", "split"])
