@@ -9,8 +9,8 @@ larger. At smaller distances the exponent grows, as for random unit vectors, or 
 the expected number of pairs of different images above a score is too high, and the precision, the share of the other
 pairs in the list, is too low.
 
-One case cannot be told from copies: a series of up to `COPIES` + 1 different images that are much nearer to each other
-than to all others, such as pictures that a camera took within a second.
+One case cannot be distinguished from copies: a series of up to `COPIES` + 1 different images that are much nearer to
+each other than to all others, such as pictures that a camera took within a second.
 """
 
 from typing import NamedTuple, TypeAlias

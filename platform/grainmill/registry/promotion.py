@@ -91,8 +91,8 @@ def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decis
         over = champion and champion.tags.get(OVER)
         if not over:
             raise PromotionError(
-                f"a champion can be rolled back if it took the place of another, but that of {name} "
-                f"{'did not' if champion else 'is missing'}; promote a version"
+                f"a rollback needs a champion that has replaced another version, but {name} has "
+                f"{'one that replaced none' if champion else 'no champion'}; promote a version"
             )
         earlier = client.get_model_version(name, over)
         back, gone = Version.of(earlier), Version.of(champion)

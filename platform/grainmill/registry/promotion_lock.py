@@ -1,4 +1,4 @@
-"""Promotion lock: one process at a time, on whatever machine, changes the aliases of a registered model.
+"""Promotion lock: one process at a time, on any machine, changes the aliases of a registered model.
 
 MLflow has no compare-and-set, but of several processes that create an experiment of the same name only one succeeds.
 So the lock on a model is an experiment whose name ends with a number. The lock is held while the experiment exists and

@@ -1,6 +1,6 @@
 """MLflow sync: brings the MLflow runs of a study's trials up to date from a thread, so that training never waits.
 
-The study is the record. A run is compared with the trial's record and gets whatever it lacks, so the server may be
+The study is the record. A run is compared with the trial's record and gets what it lacks, so the server may be
 slow, gone for minutes, or reset. Each epoch has the time of its report: MLflow stores an epoch once even if it is sent
 again because the answer was lost.
 """
