@@ -146,7 +146,7 @@ def freeze_batchnorm(module: nn.Module) -> None:
 
 
 class MultiGrain(nn.Module):
-    """One network for the class, the object and the copy.
+    """Network whose one embedding serves classification, object retrieval and copy detection.
 
     The classifier reads the pooled embedding; margin loss and retrieval read its normalised copy, so that neither task
     fixes the scale of the other. The trunk may run under autocast; all that follows it computes in fp32 or wider.

@@ -118,7 +118,7 @@ def _of_trunk(tensors: Mapping[str, "Tensor"], trunk_name: str) -> dict[str, "Te
 
 
 def _misfit(tensors: Mapping[str, "Tensor"], trunk: "nn.Module", trunk_name: str, source: str) -> str | None:
-    """One message on all keys that do not fit the trunk, or None."""
+    """Message that names all keys that do not fit the trunk, or None."""
     wanted = trunk.state_dict()
     wrong = [f"{key} is missing" for key in wanted if key not in tensors and not key.endswith(COUNTER)]
     for key, tensor in tensors.items():
