@@ -23,7 +23,7 @@ MY = {
     "base": {"image_size": 32, "epochs": 1, "model": {"trunk": "narrow"}, "batch": {"size": 24}},
     "space": {"model.p": {"uniform": [1.0, 5.0]}},
     "objective": {"top1": "max"},
-    "search": {"trials": 2},
+    "search": {"trials": 1},
     "winner": {"candidates": 1, "seeds": 1},
 }
 SMALLER = {
@@ -32,6 +32,7 @@ SMALLER = {
     "trunk: resnet18, weights: zoo": "trunk: narrow",
     "batch: {size: 96}": "batch: {size: 24}",
     "base.epochs=30": "base.epochs=2",
+    '"base.epochs": 3': '"base.epochs": 2',
     "[224,500]": "[32,48]",
     "[24,32,48]": "[24,32]",
     "[1,2,3,5]": "[1,3]",
@@ -56,9 +57,10 @@ ELSEWHERE = {
 REFUSED = ("grainmill promote", "grainmill rollback")
 """Commands that may refuse with code 1: which of two tiny networks is better is chance."""
 PAGES = [
-    *("README.md", "docs/search.md", "docs/evaluation.md", "docs/models.md", "docs/corpus.md"),
+    *("docs/search.md", "README.md", "docs/evaluation.md", "docs/models.md", "docs/corpus.md"),
     *("docs/clusters.md", "docs/python.md", "infra/README.md"),
 ]
+"""In this order, each page finds the runs and models that it names."""
 
 
 def adapted(text):
