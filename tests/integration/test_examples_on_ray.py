@@ -32,10 +32,8 @@ print(np.mean(model.predict(table)["digit"] == digits.target[:400]))
 
 
 def test_photos_become_a_model_and_a_list_of_duplicates(tmp_path):
-    pairs = [
-        line.split()[1:] for line in run([ROOT / "examples" / "photos_to_duplicates.py"], tmp_path).splitlines()[-10:]
-    ]
-    originals = [sorted(name.replace("-copy", "") for name in pair) for pair in pairs]
-    assert any(one == other for one, other in originals), pairs
+    lines = run([ROOT / "examples" / "photos_to_duplicates.py"], tmp_path).splitlines()[-10:]
+    pairs = [[name.replace("-copy", "") for name in line.split()[1:]] for line in lines]
+    assert sum(one == other for one, other in pairs) >= 3, lines
     assert (tmp_path / "photos.index" / "duplicates.html").exists()
-    assert len([*(tmp_path / "photos").glob("*/*-copy.jpg")]) == 10
+    assert len([*(tmp_path / "photos").glob("*/*-copy.jpg")]) == 9
