@@ -47,6 +47,9 @@ class ExperimentError(GrainmillError):
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{file}: {count}", *(f"  {problem}" for problem in self.problems)]))
 
+    def __reduce__(self) -> tuple[type["ExperimentError"], tuple[str, list[Problem]]]:
+        return ExperimentError, (self.file, self.problems)  # an exception is pickled by its text otherwise
+
 
 class NameTakenError(GrainmillError):
     """The name belongs to a run with other settings."""

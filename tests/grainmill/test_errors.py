@@ -1,8 +1,10 @@
-"""What messages leave out."""
+"""Texts of errors: what they leave out, and that they reach another process whole."""
+
+import pickle
 
 import pytest
 
-from grainmill.errors import hidden
+from grainmill.errors import ExperimentError, Problem, hidden
 
 
 @pytest.mark.parametrize(
@@ -17,3 +19,9 @@ from grainmill.errors import hidden
 )
 def test_users_and_passwords_in_addresses_are_hidden(text, shown):
     assert hidden(text) == shown
+
+
+def test_an_error_of_several_problems_reaches_another_process_whole():
+    error = ExperimentError("my.yaml", [Problem(3, "epochs", "must be 1 or more, got 0"), Problem(None, "", "empty")])
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.file, copy.problems, str(copy)) == (error.file, error.problems, str(error))

@@ -18,3 +18,6 @@ class DataError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(shortened(problems)))
         self.problems = problems
+
+    def __reduce__(self) -> tuple[type["DataError"], tuple[list[str]]]:
+        return DataError, (self.problems,)  # an exception is pickled by its text otherwise
