@@ -1,4 +1,7 @@
-"""MultiGrain as a trainable of Grainmill, under the name `multigrain`; see the protocol in `grainmill.trainable`."""
+"""MultiGrain as a trainable of Grainmill, under the name `multigrain`; see the protocol in `grainmill.trainable`.
+
+Registered models and indexes hold the name of this module, so the module must keep it.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping

@@ -23,7 +23,7 @@ from grainmill import trainable
 from grainmill.cli.app import app
 from grainmill.config.experiment import load
 from grainmill.config.yaml_document import Document
-from multigrain import trainable_finetune
+from multigrain import exponent
 from multigrain.config.data import DataSettings
 from multigrain.config.finetune import FinetuneSpec
 from multigrain.config.training import MultiGrainSpec
@@ -31,10 +31,10 @@ from multigrain.data.dataset import Dataset, first_of_each_class
 from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
 from multigrain.data.transforms import evaluation_view, scale
+from multigrain.exponent import worker_problems
 from multigrain.export import inference
 from multigrain.models import checkpoint
 from multigrain.models.multigrain import network_of
-from multigrain.trainable_finetune import worker_problems
 from multigrain.training import finetune
 from multigrain.training import fit as training
 from multigrain.training.finetune import fit, rate
@@ -461,8 +461,13 @@ def validate(data, checkpoint_folder):
 
 
 def test_the_mill_knows_it_by_name():
-    assert trainable.find("multigrain-exponent") is trainable_finetune
-    assert all(hasattr(trainable_finetune, member) for member in trainable.MEMBERS)
+    assert trainable.find("multigrain-exponent") is exponent
+    assert all(hasattr(exponent, member) for member in trainable.MEMBERS)
+
+
+def test_the_names_that_registered_models_and_indexes_hold_stay():
+    assert trainable.find("multigrain").__name__ == "multigrain.trainable"
+    assert trainable.find("multigrain.exponent") is trainable.find("multigrain-exponent")
 
 
 def test_the_preset_is_right_but_for_its_folders(folder, trained, tmp_path):
@@ -492,7 +497,7 @@ import sys
 import grainmill.cli.app
 overrides = ["--set", "data.folder={folder}", "--set", "base.checkpoint={trained["plain"]}"]
 grainmill.cli.app.app(["validate", {str(PRESET)!r}, *overrides], standalone_mode=False)
-print("multigrain.trainable_finetune" in sys.modules, "torch" in sys.modules)
+print("multigrain.exponent" in sys.modules, "torch" in sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], check=True, cwd=PRESET.parent, capture_output=True, text=True
@@ -502,7 +507,7 @@ print("multigrain.trainable_finetune" in sys.modules, "torch" in sys.modules)
 
 def test_what_fit_tunes_load_answers_with(folder, spec, tmp_path):
     source = DataSettings(folder=str(folder))
-    results = list(trainable_finetune.fit(spec(), source, tmp_path))
-    assert set(trainable_finetune.metrics(source)) <= set(results[-1].metrics)
-    answers = trainable_finetune.load(tmp_path)(trainable_finetune.example(source))
+    results = list(exponent.fit(spec(), source, tmp_path))
+    assert set(exponent.metrics(source)) <= set(results[-1].metrics)
+    answers = exponent.load(tmp_path)(exponent.example(source))
     assert set(answers["class_name"]) <= {"ant", "bee", "cat"}

@@ -1,6 +1,7 @@
 """Fine-tuning of p*, the pooling exponent for images of another size, as a trainable of Grainmill.
 
 Only p is trained, as in the released code [R]; the rest of the trained network is fixed. The paper picks p* by hand.
+Registered models and indexes hold the name of this module, so the module must keep it.
 """
 
 import glob
