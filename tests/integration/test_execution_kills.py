@@ -137,10 +137,11 @@ NO_DASHBOARD = """
     from pathlib import Path
     import ray
     from arena import Bench
+    from mlflow_tables import database
     from umpire import Memory
     from grainmill.execution import runner
     from grainmill.search.study import Study
-    from grainmill.tracking.mlflow_runs import Tracker, local_uri
+    from grainmill.tracking.mlflow_runs import Tracker
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     folder = Path(sys.argv[1])
