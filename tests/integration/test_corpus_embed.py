@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shades
-from commands import PYTHON_PATH, left_behind
+from commands import left_behind, python_path
 from shade_index import embed, expected, rows
 
 from grainmill.corpus import embed as corpus
@@ -68,7 +68,7 @@ def test_after_a_kill_nothing_is_half_written_lost_or_embedded_twice(shades_regi
     os.mkfifo(tmp_path / "images" / "99999.png")  # whoever reads it waits
     mark, out = str(uuid.uuid4()), tmp_path / "index"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": shades_registry[0], "GRAINMILL_TEST": mark}
-    environment["PYTHONPATH"] = PYTHON_PATH
+    environment["PYTHONPATH"] = python_path()
     command = [
         sys.executable,
         "-c",

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 
-from commands import PYTHON_PATH, ROOT
+from commands import ROOT, python_path
 
 
 def run(arguments, folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), PYTHON_PATH])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), python_path()])}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ import sys
 import growing
 import pytest
 import toy
-from commands import PYTHON_PATH
+from commands import python_path
 
 from grainmill.cluster.shape import Cluster, NodeType
 from grainmill.config.experiment import experiment_model
@@ -38,7 +38,7 @@ def seen(folder, settings):
     """What was seen of the run; prints it beside the forecast, which is given the epochs and the start as they were."""
     line = [*ISOLATED, sys.executable, growing.__file__, str(folder), json.dumps(settings)]
     done = subprocess.run(
-        line, env={**os.environ, "PYTHONPATH": PYTHON_PATH}, capture_output=True, text=True, check=False, timeout=400
+        line, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))  # Ray speaks there, too

@@ -15,7 +15,7 @@ import optuna
 import pytest
 import ray
 import yaml
-from commands import PYTHON_PATH, left_behind, run_whole
+from commands import left_behind, python_path, run_whole
 from mlflow_tables import database
 from umpire import kill, once
 
@@ -196,7 +196,7 @@ def test_command_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_pat
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
     database(tmp_path / "runs")  # MLflow cannot be killed while it makes tables
     mark, moments = str(uuid.uuid4()), random.Random(7)
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "GRAINMILL_TEST": mark}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "GRAINMILL_TEST": mark}
 
     def tune(commits):
         command = [sys.executable, "-c", textwrap.dedent(MORTAL), "tune", "toy.yaml"]

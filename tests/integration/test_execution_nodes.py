@@ -7,7 +7,7 @@ import textwrap
 
 import hosts
 import pytest
-from commands import PYTHON_PATH, run_whole
+from commands import python_path, run_whole
 
 NODES = """
     import os, signal, sys, time
@@ -160,7 +160,7 @@ HOSTS = """
 def test_group_on_two_hosts_trains_over_their_cable(tmp_path, shapes_folder):
     if not hosts.permitted():
         pytest.skip("two hosts on one machine need the right to make network namespaces, unshare and ip")
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [*hosts.INSIDE, sys.executable, "-c", textwrap.dedent(HOSTS), str(tmp_path), str(shapes_folder)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert found.returncode == 0, found.stdout + found.stderr

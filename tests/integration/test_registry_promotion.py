@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-from commands import PYTHON_PATH
+from commands import python_path
 from shelf import Shelf, spread
 
 RACER = """
@@ -25,7 +25,7 @@ RACER = """
 
 
 def test_of_six_that_promote_at_once_on_a_server_the_best_is_champion_and_the_others_are_told(tracking_server):
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     shelf = Shelf.new(tracking_server.uri)
     order = random.Random(4).sample(range(1, 7), 6)  # of the versions 2 to 7, from the worst to the best
     shelf.add(*spread(0.2))

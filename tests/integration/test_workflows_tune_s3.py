@@ -17,7 +17,7 @@ import mlflow
 import optuna
 import pytest
 import yaml
-from commands import PYTHON_PATH, left_behind
+from commands import left_behind, python_path
 from mlflow_tables import database
 from networks import FILES
 from umpire import once
@@ -70,7 +70,7 @@ def far(tmp_path, moto):
         command += ["--set", f"storage=s3://{bucket}/runs", "--set", f"tracking.uri={tracking}"]
         environment = {name: text for name, text in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_TRACK"))}
         environment |= {"HOME": str(tmp_path / machine), "GRAINMILL_TEST": f"{mark}-{machine}"}
-        environment |= {"PYTHONPATH": PYTHON_PATH}
+        environment |= {"PYTHONPATH": python_path()}
         environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto.port}", "AWS_DEFAULT_REGION": "us-east-1"}
         environment |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "very-secret"}
         done = subprocess.run(

@@ -11,8 +11,11 @@ from pathlib import Path
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
 """The repository."""
-PYTHON_PATH = os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])
-"""`PYTHONPATH` for child processes, so that they import these modules and everything that this process imports."""
+
+
+def python_path():
+    """Return `PYTHONPATH` for child processes: they import these modules, and all that this process can import now."""
+    return os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])
 
 
 # Background jobs inherit that SIGINT is ignored; a terminal's foreground does not.
@@ -24,7 +27,7 @@ COMMAND = (
 def start(arguments, folder, mark):
     environment = {
         **os.environ,
-        "PYTHONPATH": PYTHON_PATH,
+        "PYTHONPATH": python_path(),
         "GRAINMILL_TEST": mark,
         "COLUMNS": "200",
     }
@@ -58,7 +61,7 @@ def left_behind(mark, seconds=120):
 def run_whole(script, folder, *words):
     """Run a script in a process of its own. It must print `nothing lost` at its end and leave no process behind."""
     mark = str(uuid.uuid4())
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "GRAINMILL_TEST": mark}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "GRAINMILL_TEST": mark}
     command = [sys.executable, "-c", textwrap.dedent(script), str(folder), *map(str, words)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
     assert found.stdout.endswith("nothing lost\n"), found.stdout + found.stderr

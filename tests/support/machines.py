@@ -7,11 +7,11 @@ import sys
 import uuid
 from pathlib import Path
 
-from commands import PYTHON_PATH, left_behind
+from commands import left_behind, python_path
 from servers import free_port
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-SEEN = {"PYTHONPATH": PYTHON_PATH}
+SEEN = {"PYTHONPATH": python_path()}
 
 
 def processes(mark):

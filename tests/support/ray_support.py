@@ -1,7 +1,7 @@
 """Fixture: a local Ray cluster."""
 
 import pytest
-from commands import PYTHON_PATH
+from commands import python_path
 
 
 @pytest.fixture(scope="session")
@@ -9,7 +9,7 @@ def ray_cluster():
     """One local Ray cluster of two CPUs for the session. Its workers can import the modules of this folder."""
     import ray
 
-    environment = {"PYTHONPATH": PYTHON_PATH, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    environment = {"PYTHONPATH": python_path(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     ray.init(
         address="local",
         num_cpus=2,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toy
 import yaml
-from commands import PYTHON_PATH
+from commands import python_path
 from typer.testing import CliRunner
 
 from grainmill.cli.app import app
@@ -133,7 +133,7 @@ def test_neither_ray_nor_torch_is_loaded_and_nothing_is_written(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", *arguments, "--epoch-seconds", "60"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         check=True,

@@ -9,7 +9,7 @@ import mlflow
 import pandas as pd
 import pytest
 import toy
-from commands import PYTHON_PATH
+from commands import python_path
 from mlflow_tables import database
 from toy_models import registered, run, trained
 from toy_settings import CARD
@@ -99,7 +99,7 @@ from grainmill.workflows import evaluate
 evaluate.evaluate("model", ["{scale}"], "toy", Path("out"), "sqlite:///none.db")
 print("ray" in sys.modules)
 """
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_told(scale, tmp_path):
 def grainmill(*words, cwd):
     command = [str(Path(sys.executable).with_name("grainmill")), *words, "--trainable", "toy"]
     environment = {
-        "PYTHONPATH": PYTHON_PATH,
+        "PYTHONPATH": python_path(),
         "PATH": "/usr/bin:/bin",
         "COLUMNS": "100",
         "MLFLOW_TRACKING_URI": local_uri(cwd),
