@@ -61,14 +61,14 @@ class Ours:
         self.searcher = StudySearcher(self.study, self.asha, lambda: False)
 
     def suggest(self) -> tuple[int, Setting] | None:
-        """As in `curves.Player`."""
+        """Implement `curves.Player`."""
         suggestion = self.searcher.suggest("any")
         if not isinstance(suggestion, dict):
             return None
         return suggestion["number"], self.study.record(suggestion["number"]).setting
 
     def goes_on(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """As in `curves.Player`."""
+        """Implement `curves.Player`."""
         self.study.report(number, metrics)
         if metrics["epoch"] >= self.study.experiment.base.epochs:
             return True
@@ -78,7 +78,7 @@ class Ours:
         return verdict == "continue"
 
     def ended(self, number: int, metrics: Mapping[str, float]) -> None:
-        """As in `curves.Player`."""
+        """Implement `curves.Player`."""
         if self.study.record(number).state != "paused":
             self.study.close(number, failed=False)
 
@@ -101,13 +101,13 @@ class Tune:
         self.given = 0
 
     def suggest(self) -> tuple[int, Setting] | None:
-        """As in `curves.Player`."""
+        """Implement `curves.Player`."""
         number, self.given = self.given, self.given + 1
         self.asha.on_trial_add(None, SimpleNamespace(trial_id=number))
         return number, self.search.suggest(number)
 
     def goes_on(self, number: int, metrics: Mapping[str, float]) -> bool:
-        """As in `curves.Player`."""
+        """Implement `curves.Player`."""
         trial = SimpleNamespace(trial_id=number)
         if self.asha.on_trial_result(None, trial, metrics) == TrialScheduler.STOP:
             return False
@@ -115,7 +115,7 @@ class Tune:
         return True
 
     def ended(self, number: int, metrics: Mapping[str, float]) -> None:
-        """As in `curves.Player`."""
+        """Implement `curves.Player`."""
         self.search.on_trial_complete(number, {**metrics, "training_iteration": int(metrics["epoch"])})
 
 
