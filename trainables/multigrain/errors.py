@@ -15,9 +15,10 @@ def shortened(lines: Sequence[str]) -> list[str]:
 class DataError(ValueError):
     """The images cannot be used; `problems` says why, one sentence each."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(shortened(problems)))
-        self.problems = problems
+    def __init__(self, problems: list[str] | str) -> None:
+        # torch makes an error of a loading process again, with its text and traceback as the only argument.
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(shortened(self.problems)))
 
     def __reduce__(self) -> tuple[type["DataError"], tuple[list[str]]]:
         return DataError, (self.problems,)  # an exception is pickled by its text otherwise

@@ -18,6 +18,8 @@ from grainmill.storage.mirror import S3Files
 
 MOST = 100_000
 """Largest number of pairs in a list of duplicates."""
+MOST_BYTES = 2**28
+"""Largest size of the file of a query."""
 SHOWN = 100
 """Largest number of pairs on the page: the first and the last ones of the list, half each."""
 
@@ -137,6 +139,10 @@ def _names(made: Index, places: NDArray[np.int64]) -> dict[int, str]:
 def _content(path: Path) -> bytes | str:
     """Content of a file, or the reason why it cannot be read."""
     try:
+        if path.exists() and not path.is_file():  # to read a pipe would wait for its writer
+            return "is no regular file"
+        if path.stat().st_size > MOST_BYTES:
+            return f"has more than {MOST_BYTES:,} bytes, the most that are read"
         return path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"

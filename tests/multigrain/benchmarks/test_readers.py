@@ -299,7 +299,9 @@ def test_copydays_is_whole_with_or_without_distractors_and_further_copies(tmp_pa
     layouts.copydays(tmp_path, blocks=[f"{2000 + number}" for number in range(157)], crops=["crops/50"])
     assert has(read("copydays", tmp_path).problems, "229 copies")
     layouts.draw(tmp_path / "strong", *(f"2100{number}.jpg" for number in range(10, 81)))
-    assert read("copydays", tmp_path).as_published
+    whole = read("copydays", tmp_path)
+    assert whole.as_published
+    assert not any(picture.upright for picture in (*whole.database, *whole.queries))
 
 
 @pytest.mark.parametrize(
@@ -776,8 +778,21 @@ def test_published_figures_are_of_benchmarks_and_measures_that_there_are():
     assert all(0 < row.value < (4 if row.measure == "ukb" else 1) for row in PUBLISHED)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_published_images_are_shown_as_stored(tmp_path, name):
+    MAKERS[name](tmp_path)
+    benchmark = read(name, tmp_path)
+    own = name == "copydays" and not benchmark.as_published
+    assert {picture.upright for picture in (*benchmark.database, *benchmark.queries)} == {own}
+
+
+def test_images_of_ones_own_are_shown_upright(tmp_path):
+    benchmark = read("manifest", write_manifest(tmp_path, "csv"))
+    assert {picture.upright for picture in (*benchmark.database, *benchmark.queries)} == {True}
+
+
 def test_a_picture_is_whole_and_upright_by_default(tmp_path):
-    assert Picture(tmp_path) == (tmp_path, None, 0)
+    assert Picture(tmp_path) == (tmp_path, None, 0, True)
 
 
 def test_nothing_heavy_is_imported_to_name_the_benchmarks():

@@ -29,12 +29,16 @@ def place(tmp_path):
     return tmp_path / "train/a"
 
 
-def png_header(width, height):
+def png(width, height, depth, rows):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+    size = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_header(width, height):
+    return png(width, height, 8, bytes(64))
 
 
 def truncated_jpeg(path):
@@ -61,15 +65,19 @@ def frames(kind, count):
 SPOILERS = {
     "animated.png": (frames("PNG", 3), "has 3 frames"),
     "animated.webp": (frames("WEBP", 2), "has 2 frames"),
-    "bomb.png": (lambda path: path.write_bytes(png_header(65000, 65000)), "is too large, perhaps a decompression bomb"),
+    "bomb.png": (lambda path: path.write_bytes(png_header(65000, 65000)), "is 65,000 x 65,000 pixels, but at most"),
     "cut.jpg": (truncated_jpeg, "is cut short or damaged"),
+    "dark.png": (
+        lambda path: path.write_bytes(png(2, 2, 16, (b"\0" + b"\x0f\xff" * 6) * 2)),
+        "has 16 bits for each channel, but no value above 4,095",
+    ),
     "empty.png": (lambda path: path.write_bytes(b""), "is empty"),
     "flat.png": (lambda path: Image.new("RGB", (40, 1)).save(path), "is 40 x 1 pixels, but needs 2 each way"),
     "gif named.jpg": (frames("GIF", 2), "has 2 frames"),
-    "header.png": (flipped_png, "is not an image, or its first bytes are damaged"),
+    "header.png": (flipped_png, "is cut short, damaged, or a kind of PNG"),
     "nowhere.png": (lambda path: path.write_bytes(png_header(0, 8)), "is "),
     "page.jpg": (lambda path: path.write_text("\n<!DOCTYPE html>\n<title>404</title>"), "is a web page, not an image"),
-    "pages.tif": (frames("TIFF", 2), "has 2 frames"),
+    "pages.tif": (frames("TIFF", 2), "has several pages"),
     "text.jpg": (lambda path: path.write_text("see you later"), "is not an image"),
     "thin.png": (lambda path: Image.new("L", (1, 40)).save(path), "is 1 x 40 pixels, but needs 2 each way"),
     "xhtml.jpg": (lambda path: path.write_text('<?xml version="1.0"?><HTML lang="en">'), "is a web page"),

@@ -17,7 +17,7 @@ from multigrain import Whitening
 from multigrain.data import loading
 from multigrain.data.loading import decode, evaluation_batches
 from multigrain.data.picture import Picture
-from multigrain.data.transforms import evaluation_view
+from multigrain.data.transforms import evaluation_pixels, evaluation_view
 from multigrain.errors import DataError
 from multigrain.evaluation import embed as grid
 from multigrain.evaluation.embed import descriptors, embed
@@ -154,10 +154,40 @@ def test_a_box_beyond_the_file_ends_with_it(pictures):
     assert torch.equal(loading.read(beyond), decode(pictures[0].path)[:, 10:])
 
 
+@pytest.mark.parametrize("transform", ["crop", "rect"])
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_box_is_cut_out_of_the_picture_as_it_is_shown(tmp_path, transform, upright):
+    stored, tag = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8), Image.Exif()
+    tag[0x0112] = 6  # a quarter clockwise
+    Image.fromarray(stored).save(tmp_path / "camera.png", exif=tag)
+    seen = torch.tensor((np.rot90(stored, -1) if upright else stored)[3:15, 4:18].copy()).permute(2, 0, 1)
+    picture = Picture(tmp_path / "camera.png", (4, 3, 18, 15), upright=upright)
+    assert torch.equal(loading.read(picture), seen)
+    ((_, shown),) = evaluation_batches([picture], transform, 28)
+    assert torch.equal(shown[0], evaluation_pixels(seen, transform, 28))
+
+
+def test_pictures_of_a_camera_share_a_batch_by_the_shape_that_is_shown(tmp_path):
+    tag = Image.Exif()
+    tag[0x0112] = 8
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=tag)
+    Image.new("RGB", (20, 40)).save(tmp_path / "upright.jpg")
+    files = [tmp_path / "turned.jpg", tmp_path / "upright.jpg"]
+    assert [tuple(shown.shape) for _, shown in evaluation_batches(files, "rect", 40)] == [(2, 3, 40, 20)]
+    stored = [Picture(file, upright=False) for file in files]
+    assert len([*evaluation_batches(stored, "rect", 40)]) == 2
+
+
+def test_a_picture_too_narrow_to_be_scaled_is_named(tmp_path):
+    Image.new("L", (60_000, 2)).save(tmp_path / "line.png")
+    with pytest.raises(DataError, match=r"line\.png is 60,000 x 2 pixels, too narrow to be scaled"):
+        [*evaluation_batches([tmp_path / "line.png"], "crop", 224)]
+
+
 @pytest.mark.parametrize("box", [(5, 5, 5, 20), (30, 0, 40, 9), (5, 20, 15, 5), (1.2, 3, 1.4, 9)])
 @pytest.mark.parametrize("transform", ["crop", "rect"])
 def test_a_box_without_a_pixel_is_refused(pictures, box, transform):
-    with pytest.raises(DataError, match=r"0\.png is not \(a box must hold a pixel, but .* holds none of 30 x 40\)"):
+    with pytest.raises(DataError, match=r"0\.png must have a pixel in its box, but .* holds none of 30 x 40"):
         embed(network_of(3.0), [Picture(pictures[0].path, box, 0)], 32, transform, GRID, CPU)
 
 
@@ -181,7 +211,7 @@ def test_a_picture_that_cannot_be_read_is_named(pictures, tmp_path, fault, trans
     if fault != "missing":
         broken.write_bytes(whole[:-200] if fault == "cut short" else b"<html>")
     for folder in (None, tmp_path / "kept"):
-        with pytest.raises(DataError, match=r"every image must be readable, but .*broken\.png is not \(") as caught:
+        with pytest.raises(DataError, match=r"every image must be usable, but .*broken\.png (is|cannot)") as caught:
             embed(network_of(3.0), [*pictures[:3], Picture(broken, None, 0)], 32, transform, GRID, CPU, loaders, folder)
         assert "Traceback" not in str(caught.value)
 

@@ -1,6 +1,7 @@
 """Reading of any benchmark by its name. No torch is imported here."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from multigrain.benchmarks.instances import copydays, holidays, ukbench
 from multigrain.benchmarks.landmarks import classic, revisited
 from multigrain.benchmarks.lists import disc21, manifest
 from multigrain.config.evaluation import BENCHMARKS
+from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
 
@@ -45,4 +47,12 @@ def read(name: str, root: Path) -> Benchmark:
     if name != "manifest" and not root.is_dir():
         found = "a file" if root.exists() else "nothing"
         raise DataError([f"the root of {name} must be a folder, but there is {found} at {root}; name the set's folder"])
-    return _READERS[name](root)
+    benchmark = _READERS[name](root)
+    if name == "manifest" or (name == "copydays" and not benchmark.as_published):  # a user's own images
+        return benchmark
+    return replace(benchmark, database=_stored(benchmark.database), queries=_stored(benchmark.queries))
+
+
+def _stored(pictures: tuple[Picture, ...]) -> tuple[Picture, ...]:
+    """Return pictures as stored: the published protocols do not follow the EXIF orientation."""
+    return tuple(picture._replace(upright=False) for picture in pictures)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from multigrain.data.decoding import read_file
 from multigrain.data.folders import is_image
 from multigrain.data.manifest import ManifestReader
 from multigrain.errors import DataError
@@ -32,7 +33,7 @@ class FolderImages:
     def read(self, name: str) -> bytes:
         """Read an image. Raises ValueError with the reason why it cannot be read."""
         try:
-            return (self.root / name).read_bytes()
+            return read_file(self.root / name)
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror})") from error
 

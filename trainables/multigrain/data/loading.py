@@ -1,6 +1,5 @@
 """Loading of image files as tensors: batches of augmented views for training, and of whole images for evaluation."""
 
-import io
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torchvision.io  # noqa: F401 - registers the operator below
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from multigrain.config.training import AugmentSettings
+from multigrain.data import decoding
+from multigrain.data.decoding import ImageError
 from multigrain.data.picture import Picture
 from multigrain.data.transforms import EvaluationTransform, TrainTransform, evaluation_pixels, rect_shape
 from multigrain.errors import DataError
@@ -46,23 +45,34 @@ class Views(NamedTuple):
     """(B,) indices of the images in the training set."""
 
 
-def decode(file: Path | BinaryIO) -> Tensor:
-    """Decode an image file as RGB, (3, H, W) uint8.
+def decode(file: Path | BinaryIO, upright: bool = True) -> Tensor:
+    """Decode an image file as RGB, (3, H, W) uint8, as `decoding.pixels` does.
 
-    Transparency is dropped, of 16-bit grey the upper eight bits are kept, and an orientation tag is ignored.
+    Args:
+        file: a path, or an open file.
+        upright: whether the image is turned as its EXIF orientation says, else it is as stored.
+    Raises:
+        OSError, SyntaxError, ValueError: the file is no image that can be decoded; `decoding.fault` words the reason.
     """
-    content = file.read_bytes() if isinstance(file, Path) else file.read()
-    with Image.open(io.BytesIO(content)) as image:  # reads the header, and refuses images that would fill the memory
+    content = decoding.read_file(file)
+    with decoding.opened(content) as image:
         if _decode_jpeg and image.format in {"JPEG", "MPO"} and image.mode in {"RGB", "L"}:
+            orientation = decoding.orientation(image, upright)
             try:
-                return _decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), _RGB)
+                decoded = _decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), _RGB)
             except RuntimeError:
                 pass  # Pillow decodes some of these files, and has better messages for the others
-        if image.mode.startswith("I"):
-            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
-        if "transparency" in image.info:
-            return pil_to_tensor(image.convert("RGBA").convert("RGB"))
-        return pil_to_tensor(image.convert("RGB"))
+            else:
+                return decoded if orientation == 1 else _planes(decoding.oriented(_interleaved(decoded), orientation))
+        return _planes(decoding.pixels(image, upright))
+
+
+def _planes(image: decoding.Pixels) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _interleaved(image: Tensor) -> decoding.Pixels:
+    return image.permute(1, 2, 0).numpy()
 
 
 class TrainViews(Dataset[Views]):
@@ -91,7 +101,7 @@ class TrainViews(Dataset[Views]):
         epoch = int(self._epoch)
         with torch.random.fork_rng(devices=[]):
             for index, copies in groupby(indices):
-                image = decode(Path(os.fsdecode(self._paths[index])))
+                image = read(Path(os.fsdecode(self._paths[index])))
                 for copy, _ in enumerate(copies):
                     torch.default_generator.manual_seed(hash((self._seed, epoch, index, copy)) % 2**63)
                     images[len(colours)], parameters = self._transform(image)
@@ -134,7 +144,8 @@ def readable(picture: Source) -> Iterator[None]:
         yield
     except Exception as error:  # Pillow raises many types, SyntaxError among them
         path = picture if isinstance(picture, Path) else picture.path
-        raise DataError([f"every image must be readable, but {path} is not ({error}); repair or remove it"]) from error
+        fault = decoding.fault(error)
+        raise DataError([f"every image must be usable, but {path} {fault}; repair or remove it"]) from error
 
 
 def _box(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]:
@@ -144,7 +155,7 @@ def _box(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]
     x1, y1, x2, y2 = map(round, picture.box)
     left, top, right, bottom = max(0, x1), max(0, y1), min(width, x2), min(height, y2)
     if left >= right or top >= bottom:
-        raise ValueError(f"a box must hold a pixel, but {picture.box} holds none of {width} x {height}")
+        raise ImageError(f"must have a pixel in its box, but {picture.box} holds none of {width} x {height}")
     return left, top, right, bottom
 
 
@@ -153,17 +164,16 @@ def read(picture: Source) -> Tensor:
     with readable(picture):
         if isinstance(picture, Path):
             return decode(picture)
-        image = decode(picture.path)
+        image = decode(picture.path, picture.upright)
         left, top, right, bottom = _box(picture, *image.shape[1:])
         return torch.rot90(image[:, top:bottom, left:right], -picture.turn // 90, (1, 2))
 
 
 def _shape(picture: Source) -> tuple[int, int]:
     """Return height and width of the result of `read`, from the header of the file."""
-    with readable(picture), Image.open(picture if isinstance(picture, Path) else picture.path) as image:
-        if isinstance(picture, Path):
-            return image.height, image.width
-        left, top, right, bottom = _box(picture, image.height, image.width)
+    picture = Picture(picture) if isinstance(picture, Path) else picture
+    with readable(picture), decoding.opened(picture.path) as image:
+        left, top, right, bottom = _box(picture, *decoding.shape(image, picture.upright))
         shape = bottom - top, right - left
         return shape[::-1] if picture.turn % 180 else shape
 
@@ -174,10 +184,15 @@ class _EvaluationImages(Dataset[tuple[list[int], Tensor | list[str]]]):
 
     def __getitems__(self, positions: list[int]) -> tuple[list[int], Tensor | list[str]]:
         try:
-            images = [evaluation_pixels(read(self.pictures[i]), self.transform, self.size) for i in positions]
+            images = [self._shown(self.pictures[position]) for position in positions]
         except DataError as error:
             return positions, error.problems  # raised here, it would come with the traceback of a loading process
         return positions, torch.stack(images)
+
+    def _shown(self, picture: Source) -> Tensor:
+        image = read(picture)
+        with readable(picture):
+            return evaluation_pixels(image, self.transform, self.size)
 
 
 def _of_one_shape(

@@ -9,6 +9,8 @@ class Picture(NamedTuple):
 
     path: Path
     box: tuple[float, float, float, float] | None = None
-    """x1, y1, x2, y2 of the crop in pixels of the file, applied before resizing; None for the whole file."""
+    """x1, y1, x2, y2 of the crop in pixels, before resizing, of the image as `upright` shows it; None for the whole."""
     turn: int = 0
     """Rotation in degrees clockwise: 0, 90, 180 or 270. Width and height change places at 90 and 270."""
+    upright: bool = True
+    """Whether the image is first turned as its EXIF orientation says. Published protocols take it as stored."""

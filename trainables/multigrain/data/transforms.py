@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from multigrain.config.training import AugmentSettings
+from multigrain.data.decoding import scaled_shape
 
 # PCA of ImageNet's colours (AlexNet's lighting noise): standard deviations, and one row per channel.
 _COLOUR_STD = torch.tensor([0.2175, 0.0188, 0.0045])
@@ -154,10 +155,14 @@ def evaluation_pixels(image: Tensor, transform: EvaluationTransform, size: int) 
 
     `crop` scales the smaller side to int(256/224 size) and cuts out the central square of `size`. `rect` scales the
     larger side to `size` and keeps the proportions.
+
+    Raises:
+        ImageError: the image is so narrow that it would have more than `MOST_PIXELS` when scaled.
     """
     if transform == "rect":
         return v2.functional.resize(image, list(rect_shape(image.shape[1], image.shape[2], size)), antialias=True)
-    resized = v2.functional.resize(image, [int(size * 256 / 224)], antialias=True)
+    side, (height, width) = int(size * 256 / 224), image.shape[1:]
+    resized = v2.functional.resize(image, list(scaled_shape(height, width, side)), antialias=True)
     return v2.functional.center_crop(resized, [size, size])
 
 

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from multigrain.data import decoding
 from multigrain.data.dataset import CopySet, Dataset
 from multigrain.digests import digest
 from multigrain.errors import DataError
@@ -49,22 +50,15 @@ def image_faults(dataset: Dataset, progress: Progress = no_progress) -> dict[Pat
 
 
 def _fault(path: Path) -> str | None:
-    """Return why a file cannot be used, None if it can. The file is decoded to its end, unless it is huge."""
+    """Return why a file cannot be used, None if it can. The file is decoded to its end."""
     try:
-        with Image.open(path) as image:
-            if fault := _header_fault(image):
-                return fault
+        with decoding.opened(path) as image:
+            if found := _header_fault(image):
+                return found
             image.draft("RGB", (64, 64))  # a JPEG is then decoded at a fraction of its size, but to its last byte
-            image.load()
-    except UnidentifiedImageError:
-        return _content(path)
-    # Pillow reads the size from the header: above 89,478,485 pixels it warns, above twice as many it refuses.
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"is too large, perhaps a decompression bomb ({error})"
+            decoding.pixels(image, upright=True)
     except Exception as error:  # Pillow raises many types, SyntaxError among them
-        if isinstance(error, OSError) and error.errno:
-            return f"cannot be read ({error.strerror})"
-        return f"is cut short or damaged ({error})"
+        return decoding.fault(error)
     return None
 
 
@@ -77,16 +71,6 @@ def _header_fault(image: Image.Image) -> str | None:
     if frames > 1 and image.format != "MPO":
         return f"has {frames} frames, and which one is meant is not known"
     return None
-
-
-def _content(path: Path) -> str:
-    """Describe a file that Pillow cannot identify."""
-    with path.open("rb") as file:
-        start = file.read(1024).lower()
-    if not start:
-        return "is empty"
-    page = b"<html" in start or b"<!doctype html" in start
-    return "is a web page, not an image" if page else "is not an image, or its first bytes are damaged"
 
 
 def leave_out(dataset: Dataset, faults: Mapping[Path, str]) -> tuple[Dataset, dict[Path, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.loading import Source, evaluation_batches, readable
+from multigrain.data.picture import Picture
 from multigrain.data.transforms import EvaluationTransform, scale
 from multigrain.digests import digest
 from multigrain.distributed import rank_and_size
@@ -204,11 +205,11 @@ def _digest(network: MultiGrain) -> str:
 
 
 def _identity(picture: Source) -> tuple[object, ...]:
-    """Return the path, size and time of the picture's file, its box and its turn."""
-    path, box, turn = (picture, None, 0) if isinstance(picture, Path) else picture
+    """Return the path, size and time of the picture's file, its box, its turn, and whether it is upright."""
+    path, box, *rest = Picture(picture) if isinstance(picture, Path) else picture
     with readable(picture):
         file = path.stat()
-    return os.path.abspath(path), file.st_size, file.st_mtime_ns, box and tuple(map(float, box)), turn
+    return os.path.abspath(path), file.st_size, file.st_mtime_ns, box and tuple(map(float, box)), *rest
 
 
 def descriptors(

@@ -3,7 +3,7 @@
     model.pt2          the exported program, weights included, for PyTorch
     model.onnx         the same for ONNX runtimes
     model.json         classes, and how an image becomes the network's input
-    model.py           `standalone`, with `load(folder)`
+    model.py           `standalone` with `decoding`, which has `load(folder)`
     requirements.txt   packages that `model.py` needs
     signature.json     columns in and out, in MLflow's form
     checkpoint/        trained weights with all settings, to evaluate or fine-tune
@@ -14,7 +14,7 @@ from the folder and compared with the trained network before the export counts a
 """
 
 import json
-import shutil
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.export import Dim
 
+from multigrain.data import decoding
 from multigrain.export import inference, standalone
 from multigrain.models import checkpoint, served_setting
 
@@ -55,7 +56,7 @@ def export(folder: Path, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True)
     served_setting.write(out / "checkpoint", saved, served_setting.read(folder))
     _programs(served, out)
-    shutil.copyfile(standalone.__file__, out / "model.py")
+    (out / "model.py").write_text(program_text())
     facts = {"format": 1, **served.facts, "parity": _parity(served, out)}
     _write_json(out / standalone.FACTS, facts)
     _write_json(out / "signature.json", SIGNATURE)
@@ -65,6 +66,14 @@ def export(folder: Path, out: Path) -> dict[str, Any]:
     manifest = {path.relative_to(out).as_posix(): standalone.digest(path) for path in files}
     _write_json(out / standalone.MANIFEST, manifest)
     return facts
+
+
+def program_text() -> str:
+    """Return the text of `standalone` with that of `decoding`, which it imports, so that it stands alone."""
+    before, after = re.split(
+        "^from multigrain.data.decoding import .*$", Path(standalone.__file__).read_text(), flags=re.M
+    )
+    return f"{before}{Path(decoding.__file__).read_text()}{after}"
 
 
 def _write_json(file: Path, content: Any) -> None:

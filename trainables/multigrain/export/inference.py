@@ -38,7 +38,8 @@ class Served(NamedTuple):
     """Module in evaluation mode, on the CPU."""
     facts: dict[str, Any]
     """Facts for `standalone.Model`: `trunk`, `classes` in the order of the probabilities, `transform` (`crop` or
-    `rect`), `size` (s*, in pixels), `p` (p*; infinity as the text `inf`), `dimension` (D, of an embedding), `whitened`.
+    `rect`), `size` (s*, in pixels), `p` (p*; infinity as the text `inf`), `dimension` (D, of an embedding), `whitened`,
+    `orientation` (`exif` or `stored`: whether images are turned as their EXIF orientation says).
     """
 
 
@@ -71,6 +72,7 @@ def read(folder: Path) -> Served:
         "p": setting.p if setting.p < float("inf") else "inf",
         "dimension": setting.whitening.projection.shape[1] if setting.whitening else network.classifier.in_features,
         "whitened": setting.whitening is not None,
+        "orientation": saved.state.get("orientation", "stored"),  # the first versions did not turn images
     }
     return Served(Answers(network, setting.whitening).eval(), facts)
 

@@ -1,7 +1,7 @@
 """An exported MultiGrain model: images in, embeddings and classes out.
 
-This file lies next to each exported model as `model.py`. It needs NumPy, Pillow, and PyTorch or ONNX Runtime, and no
-package of its author.
+This file lies next to each exported model as `model.py`, with the text of `multigrain.data.decoding` in place of its
+import. It needs NumPy, Pillow, and PyTorch or ONNX Runtime, and no package of its author.
 
     model = load(Path("folder"))
     for answer in model.answers(Path("photos").glob("*.jpg")):
@@ -9,9 +9,7 @@ package of its author.
 """
 
 import hashlib
-import io
 import json
-import os
 import re
 import zipfile
 from collections import defaultdict
@@ -22,23 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+
+from multigrain.data.decoding import ImageError, Pixels, fault, opened, pixels, scaled_shape
 
 COLUMNS = ("embedding", "class_id", "class_name", "score", "error")
 BATCH = 32
 """Number of images that are read at a time; images of one shape pass through the network together."""
-MOST_PIXELS = 2**27
-"""Largest number of pixels in a scaled image; a very narrow image would otherwise fill the memory."""
 PROGRAM, NETWORK, FACTS, MANIFEST = "model.pt2", "model.onnx", "model.json", "MANIFEST.json"
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-"""Image (H, W, 3), RGB."""
 Run = Callable[[np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 Scale = Callable[[Pixels, int, int], Pixels]
 
 
 class Model:
-    """Embeds and classifies images: `bytes` of any format that Pillow reads, `pathlib.Path`, or arrays of uint8.
+    """Embeds and classifies images: the `bytes` of image files, `pathlib.Path`, or arrays of uint8.
 
     An array is (H, W, 3), RGB, or (H, W), grey. A string is refused: in a service, it would let any client name a file
     of this machine.
@@ -89,10 +84,16 @@ class Model:
 
     def _shown(self, image: Any) -> Pixels | str:
         """Return the pixels for the network, or the reason why the image cannot be read."""
+        facts = self.facts
         try:
-            return prepare(decode(image), self.facts["transform"], self.facts["size"], self.scale)
+            if isinstance(image, np.ndarray):
+                return prepare(_colour(image), facts["transform"], facts["size"], self.scale)
+            with opened(image) as file:
+                # Models of before this fact was recorded were trained on images as stored.
+                decoded = pixels(file, upright=facts.get("orientation") == "exif")
+                return prepare(decoded, facts["transform"], facts["size"], self.scale)
         except Exception as error:  # Pillow raises many types, SyntaxError among them
-            return f"must be an image, but {str(error) or type(error).__name__}"
+            return fault(error)
 
 
 def load(folder: Path, engine: str | None = None) -> Model:
@@ -189,29 +190,11 @@ _PLAIN = {"archive_format", "archive_version", "byteorder", ".data/serialization
 _RAW = r"data/(weights/weight|constants/tensor)_\d+"
 
 
-def decode(image: Any) -> Pixels:
-    """Return the pixels of an encoded image, a file, or an array.
-
-    Transparency is dropped, 16-bit grey keeps its upper eight bits, and an orientation tag is ignored.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-            raise ValueError(f"an array has to be uint8, (H, W, 3) or (H, W), got {image.dtype}, {image.shape}")
-        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-    if isinstance(image, os.PathLike):
-        image = Path(image).read_bytes()
-    if not isinstance(image, bytes | bytearray | memoryview):
-        raise TypeError(f"only bytes, a pathlib.Path or an array of uint8 can be one, got {type(image).__name__}")
-    try:
-        opened = Image.open(io.BytesIO(image))
-    except UnidentifiedImageError:
-        raise ValueError(f"Pillow knows no format of these {len(image)} bytes") from None
-    with opened:
-        if opened.mode.startswith("I"):
-            return np.repeat((np.asarray(opened) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-        if "transparency" in opened.info:
-            return np.asarray(opened.convert("RGBA").convert("RGB"))
-        return np.asarray(opened.convert("RGB"))
+def _colour(image: Pixels) -> Pixels:
+    """Return an array of pixels as (H, W, 3)."""
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+        raise ImageError(f"has to be uint8, (H, W, 3) or (H, W), to be an image, not {image.dtype}, {image.shape}")
+    return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
 
 def prepare(image: Pixels, transform: str, size: int, scale: Scale) -> Pixels:
@@ -219,15 +202,15 @@ def prepare(image: Pixels, transform: str, size: int, scale: Scale) -> Pixels:
 
     `crop` scales the smaller side to int(256/224 size) and cuts out the central square of `size`. `rect` scales the
     larger side to `size` and keeps the proportions.
+
+    Raises:
+        ImageError: see `scaled_shape`.
     """
     height, width = image.shape[:2]
     if transform == "rect":
         longer = max(height, width)
         return scale(image, max(1, height * size // longer), max(1, width * size // longer))
-    side, shorter = int(size * 256 / 224), min(height, width)
-    height, width = int(side * height / shorter), int(side * width / shorter)
-    if height * width > MOST_PIXELS:
-        raise ValueError(f"an image must have at most {MOST_PIXELS} pixels when scaled, got {width} x {height}")
+    height, width = scaled_shape(height, width, int(size * 256 / 224))
     top, left = round((height - size) / 2), round((width - size) / 2)
     return scale(image, height, width)[top : top + size, left : left + size]
 

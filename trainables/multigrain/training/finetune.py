@@ -15,7 +15,7 @@ from torch.utils import data as torch_data
 
 from multigrain.config.finetune import FinetuneSpec
 from multigrain.data.dataset import Dataset, first_of_each_class
-from multigrain.data.loading import decode
+from multigrain.data.loading import read
 from multigrain.data.transforms import evaluation_pixels, scale
 from multigrain.distributed import StopSignal, rank_and_size
 from multigrain.evaluation.held_out import held_out_metrics
@@ -104,7 +104,7 @@ class _Images(torch_data.Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         path, label = self.files[position]
-        return evaluation_pixels(decode(path), "rect", self.size), label
+        return evaluation_pixels(read(path), "rect", self.size), label
 
 
 class _Tuning:
@@ -205,6 +205,7 @@ class _Tuning:
             "loss": self.loss,
             "spec": self.settings.model_copy(update={"model": model}).model_dump(),
             "classes": self.classes,
+            "orientation": "exif",
             "finetuning": self.spec.model_dump(),
         }
         return checkpoint.Checkpoint(weights, self.optimizer.state_dict(), state)

@@ -255,6 +255,7 @@ class Training:
             "waited": self.waited,
             "spec": self.spec.model_dump(),
             "classes": list(self.dataset.classes),
+            "orientation": "exif",  # how images are decoded
         }
         return checkpoint.Checkpoint(model, {"network": main, "beta": beta, "scaler": self.scaler.state_dict()}, state)
 
