@@ -14,7 +14,7 @@ SIDE = 160
 """Longest side of a thumbnail, in pixels."""
 MOST_PIXELS = 2**28 // 3
 """Largest number of pixels of an image that is decoded, Pillow's own limit."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIF")
 """Formats that are opened, by Pillow's names; above all no PostScript, which would run Ghostscript."""
 
 

@@ -5,6 +5,7 @@ import os
 import struct
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -281,8 +282,10 @@ def test_the_orientation_of_a_png_may_follow_its_pixels(late):
 
 
 REFUSED = {
-    "32-bit numbers": (encoded(grey(0, 7, 70000, dtype=np.int32), "TIFF"), "holds 32-bit or signed numbers"),
-    "signed numbers": (tiff(struct.pack("<h", -5), 16, 1, (339, 2)), "holds 32-bit or signed numbers"),
+    "32-bit numbers": (encoded(grey(0, 7, 70000, dtype=np.int32), "TIFF"), "holds signed numbers"),
+    "signed numbers": (tiff(struct.pack("<h", -5), 16, 1, (339, 2)), "holds signed numbers"),
+    "signed bytes": (tiff(b"\xfb", 8, 1, (339, 2)), "holds signed numbers"),
+    "unsigned 32-bit numbers": (tiff(struct.pack("<I", 70000), 32, 1), "holds 32-bit numbers"),
     "fractions": (encoded(grey(0, 0.5, 1, dtype=np.float32), "TIFF"), "holds floating-point numbers"),
     "fractions, PFM": (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5), "holds floating-point numbers"),
     "CIELAB": (encoded(flat("LAB", (128, 3, 4)), "TIFF"), "holds CIELAB colours"),
@@ -373,6 +376,18 @@ def test_a_small_file_that_asks_for_much_memory_is_refused_before_it_is_decoded(
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
+
+
+def test_large_images_are_decoded_one_after_the_other_and_small_ones_beside_them(monkeypatch):
+    large, small = (encoded(Image.new("L", (side, side)), "PNG") for side in (1100, 8))
+    monkeypatch.setattr(decoding, "AT_ONCE", 2 * 1100**2)
+    with ThreadPoolExecutor(1) as thread, decoding.opened(large):
+        with decoding.opened(large):
+            third = thread.submit(by_training, large)
+            assert by_training(small).shape == (8, 8, 3)
+            assert not third.done()
+        assert third.result().shape == (1100, 1100, 3)
+    assert decoding._pixels_at_once == [0]
 
 
 def test_of_a_thousand_frames_one_is_decoded():

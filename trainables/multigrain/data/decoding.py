@@ -11,7 +11,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -25,18 +25,19 @@ MOST_PIXELS = 2**28 // 3
 """Largest number of pixels of an image, 89,478,485 (Pillow's own limit), and of the image scaled for the network."""
 MOST_BYTES = 2**28
 """Largest size of an image file, 268,435,456 bytes."""
-LARGE = 2**24
-"""Number of pixels from which images are decoded one at a time, so that threads do not fill the memory together."""
+AT_ONCE = 2**27
+"""Largest number of pixels that the threads of a process decode at once; each takes ten to twenty bytes."""
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """Image (H, W, 3), RGB."""
 
-_large = threading.RLock()
+_decoding, _SMALL = threading.Condition(), 2**20
+_pixels_at_once = [0]  # of images that are not small
 _KNOWN = "JPEG, PNG, WebP, GIF, TIFF, BMP, PPM, AVIF, and HEIC with pillow-heif"
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B"}
-_NUMBERS = {"I": "32-bit or signed numbers", "F": "floating-point numbers", "LAB": "CIELAB colours"}
+_NUMBERS = {"I": "32-bit numbers", "F": "floating-point numbers", "LAB": "CIELAB colours"}
 _DEPTHS = (8, 10, 12, 14, 16)
-_ORIENTATION, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 274, 262, 322, 323  # tags of TIFF and EXIF
+_ORIENTATION, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 274, 262, 322, 323, 339  # tags of TIFF and EXIF
 
 
 class ImageError(ValueError):
@@ -99,8 +100,25 @@ def opened(source: Any) -> Iterator[ImageFile.ImageFile]:
         raise ImageError(f"must be bytes, a pathlib.Path or an array of uint8, not {type(source).__name__}")
     with file, _identified(file) as image:
         _check(image)
-        with _large if image.width * image.height > LARGE else nullcontext():
+        with _turn_to_decode(image.width * image.height):
             yield image
+
+
+@contextmanager
+def _turn_to_decode(count: int) -> Iterator[None]:
+    """Wait until an image of `count` pixels can be decoded beside the others, unless it is small."""
+    if count <= _SMALL:
+        yield
+        return
+    with _decoding:
+        _decoding.wait_for(lambda: _pixels_at_once[0] + count <= AT_ONCE)
+        _pixels_at_once[0] += count
+    try:
+        yield
+    finally:
+        with _decoding:
+            _pixels_at_once[0] -= count
+            _decoding.notify_all()
 
 
 def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
@@ -132,8 +150,12 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
 
 @cache
 def _begin() -> None:
-    """Load Pillow's formats, and silence its warnings on damaged metadata, which name no file."""
+    """Load Pillow's formats and HEIF, and silence warnings on damaged metadata, which name no file."""
     Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
@@ -153,6 +175,8 @@ def _check(image: ImageFile.ImageFile) -> None:
     if width * height > MOST_PIXELS:
         raise ImageError(f"is {width:,} x {height:,} pixels, but at most {MOST_PIXELS:,} are read")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if 2 in np.atleast_1d(image.tag_v2.get(_SAMPLE_FORMAT, 1)):
+            raise ImageError("holds signed numbers; save it with 8 or 16 bits for each channel")
         if image.is_animated:
             raise ImageError("has several pages, and which one is meant is not known; save that page alone")
         if image.tag_v2.get(_TILE_WIDTH, 1) * image.tag_v2.get(_TILE_LENGTH, 1) > MOST_PIXELS:
