@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin, _imaging
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIF")
 """Formats that are opened at all, by Pillow's names; HEIF needs `pillow-heif`."""
@@ -152,6 +152,7 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
 def _begin() -> None:
     """Load Pillow's formats and HEIF, and silence warnings on damaged metadata, which name no file."""
     Image.init()
+    _imaging.set_block_size(2**26)  # blocks below 2**25 bytes stay with the thread that has freed them
     with suppress(ImportError):
         import pillow_heif
 
