@@ -353,6 +353,11 @@ def bombs():
             for name, content in sized.items()
         },
         "larger PNG": (headed(small, 16, ">II", 60_000, 60_000), "cut short, damaged"),
+        "rows of millions": (
+            tiff(row, 8, 1, (257, 2), width=2**24),
+            "is 16,777,216 x 2 pixels, but at most 65,535 each way",
+        ),
+        "PPM that is scaled": (b"P5 1100 1100 254\n", "is a large PPM"),
         "WebP": (riff(16_000, 16_000), "has more than 89,478,485 pixels"),
         "tiles": (tiff(row, 8, 1, (322, 26_000), (323, 26_000), (324, 8), (325, 8)), "has tiles of more than"),
         **{name: (small[:33] + text + small[33:], "holds texts that are too large") for name, text in texts.items()},

@@ -5,6 +5,7 @@ Training, evaluation, checks and exported models all decode by this module. It n
 """
 
 import io
+import logging
 import os
 import stat
 import struct
@@ -23,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIF")
 """Formats that are opened at all, by Pillow's names; HEIF needs `pillow-heif`."""
 MOST_PIXELS = 2**28 // 3
 """Largest number of pixels of an image, 89,478,485 (Pillow's own limit), and of the image scaled for the network."""
+MOST_SIDE = 2**16 - 1
+"""Largest width and height; Pillow takes minutes for rows of millions of pixels."""
 MOST_BYTES = 2**28
 """Largest size of an image file, 268,435,456 bytes."""
 AT_ONCE = 2**27
@@ -150,8 +153,9 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
 
 @cache
 def _begin() -> None:
-    """Load Pillow's formats and HEIF, and silence warnings on damaged metadata, which name no file."""
+    """Load Pillow's formats and HEIF, and silence its words on damaged files, which name no file."""
     Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     _imaging.set_block_size(2**26)  # blocks below 2**25 bytes stay with the thread that has freed them
     with suppress(ImportError):
         import pillow_heif
@@ -175,6 +179,10 @@ def _check(image: ImageFile.ImageFile) -> None:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise ImageError(f"is {width:,} x {height:,} pixels, but at most {MOST_PIXELS:,} are read")
+    if max(image.size) > MOST_SIDE:
+        raise ImageError(f"is {width:,} x {height:,} pixels, but at most {MOST_SIDE:,} each way are read")
+    if image.format == "PPM" and image.tile[0][0] != "raw" and width * height > _SMALL:
+        raise ImageError("is a large PPM with a largest value other than 255 and 65,535; save it as PNG")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if 2 in np.atleast_1d(image.tag_v2.get(_SAMPLE_FORMAT, 1)):
             raise ImageError("holds signed numbers; save it with 8 or 16 bits for each channel")
