@@ -38,7 +38,7 @@ _decoding, _SMALL = threading.Condition(), 2**20
 _pixels_at_once = [0]  # of images that are not small
 _KNOWN = "JPEG, PNG, WebP, GIF, TIFF, BMP, PPM, AVIF, and HEIC with pillow-heif"
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B"}
-_NUMBERS = {"I": "32-bit numbers", "F": "floating-point numbers", "LAB": "CIELAB colours"}
+_REFUSED = {"I": "32-bit numbers", "F": "floating-point numbers", "LAB": "CIELAB colours"}
 _DEPTHS = (8, 10, 12, 14, 16)
 _ORIENTATION, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 274, 262, 322, 323, 339  # tags of TIFF and EXIF
 
@@ -185,15 +185,18 @@ def _check(image: ImageFile.ImageFile) -> None:
         raise ImageError("is a large PPM with a largest value other than 255 and 65,535; save it as PNG")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if 2 in np.atleast_1d(image.tag_v2.get(_SAMPLE_FORMAT, 1)):
-            raise ImageError("holds signed numbers; save it with 8 or 16 bits for each channel")
+            _refuse("signed numbers")
         if image.is_animated:
             raise ImageError("has several pages, and which one is meant is not known; save that page alone")
         if image.tag_v2.get(_TILE_WIDTH, 1) * image.tag_v2.get(_TILE_LENGTH, 1) > MOST_PIXELS:
             raise ImageError(f"has tiles of more than {MOST_PIXELS:,} pixels, the most that are read")
         image.info.pop("xmp", None)  # Pillow would also turn the image as that says
     if image.mode not in _MODES and not (image.mode == "I" and image.format == "PPM"):
-        kind = _NUMBERS.get(image.mode, f"pixels of the kind {image.mode}")
-        raise ImageError(f"holds {kind}, whose range it does not state; save it with 8 or 16 bits for each channel")
+        _refuse(_REFUSED.get(image.mode, f"pixels of the kind {image.mode}"))
+
+
+def _refuse(numbers: str) -> None:
+    raise ImageError(f"holds {numbers}, which are not read; save it as grey or RGB of 8 or 16 bits a channel")
 
 
 def orientation(image: ImageFile.ImageFile, upright: bool) -> int:
