@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import os
 import re
 
 import numpy as np
@@ -155,3 +156,16 @@ def test_a_small_corpus_has_no_estimate(world, tmp_path, monkeypatch):
 
 def test_the_stand_in_has_what_a_trainable_needs():
     assert all(hasattr(shades, member) for member in trainable.MEMBERS)
+
+
+def test_a_query_that_is_a_pipe_or_too_large_is_not_read(world):
+    home, _, _, names = world
+    os.mkfifo(home / "pipe.png")
+    with (home / "large.png").open("wb") as file:
+        file.truncate(lookup.MOST_BYTES + 1)
+    found = find(world, home / "images" / names[0], home / "pipe.png", home / "large.png")
+    assert [one.error for one in found] == [
+        None,
+        "is no regular file",
+        "has more than 268,435,456 bytes, the most that are read",
+    ]

@@ -63,8 +63,6 @@ def frames(kind, count):
 
 
 SPOILERS = {
-    "animated.png": (frames("PNG", 3), "has 3 frames"),
-    "animated.webp": (frames("WEBP", 2), "has 2 frames"),
     "bomb.png": (lambda path: path.write_bytes(png_header(65000, 65000)), "is 65,000 x 65,000 pixels, but at most"),
     "cut.jpg": (truncated_jpeg, "is cut short or damaged"),
     "dark.png": (
@@ -73,7 +71,6 @@ SPOILERS = {
     ),
     "empty.png": (lambda path: path.write_bytes(b""), "is empty"),
     "flat.png": (lambda path: Image.new("RGB", (40, 1)).save(path), "is 40 x 1 pixels, but needs 2 each way"),
-    "gif named.jpg": (frames("GIF", 2), "has 2 frames"),
     "header.png": (flipped_png, "is cut short, damaged, or a kind of PNG"),
     "nowhere.png": (lambda path: path.write_bytes(png_header(0, 8)), "is "),
     "page.jpg": (lambda path: path.write_text("\n<!DOCTYPE html>\n<title>404</title>"), "is a web page, not an image"),
@@ -158,6 +155,9 @@ ACCEPTED = {
     "rgba.png": lambda path: ramp("RGBA").save(path),
     "turned.jpg": turned,
     "camera.jpg": frames("MPO", 2),
+    "animated.png": frames("PNG", 3),
+    "animated.webp": frames("WEBP", 2),
+    "gif named.jpg": frames("GIF", 2),
     "png named.jpg": lambda path: ramp("RGB").save(path, "PNG"),
     "least.png": lambda path: Image.new("RGB", (2, 2)).save(path),
 }

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from multigrain.data import decoding
 from multigrain.data.dataset import CopySet, Dataset
 from multigrain.digests import digest
@@ -53,23 +51,12 @@ def _fault(path: Path) -> str | None:
     """Return why a file cannot be used, None if it can. The file is decoded to its end."""
     try:
         with decoding.opened(path) as image:
-            if found := _header_fault(image):
-                return found
+            if min(image.size) < SMALLEST:
+                return f"is {image.width} x {image.height} pixels, but needs {SMALLEST} each way"
             image.draft("RGB", (64, 64))  # a JPEG is then decoded at a fraction of its size, but to its last byte
             decoding.pixels(image, upright=True)
     except Exception as error:  # Pillow raises many types, SyntaxError among them
         return decoding.fault(error)
-    return None
-
-
-def _header_fault(image: Image.Image) -> str | None:
-    width, height = image.size
-    if min(width, height) < SMALLEST:
-        return f"is {width} x {height} pixels, but needs {SMALLEST} each way"
-    frames = getattr(image, "n_frames", 1)
-    # The MPO file of a camera is a JPEG with previews; its first frame is the photograph.
-    if frames > 1 and image.format != "MPO":
-        return f"has {frames} frames, and which one is meant is not known"
     return None
 
 
