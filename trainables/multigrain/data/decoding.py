@@ -94,25 +94,25 @@ def opened(source: Any) -> Iterator[ImageFile.ImageFile]:
     Raises:
         ImageError: it is not an image, or not one of the kinds that are read.
     """
-    if isinstance(source, os.PathLike):
-        file = _open_file(Path(source))
-    elif isinstance(source, bytes | bytearray | memoryview):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         _check_bytes(len(source))
-        file = io.BytesIO(source)
+        file: IO[bytes] = io.BytesIO(source)
+    elif isinstance(source, os.PathLike):
+        file = _open_file(Path(source))
     else:
         raise ImageError(f"must be bytes, a pathlib.Path or an array of uint8, not {type(source).__name__}")
     with file, _identified(file) as image:
         _check(image)
-        with _turn_to_decode(image.width * image.height):
+        if image.width * image.height <= _SMALL:
             yield image
+        else:
+            with _turn_to_decode(image.width * image.height):
+                yield image
 
 
 @contextmanager
 def _turn_to_decode(count: int) -> Iterator[None]:
-    """Wait until an image of `count` pixels can be decoded beside the others, unless it is small."""
-    if count <= _SMALL:
-        yield
-        return
+    """Wait until an image of `count` pixels can be decoded beside the others."""
     with _decoding:
         _decoding.wait_for(lambda: _pixels_at_once[0] + count <= AT_ONCE)
         _pixels_at_once[0] += count
