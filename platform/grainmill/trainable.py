@@ -38,11 +38,32 @@ Pin = tuple[int, str]
 """Size in bytes and ETag of an object in S3, which name its only acceptable version."""
 
 
-class Images(Protocol):
-    """Images of a corpus, or objects in S3, which are read one by one; they can be pickled."""
+class Objects(Protocol):
+    """Objects in S3, which are read one by one; they can be pickled."""
 
     def names(self) -> Sequence[str]:
-        """List each image once, in a fixed order. Raises ValueError if they cannot be listed."""
+        """List each object once, in a fixed order. Raises ValueError if they cannot be listed."""
+
+    def read(self, name: str) -> bytes:
+        """Return the content, in any thread. Raises ValueError with the reason if it cannot be read."""
+
+
+class Listing(Protocol):
+    """The images of a corpus, and what its folder holds besides."""
+
+    names: Sequence[str]
+    """The images, each once, in a fixed order."""
+    left_out: Mapping[str, str]
+    """Names of what is left out, such as files of types that are not read, with the reason: a predicate."""
+    litter: int
+    """Number of hidden files and folders, and of those that systems leave behind, which are left out, too."""
+
+
+class Images(Protocol):
+    """Images of a corpus, which are read one by one; they can be pickled."""
+
+    def listing(self) -> Listing:
+        """List the images. Raises ValueError if they cannot be listed."""
 
     def read(self, name: str) -> bytes:
         """Return the content of an image, in any thread. Raises ValueError with the reason if it cannot be read."""
@@ -83,7 +104,7 @@ class Files(Protocol):
     def mirror(self, cache: str, limit: float | None) -> Mirror:
         """Return the copies below the folder `cache`, which may take `limit` GB, by default half of the disk."""
 
-    def objects(self, source: str) -> Images:
+    def objects(self, source: str) -> Objects:
         """Return the objects below `s3://bucket/prefix`. Raises ValueError if that is not a valid URL."""
 
 

@@ -62,11 +62,17 @@ def export(folder: Path, out: Path) -> dict[str, Any]:
     return {}
 
 
+class Listing(NamedTuple):
+    names: list[str]
+    left_out: dict[str, str]
+    litter: int
+
+
 class Images(NamedTuple):
     root: str
 
-    def names(self) -> list[str]:
-        return sorted(os.listdir(self.root))
+    def listing(self) -> Listing:
+        return Listing(sorted(os.listdir(self.root)), {}, 0)
 
     def read(self, name: str) -> bytes:
         try:

@@ -61,7 +61,8 @@ def embed(
     See `grainmill.api.embed` for arguments and errors.
     """
     identity = Embedder(tracking_uri, model).identity
-    images, names = _list_images(identity, source)
+    images, listing = _list_images(identity, source)
+    names = listing.names
     with index.open_to_write(out, index.IndexRecord(identity, source)) as made:
         known = set(made.ids())
         missing = [name for name in names if name not in known]
@@ -76,10 +77,12 @@ def embed(
                     writer.add(table)
         writer.flush()
         faults |= writer.faults
+        left_out = {name.encode(errors="backslashreplace").decode(): why for name, why in listing.left_out.items()}
         if not known and not writer.written:
             name, reason = next(iter(faults.items()))
             raise CorpusError(f"one image at least must be usable, but of {len(names)} none is: {name} {reason}")
         skipped = out / index.SKIPPED
+        faults |= left_out
         if faults:
             index.write_csv(skipped, ("id", "reason"), sorted(faults.items()))
         else:
@@ -89,16 +92,18 @@ def embed(
         return EmbedResult(total, len(known), listed, len(faults), writer.seconds, writer.steady)
 
 
-def _list_images(identity: ModelIdentity, source: str) -> tuple[trainable.Images, Sequence[str]]:
-    """List the images of a source; returns them and their names. Raises CorpusError if there are none."""
+def _list_images(identity: ModelIdentity, source: str) -> tuple[trainable.Images, trainable.Listing]:
+    """List the images of a source; returns them and the list. Raises CorpusError if there are none."""
     try:
         images = trainable.find(identity.trainable).images(source, S3Files())
-        names = images.names()
+        listing = images.listing()
     except ValueError as error:
         raise CorpusError(str(error)) from error
-    if not names:
-        raise CorpusError(f"{source} must hold images, but none were found there; name another folder or prefix")
-    return images, names
+    if not listing.names:
+        beside = [f"{name}, which {reason}" for name, reason in listing.left_out.items()]
+        found = f"none were found there, only {beside[0]}" if beside else "none were found there"
+        raise CorpusError(f"{source} must hold images, but {found}; name another folder or prefix")
+    return images, listing
 
 
 class _Worker:

@@ -7,6 +7,7 @@ import pytest
 
 from grainmill.storage.mirror import S3Files
 from multigrain.data import image_sources
+from multigrain.data.listing import OTHER
 from multigrain.errors import DataError
 from multigrain.hooks import LocalFiles
 
@@ -20,7 +21,7 @@ def write(root, *names):
 def test_a_folder_has_the_images_below_it_in_a_fixed_order(tmp_path):
     write(tmp_path, "b/2.JPG", "b/1.png", "a.webp", "notes.txt", "c/deep/er.tiff", "index.json")
     images = pickle.loads(pickle.dumps(image_sources.images(str(tmp_path), LocalFiles())))
-    assert images.names() == ["a.webp", "b/1.png", "b/2.JPG", "c/deep/er.tiff"]
+    assert images.listing().names == ["a.webp", "b/1.png", "b/2.JPG", "c/deep/er.tiff"]
     assert images.read("b/2.JPG") == b"b/2.JPG"
     with pytest.raises(ValueError, match=r"cannot be read \(No such file"):
         images.read("b/3.png")
@@ -30,8 +31,8 @@ def test_a_manifest_has_the_images_of_its_column_each_once(tmp_path):
     write(tmp_path, "a.jpg", "sub/b.jpg")
     (tmp_path / "list.csv").write_text(f"role,image\ndatabase,sub/b.jpg\nquery,{tmp_path}/a.jpg\nquery,sub/b.jpg\n\n")
     images = pickle.loads(pickle.dumps(image_sources.images(str(tmp_path / "list.csv"), LocalFiles())))
-    assert images.names() == ["sub/b.jpg", f"{tmp_path}/a.jpg"]
-    assert [images.read(name) for name in images.names()] == [b"sub/b.jpg", b"a.jpg"]
+    assert images.listing().names == ["sub/b.jpg", f"{tmp_path}/a.jpg"]
+    assert [images.read(name) for name in images.listing().names] == [b"sub/b.jpg", b"a.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_a_manifest_has_the_images_of_its_column_each_once(tmp_path):
 def test_all_that_is_wrong_with_a_manifest_is_told(tmp_path, text, told):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError) as caught:
-        image_sources.images(str(tmp_path / "list.csv"), LocalFiles()).names()
+        image_sources.images(str(tmp_path / "list.csv"), LocalFiles()).listing()
     assert len(caught.value.problems) == len(told)
     assert all(words in problem for words, problem in zip(told, caught.value.problems, strict=True))
 
@@ -54,25 +55,32 @@ def test_what_is_no_source_is_told(tmp_path):
     with pytest.raises(DataError, match=r"there is no folder .*nowhere; name one"):
         image_sources.images(str(tmp_path / "nowhere"), LocalFiles())
     with pytest.raises(DataError, match="the manifest must exist"):
-        image_sources.images(str(tmp_path / "nowhere.csv"), LocalFiles()).names()
+        image_sources.images(str(tmp_path / "nowhere.csv"), LocalFiles()).listing()
     with pytest.raises(DataError, match="must be s3://bucket/prefix"):
         image_sources.images("s3://user:password@host/x", S3Files())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_is_closed_is_told(tmp_path):
+def test_a_folder_that_is_closed_is_told_with_its_reason(tmp_path):
     write(tmp_path, "a/b.jpg")
     (tmp_path / "a").chmod(0)
+    listing = image_sources.images(str(tmp_path), LocalFiles()).listing()
     with pytest.raises(DataError, match=r"Permission denied.*change its permissions"):
-        image_sources.images(str(tmp_path), LocalFiles()).names()
+        image_sources.images(str(tmp_path / "a"), LocalFiles()).listing()
     (tmp_path / "a").chmod(0o700)
+    assert (listing.names, listing.left_out) == ([], {"a": "cannot be listed (Permission denied)"})
 
 
 def test_a_bucket_has_the_images_below_a_prefix(bucket):
     bucket.put(**{"set/b/2.jpg": b"two", "set/1.png": b"one", "set/notes.txt": b"x", "other/3.png": b"three"})
+    bucket.put(**{"set/b/": b"", "set/.git/4.png": b"x", "set/b/__MACOSX/._2.jpg": b"x", "set/b/5.jp2": b"x"})
     images = pickle.loads(pickle.dumps(image_sources.images(f"s3://{bucket.name}/set", S3Files())))
-    assert images.names() == ["1.png", "b/2.jpg"]
-    assert [images.read(name) for name in images.names()] == [b"one", b"two"]
+    assert images.listing() == (
+        ["1.png", "b/2.jpg"],
+        {"b/5.jp2": "is a .jp2 file, which is not read; save it as JPEG or PNG", "notes.txt": OTHER},
+        2,
+    )
+    assert [images.read(name) for name in images.listing().names] == [b"one", b"two"]
     with pytest.raises(ValueError, match="must stay as it was listed"):
         images.read("gone.png")
 
@@ -82,7 +90,7 @@ def test_a_bucket_without_permission_is_told(bucket, proxy):
     images = image_sources.images(f"s3://{bucket.name}/set/", S3Files())
     proxy.faults[f"/{bucket.name}"] = [(403, "AccessDenied")] * 9
     with pytest.raises(DataError, match="access is denied; allow s3:ListBucket and s3:GetObject"):
-        images.names()
+        images.listing()
     proxy.faults = {f"/{bucket.name}/set/1.png": [(403, "AccessDenied")] * 9}
     with pytest.raises(ValueError, match=r"set/1.png must be open to these credentials"):
         images.read("1.png")

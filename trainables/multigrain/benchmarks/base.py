@@ -1,13 +1,12 @@
 """Helpers for reading benchmarks from disk: lists of files, and sentences on what is missing. No torch is imported."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from multigrain.data.folders import SUFFIXES
+from multigrain.data.listing import Listing, list_images
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 
@@ -20,24 +19,29 @@ def indices(numbers: Iterable[int]) -> NDArray[np.int64]:
     return np.array(sorted(numbers), dtype=np.int64)
 
 
-def listing(folder: Path, deep: bool = False) -> list[Path]:
-    """Return the files in a folder, sorted and without hidden ones; empty if the folder is missing.
-
-    The order on disk is arbitrary, but UKBench and Holidays define theirs by the names.
+def images(folder: Path, problems: list[str], deep: bool = False) -> list[Path]:
+    """List the images in a folder, none if it is missing.
 
     Args:
-        deep: include the files in subfolders.
+        folder: the folder.
+        problems: gets a sentence for each reason why files are left out; files of other kinds need none.
+        deep: include the images in subfolders.
     """
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if deep and not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    found = list_images(folder, deep)
+    problems += unread(folder, found)
+    return [folder / name for name in found.names]
 
 
-def images(folder: Path, deep: bool = False) -> list[Path]:
-    """Return the files of `listing` that are images by their suffix."""
-    return [path for path in listing(folder, deep) if path.suffix.lower() in SUFFIXES]
+def unread(folder: Path, found: Listing) -> list[str]:
+    """Return a sentence for each reason why files are left out, except that they are no images by their suffix."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in found.unread.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [
+        problem
+        for reason, names in by_reason.items()
+        for problem in noted(f"files or folders in {folder} are left out, because each {reason}", names)
+    ]
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:

@@ -242,7 +242,7 @@ class _Run:
         notes += [f"{one.name} is not the published set: {problem}" for one in sets for problem in one.problems]
         pairs = ((benchmark, published.difference(benchmark, row)) for row, benchmark in self._published())
         others = {f"the paper's values for {one.name} are of other images: {why}": None for one, why in pairs if why}
-        return [*notes, *others]
+        return [*notes, *self.inputs.problems, *others]
 
 
 def _of_pairs(found: Retrieval, part: str, device: torch.device) -> Values:

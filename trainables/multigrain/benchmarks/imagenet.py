@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from multigrain.benchmarks.base import counted, demand, images, noted, pictures
+from multigrain.data.listing import list_folders
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
 
@@ -14,9 +15,7 @@ _IMAGES, _CLASSES = 50_000, 1000
 
 def _class_folders(folder: Path) -> list[str]:
     """Return the sorted WordNet ids that are names of subfolders."""
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if re.fullmatch("n[0-9]{8}", path.name) and path.is_dir())
+    return [name for name in list_folders(folder) if re.fullmatch("n[0-9]{8}", name)]
 
 
 def _kit(folder: Path) -> tuple[list[str], list[str]]:
@@ -76,11 +75,11 @@ def imagenet(root: Path) -> Benchmark:
     """
     places = ([root / name for name in names if (root / name).is_dir()] or [root / names[0]] for names in _FOLDERS)
     (train, *_), (val, *_) = places
-    folders, flat = _class_folders(val), images(val)
-    problems = []
+    problems: list[str] = []
+    folders, flat = _class_folders(val), images(val, problems)
     if folders:
         classes = sorted({*folders, *_class_folders(train)})
-        by_class = {wnid: images(val / wnid) for wnid in folders}
+        by_class = {wnid: images(val / wnid, problems) for wnid in folders}
         pairs = [(path, wnid) for wnid, found in by_class.items() for path in found]
         uneven = [wnid for wnid in classes if len(by_class.get(wnid, ())) != _IMAGES // _CLASSES]
         problems += noted(f"classes do not hold {_IMAGES // _CLASSES} images", uneven)
@@ -92,7 +91,8 @@ def imagenet(root: Path) -> Benchmark:
             wanted |= {f"the classes of a flat val/, {_KIT / name},": (root / _KIT / name).is_file() for name in kit}
         demand("ImageNet", root, wanted)
         classes, labels = _kit(root / _KIT)
-        pairs, problems = _flat(flat, labels)
+        pairs, wrong = _flat(flat, labels)
+        problems += wrong
     demand("ImageNet", root, {"images in the folders val/<wnid>/, or ILSVRC2012_val_NNNNNNNN.JPEG": pairs})
     problems += counted("classes", _CLASSES, len(classes)) + counted("images", _IMAGES, len(pairs))
     number = {wnid: index for index, wnid in enumerate(classes)}

@@ -24,6 +24,8 @@ class Inputs(NamedTuple):
     """Sorted images to fit a whitening on; empty if none is asked for."""
     proxy: Dataset | None
     """Training images of the proxy task."""
+    problems: list[str]
+    """Sentences on files that the folder of images for the whitening holds besides."""
 
 
 def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int, files: Files | None = None) -> Inputs:
@@ -38,17 +40,18 @@ def inputs(evaluation: Evaluation, classes: Sequence[str], channels: int, files:
     """
     problems: list[str] = []
     benchmarks, whitening, proxy = [], [], None
+    unread: list[str] = []
     mirror = (files or LocalFiles()).mirror(evaluation.cache, evaluation.cache_limit)
     for name, source in evaluation.on.items():
         with _gather(problems):
             benchmarks.append(_benchmark(name, _local(mirror, source), classes))
     with _gather(problems):
-        whitening = _whitening_images(evaluation, channels, mirror)
+        whitening = _whitening_images(evaluation, channels, mirror, unread)
     with _gather(problems):
         proxy = _proxy_images(evaluation, classes, mirror)
     if problems:
         raise DataError(problems)
-    return Inputs(benchmarks, whitening, proxy)
+    return Inputs(benchmarks, whitening, proxy, unread)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def _benchmark(name: str, root: Path, classes: Sequence[str]) -> Benchmark:
     return found
 
 
-def _whitening_images(evaluation: Evaluation, channels: int, mirror: Mirror) -> list[Path]:
+def _whitening_images(evaluation: Evaluation, channels: int, mirror: Mirror, unread: list[str]) -> list[Path]:
     if evaluation.whiten is None:
         return []
     most = channels + 1  # a constant channel is appended
@@ -76,7 +79,7 @@ def _whitening_images(evaluation: Evaluation, channels: int, mirror: Mirror) -> 
         got = f"dimension must be at most {most}, the network's channels and one more, got {evaluation.dimension}"
         raise DataError([f"{got}; lower it or leave it out"])
     source = _local(mirror, evaluation.whiten)
-    found = _listed(source) if source.is_file() else images(source, deep=True)
+    found = _listed(source) if source.is_file() else images(source, unread, deep=True)
     if not found:
         raise DataError([f"whitening needs images, but there are none in {source.absolute()}; name another folder"])
     dimension = evaluation.dimension or most

@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from multigrain.benchmarks.base import counted, demand, images, indices, listing, noted, pictures
+from multigrain.benchmarks.base import counted, demand, images, indices, noted, pictures
 from multigrain.data.folders import BLOCK
+from multigrain.data.listing import list_images
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
@@ -26,15 +27,17 @@ _COPIES = {
 def _numbered(folder: Path, form: str) -> tuple[dict[int, Path], list[str]]:
     """Map the number in an image's name, which group 1 of the pattern `form` finds, to the image, ascending.
 
-    Also returned is a sentence on the images whose names do not match.
+    Also returned are sentences on what is left out, such as images whose names do not match.
     """
     numbered: dict[int, Path] = {}
-    strange = []
-    for path in images(folder):
+    strange: list[str] = []
+    problems: list[str] = []
+    for path in images(folder, problems):
         match = re.fullmatch(form, path.stem)
         if match is None or numbered.setdefault(int(match[1]), path) != path:
             strange.append(path.name)
-    return dict(sorted(numbered.items())), noted(f"images in {folder} are not of the set and left out", strange)
+    problems += noted(f"images in {folder} are not of the set and left out", strange)
+    return dict(sorted(numbered.items())), problems
 
 
 def _turns(file: Path, names: Collection[str]) -> tuple[dict[str, int], list[str]]:
@@ -126,14 +129,15 @@ def ukbench(root: Path) -> Benchmark:
 def _copies(root: Path, setting: str, originals: Mapping[int, int]) -> tuple[list[tuple[Path, int]], list[str]]:
     """Pair the copies in one folder with the index of their original; and sentences on missing or extra files."""
     found, strange, orphans = [], [], []
-    for path in images(root / setting):
+    problems: list[str] = []
+    for path in images(root / setting, problems):
         if not re.fullmatch("[0-9]{6}", path.stem):
             strange.append(path.name)
         elif (block := int(path.stem[:BLOCK])) in originals:
             found.append((path, originals[block]))
         else:
             orphans.append(path.name)
-    problems = noted(f"images in {setting}/ are not of the set and left out", strange)
+    problems += noted(f"images in {setting}/ are not of the set and left out", strange)
     problems += noted(f"copies in {setting}/ have no original and are left out", orphans)
     return found, problems + counted(f"copies in {setting}/", _COPIES[setting], len(found))
 
@@ -153,20 +157,22 @@ def copydays(root: Path) -> Benchmark:
     place = {block: index for index, block in enumerate(originals)}
     copies = {}
     for setting in _COPIES:
-        if setting == "strong" or listing(root / setting):
+        listing = list_images(root / setting, deep=False)
+        if setting == "strong" or listing.names or listing.left_out:
             found, wrong = _copies(root, setting, place)
             problems += wrong
             if found or setting == "strong":
                 copies[setting] = found
             else:
                 problems.append(f"{setting}/ holds no copy of an original and is left out")
+    strong = copies["strong"] if originals else list_images(root / "strong", deep=False).names
     wanted = {
         "originals NNNN00.jpg or original/NNNN00.jpg": originals,
-        "strong copies strong/NNNNNN.jpg of the originals": copies["strong"] if originals else images(root / "strong"),
+        "strong copies strong/NNNNNN.jpg of the originals": strong,
     }
     demand("INRIA Copydays", root, wanted)
     problems += counted("originals", 157, len(originals))
-    database = (*originals.values(), *images(root / "distractors", deep=True))
+    database = (*originals.values(), *images(root / "distractors", problems, deep=True))
     elsewhere = Truth(indices(()), indices(range(len(database))))
     truth = {
         setting: tuple(

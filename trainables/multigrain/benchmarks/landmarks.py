@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multigrain.benchmarks.base import by_stem, counted, demand, images, indices, listing, noted, pictures
+from multigrain.benchmarks.base import by_stem, counted, demand, images, indices, noted, pictures, unread
 from multigrain.benchmarks.safe_pickle import read_pickle
-from multigrain.data.folders import SUFFIXES
+from multigrain.data.listing import list_images
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
@@ -88,14 +88,16 @@ def _benchmark(
     answers = {image for query in queries for parts in query.answers.values() for part in parts for image in part}
     wanted = {*database, *answers, *(query.name for query in queries)} - DAMAGED
     twofold = [query.name for query in queries for good, junk in query.answers.values() if not {*good}.isdisjoint(junk)]
+    beside: list[str] = []
+    extra = pictures(images(root / "distractors", beside, deep=True)) if name in ("roxford5k", "rparis6k") else ()
     problems = [
         *problems,
+        *beside,
         *(counted("images in the database", _SIZES[name][-1], len(names)) if len(names) not in _SIZES[name] else ()),
         *counted("queries", _QUERIES[name], len(asked)),
         *noted("images that the ground truth names are missing", sorted(wanted - files.keys())),
         *noted("queries have an image as positive and as junk", dict.fromkeys(twofold)),
     ]
-    extra = pictures(images(root / "distractors", deep=True)) if name in ("roxford5k", "rparis6k") else ()
     shown = tuple(Picture(files[query.name], query.box) for query in asked)
     images_of_set = pictures(files[image] for image in names)
     return Benchmark(name, (*images_of_set, *extra), shown, truth, measures, problems=tuple(problems))
@@ -130,12 +132,12 @@ def classic(name: str, root: Path) -> Benchmark:
     Raises:
         DataError: images or queries are missing altogether, a query does not have four files, or a file is malformed.
     """
-    found = listing(root, deep=True)
-    every = by_stem(path for path in found if path.suffix.lower() in SUFFIXES)
+    listing = list_images(root)
+    every = by_stem(root / name for name in listing.names)
     files = {image: path for image, path in every.items() if re.fullmatch(r"[A-Za-z_]+_[0-9]{6}", image)}
     texts: dict[str, dict[str, Path]] = {}
     wrong: list[str] = []
-    for path in found:
+    for path in (root / name for name in listing.left_out):
         if match := re.fullmatch(rf"(.+_[0-9]+)_({'|'.join(_PARTS)})\.txt", path.name):
             first = texts.setdefault(match[1], {}).setdefault(match[2], path)
             if first != path:
@@ -146,6 +148,7 @@ def classic(name: str, root: Path) -> Benchmark:
     if wrong:
         raise DataError(wrong)
     problems = noted("images are not of the set and left out", sorted(every.keys() - files.keys()))
+    problems += unread(root, listing)
     database = sorted(files.keys() - DAMAGED)
     return _benchmark(name, root, database, files, [query for query in read if query], ("map", "map_finite"), problems)
 
@@ -201,7 +204,8 @@ def revisited(name: str, root: Path) -> Benchmark:
     """
     root = root / name if (root / name).is_dir() else root
     file = root / f"gnd_{name}.pkl"
-    found = images(root / "jpg")
+    problems: list[str] = []
+    found = images(root / "jpg", problems)
     demand(_TITLES[name], root, {"images in jpg/": found, file.name: file.is_file()})
     files = by_stem(found)
     imlist, qimlist, gnd = _held(file)
@@ -213,6 +217,6 @@ def revisited(name: str, root: Path) -> Benchmark:
     if wrong:
         raise DataError(wrong)
     strange = sorted(files.keys() - {*imlist, *qimlist} - DAMAGED)
-    problems = noted("images in jpg/ are not of the set and left out", strange)
+    problems += noted("images in jpg/ are not of the set and left out", strange)
     measures = ("map", "map_finite", "mp@1", "mp@5", "mp@10")
     return _benchmark(name, root, imlist, files, queries, measures, problems)

@@ -58,7 +58,8 @@ def disc21(root: Path) -> Benchmark:
         DataError: queries, references or rows are missing altogether, or rows are wrong.
     """
     file = root / "groundtruth.csv"
-    queries, references = (images(root / part, deep=True) for part in ("queries", "references"))
+    problems: list[str] = []
+    queries, references = (images(root / part, problems, deep=True) for part in ("queries", "references"))
     wanted = {"images in queries/": queries, "images in references/": references, file.name: file.is_file()}
     demand("DISC21", root, wanted)
     pairs = _pairs(file)
@@ -68,7 +69,7 @@ def disc21(root: Path) -> Benchmark:
     truth = tuple(Truth(indices(place[name] for name in pairs[query] if name in place), indices(())) for query in asked)
     demand("DISC21", root, {"a query whose reference is there": any(len(answer.positives) for answer in truth)})
     named = {name for found in pairs.values() for name in found}
-    problems = noted("queries have no row in groundtruth.csv and are left out", sorted(by_query.keys() - pairs.keys()))
+    problems += noted("queries have no row in groundtruth.csv and are left out", sorted(by_query.keys() - pairs.keys()))
     problems += noted("queries of groundtruth.csv are missing", sorted(pairs.keys() - by_query.keys()))
     problems += noted("references of groundtruth.csv are missing", sorted(named - place.keys()))
     shown, measures = pictures(by_query[name] for name in asked), ("micro_ap", "recall@p90", "recall@1")

@@ -1,6 +1,7 @@
 """Data set in memory: paths of images with their classes and instances, and a copy-detection set."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -27,6 +28,10 @@ class Dataset:
     copies: CopySet | None
     instances: tuple[int, ...] = ()
     """Index of the first image in `train` that shows the same as each image; its own index by default."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Names of what a folder holds besides, with the reason why it is left out: see `listing.Listing`."""
+    litter: int = 0
+    """Number of hidden files and folders there, and of those that systems leave behind."""
 
     def __post_init__(self) -> None:
         if not self.instances:

@@ -4,37 +4,24 @@ This module does not import torch: an experiment file is checked, its folders in
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from multigrain.data.dataset import CopySet, Dataset
+from multigrain.data.listing import SUFFIXES, Listing, list_by_folder, list_folders, list_images
 from multigrain.digests import digest
 from multigrain.errors import DataError
 from multigrain.hooks import Item
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-"""Suffixes of image files, in lower case."""
+COPIES = "copies"
+"""Folder of the copy-detection set, beside the folders of classes."""
 BLOCK = 4
 """Number of characters that name the original image in a Copydays file name."""
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file name has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def stable_order(name: str) -> str:
     """Return a sort key that shuffles names in the same way on every machine and in every version."""
     return digest(name.encode(errors="surrogateescape"))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if is_image(path.name) and path.is_file())
-
-
-def _class_folders(root: Path) -> dict[str, list[Path]]:
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return {folder.name: _files(folder) for folder in folders}
 
 
 def split(
@@ -56,7 +43,7 @@ def split(
     return train, val
 
 
-def read_copies(root: Path) -> CopySet:
+def read_copies(root: Path) -> tuple[CopySet, Listing]:
     """List an INRIA Copydays folder: `original/NNNN00.jpg`, `strong/NNNNkk.jpg`, optionally `distractors/`.
 
     The queries are the strong copies, as in the paper; the database is the originals and the distractors.
@@ -64,11 +51,12 @@ def read_copies(root: Path) -> CopySet:
     Raises:
         DataError: a folder is missing or empty, or a copy has no original.
     """
-    originals, strong = _files(root / "original"), _files(root / "strong")
+    found, listing = list_by_folder(root, ("original", "strong", "distractors"))
+    originals, strong, distractors = found.values()
     problems = [
         f"a copy-detection set needs images in {root / name}, found none"
-        for name, found in (("original", originals), ("strong", strong))
-        if not found
+        for name in ("original", "strong")
+        if not found[name]
     ]
     block = {path.stem[:BLOCK]: index for index, path in enumerate(originals)}
     problems += [
@@ -78,31 +66,33 @@ def read_copies(root: Path) -> CopySet:
     ]
     if problems:
         raise DataError(problems)
-    database = (*originals, *_files(root / "distractors"))
-    return CopySet(database, tuple(strong), tuple(block[path.stem[:BLOCK]] for path in strong))
+    truth = tuple(block[path.stem[:BLOCK]] for path in strong)
+    return CopySet((*originals, *distractors), tuple(strong), truth), listing
 
 
 ByClass = dict[str, list[Path]]
 
 
-def _two_parts(folder: Path) -> tuple[ByClass, ByClass, list[Path], list[str]]:
-    """List `train/` and `val/` by class; also return empty class folders, and what else is wrong."""
-    train = _class_folders(folder / "train")
-    val = _class_folders(folder / "val") if (folder / "val").is_dir() else {}
+def _two_parts(folder: Path) -> tuple[ByClass, ByClass, Listing, list[str]]:
+    """List `train/` and `val/` by class; also return the whole listing, and what is wrong."""
+    places = [f"{part}/{name}" for part in ("train", "val") for name in list_folders(folder / part)]
+    by_place, listing = list_by_folder(folder, places)
+    train, val = (
+        {place.removeprefix(part): paths for place, paths in by_place.items() if place.startswith(part)}
+        for part in ("train/", "val/")
+    )
     problems = [] if val else [f"a folder with train/ needs val/<class>/ too, but there is none in {folder}"]
     problems += [
         f"each class of val/ must be in train/, but there is no {folder / 'train' / name}"
         for name in val
         if name not in train
     ]
-    parts = (("train", train), ("val", val))
-    return train, val, [folder / part / name for part, found in parts for name in found if not found[name]], problems
+    return train, val, listing, problems + _empty(folder, by_place)
 
 
-def _one_part(folder: Path, val_share: float) -> tuple[ByClass, ByClass, list[Path], list[str]]:
-    """List the class folders, split; also return empty class folders, and what else is wrong."""
-    by_class = _class_folders(folder)
-    by_class.pop("copies", None)
+def _one_part(folder: Path, val_share: float) -> tuple[ByClass, ByClass, Listing, list[str]]:
+    """List the class folders, split; also return the whole listing, and what is wrong."""
+    by_class, listing = list_by_folder(folder, [name for name in list_folders(folder) if name != COPIES])
     problems = [
         f"a class needs 2 images to be split, found 1 in {folder / name}"
         for name, paths in by_class.items()
@@ -112,7 +102,16 @@ def _one_part(folder: Path, val_share: float) -> tuple[ByClass, ByClass, list[Pa
         problems.append(f"images are expected in {folder}/<class>/, but it has no folders")
     several = {name: paths for name, paths in by_class.items() if len(paths) > 1}
     train, val = split(several, val_share, lambda name, path: f"{name}/{path.name}")
-    return train, val, [folder / name for name, paths in by_class.items() if not paths], problems
+    return train, val, listing, problems + _empty(folder, by_class)
+
+
+def _empty(folder: Path, by_place: Mapping[str, Sequence[Path]]) -> list[str]:
+    types = ", ".join(sorted(SUFFIXES))
+    return [
+        f"a class folder must hold images ({types}), found none in {folder / place}"
+        for place, paths in by_place.items()
+        if not paths
+    ]
 
 
 def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
@@ -127,16 +126,15 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
     if not os.path.isdir(folder):
         raise DataError([f"the image folder must exist, but there is no folder {folder.absolute()}"])
     has_parts = (folder / "train").is_dir()
-    train, val, empty, problems = _two_parts(folder) if has_parts else _one_part(folder, val_share)
-    problems += [
-        f"a class folder must hold images ({', '.join(sorted(SUFFIXES))}), found none in {path}" for path in empty
-    ]
+    train, val, listing, problems = _two_parts(folder) if has_parts else _one_part(folder, val_share)
     if train and sum(map(len, train.values())) == 1:
         problems.append(f"training needs at least 2 images, found 1 in {folder}")
-    copies = None
-    if (folder / "copies").is_dir():
+    copies, left_out, litter = None, {**_beside(folder, has_parts), **listing.left_out}, listing.litter
+    if (folder / COPIES).is_dir():
         try:
-            copies = read_copies(folder / "copies")
+            copies, of_copies = read_copies(folder / COPIES)
+            left_out |= {f"{COPIES}/{name}": reason for name, reason in of_copies.left_out.items()}
+            litter += of_copies.litter
         except DataError as error:
             problems += error.problems
     if problems:
@@ -149,4 +147,20 @@ def read_dataset(folder: Path, val_share: float = 0.2) -> Dataset:
         tuple(path for paths in val.values() for path in paths),
         tuple(classes.index(name) for name, paths in val.items() for _ in paths),
         copies,
+        left_out=left_out,
+        litter=litter,
     )
+
+
+def _beside(folder: Path, has_parts: bool) -> dict[str, str]:
+    """Return the names of images and folders that lie outside of all class folders, each with that reason."""
+    places = ("", "train/", "val/") if has_parts else ("",)
+    found = {
+        f"{place}{name}": "lies outside the folders of classes"
+        for place in places
+        for name in list_images(folder / place, deep=False).names
+    }
+    if has_parts:
+        others = [name for name in list_folders(folder) if name not in ("train", "val", COPIES)]
+        found |= {f"{name}/": "is none of the folders train, val and copies" for name in others}
+    return found

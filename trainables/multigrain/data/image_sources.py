@@ -4,12 +4,11 @@ This module does not import torch, and it only reads listings: a corpus may be l
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from multigrain.data.decoding import read_file
-from multigrain.data.folders import is_image
+from multigrain.data.listing import Listing, list_images, list_keys
 from multigrain.data.manifest import ManifestReader
 from multigrain.errors import DataError
 from multigrain.hooks import SCHEME, Files, Objects, data_errors
@@ -17,18 +16,13 @@ from multigrain.hooks import SCHEME, Files, Objects, data_errors
 
 @dataclass(frozen=True)
 class FolderImages:
-    """The image files below a folder; names are paths relative to it. Links to folders are not followed."""
+    """The image files below a folder; names are paths relative to it."""
 
     root: Path
 
-    def names(self) -> Sequence[str]:
+    def listing(self) -> Listing:
         """List the images in a fixed order, each once. Raises DataError if they cannot be listed."""
-        found: list[str] = []
-        for place, folders, files in os.walk(self.root, onerror=_refuse):
-            folders.sort()
-            below = os.path.relpath(place, self.root)
-            found += [os.path.normpath(os.path.join(below, file)) for file in sorted(files) if is_image(file)]
-        return found
+        return list_images(self.root)
 
     def read(self, name: str) -> bytes:
         """Read an image. Raises ValueError with the reason why it cannot be read."""
@@ -44,7 +38,7 @@ class ListedImages(FolderImages):
 
     file: Path
 
-    def names(self) -> Sequence[str]:
+    def listing(self) -> Listing:
         """List the images as written there, each once; a missing file shows when it is read."""
         reader = ManifestReader(self.file)
         (line, header), *records = reader.records()
@@ -58,7 +52,7 @@ class ListedImages(FolderImages):
                 if not cells[column].strip():
                     reader.add(line, "the cell of 'image' must not be empty")
         reader.raise_problems()
-        return list(names)
+        return Listing(list(names), {})
 
 
 @dataclass(frozen=True)
@@ -67,10 +61,10 @@ class BucketImages:
 
     objects: Objects
 
-    def names(self) -> Sequence[str]:
+    def listing(self) -> Listing:
         """List the images. Raises DataError if they cannot be listed."""
         with data_errors():
-            return [name for name in self.objects.names() if is_image(name)]
+            return list_keys(self.objects.names())
 
     def read(self, name: str) -> bytes:
         """Read an image; many threads may. Raises ValueError with the reason why it cannot be read."""
@@ -96,8 +90,3 @@ def images(source: str, files: Files) -> FolderImages | BucketImages:
         return FolderImages(path)
     rule = "images must be in a folder, a manifest (.csv) or s3://bucket/prefix"
     raise DataError([f"{rule}, but there is no folder {path}; name one that exists"])
-
-
-def _refuse(error: OSError) -> None:
-    rule = "folders of images must be readable"
-    raise DataError([f"{rule}, but {error.filename} is not ({error.strerror}); change its permissions"])
