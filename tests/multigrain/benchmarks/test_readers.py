@@ -826,3 +826,17 @@ def test_strong_copies_without_any_original_stay_an_error(tmp_path):
         path.rename(path.with_stem(f"9{path.stem[1:]}"))
     (problem,) = problems_of("copydays", tmp_path)
     assert "strong copies strong/NNNNNN.jpg of the originals" in problem
+
+
+def test_copies_of_ones_own_are_read_by_their_names(tmp_path):
+    layouts.draw(tmp_path, "original/IMG_1.jpg", "original/IMG_10.jpg", "distractors/x.jpg")
+    layouts.draw(tmp_path, "strong/IMG_10_crop.jpg", "strong/IMG_1_dark.jpg")
+    benchmark = read("copydays", tmp_path)
+    shown = [path.stem for path, *_ in benchmark.database]
+    asked = [path.stem for path, *_ in benchmark.queries]
+    truth = dict(
+        zip(asked, ([shown[index] for index in one.positives] for one in benchmark.truth["strong"]), strict=True)
+    )
+    assert truth == {"IMG_10_crop": ["IMG_10"], "IMG_1_dark": ["IMG_1"]}
+    assert shown == ["IMG_1", "IMG_10", "x"]
+    assert not benchmark.as_published

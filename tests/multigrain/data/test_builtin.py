@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 
 from multigrain.config.data import DataSettings
 from multigrain.data import builtin
-from multigrain.data.folders import read_copies, read_dataset
+from multigrain.data.copies import read_copies
+from multigrain.data.folders import read_dataset
 from multigrain.hooks import no_progress
 
 
@@ -108,7 +109,7 @@ def test_copies_have_the_layout_of_copydays(source, originals, request):
     expected |= {f"crops/{percent}/{block}00.jpg" for block in blocks for percent in (20, 50, 80)}
     expected |= {f"jpegqual/{quality}/{block}00.jpg" for block in blocks for quality in (75, 30, 10, 5)}
     assert {name for name in files(root) if not name.startswith("distractors/")} == expected
-    copies = read_copies(root)
+    copies, _ = read_copies(root)
     assert len(copies.queries) == 2 * originals
     for query, truth in zip(copies.queries, copies.truth, strict=True):
         assert copies.database[truth].parent.name == "original"
@@ -123,7 +124,7 @@ def test_originals_and_distractors_are_the_held_out_images_each_once(source, req
 
 
 def test_copies_show_their_original_and_are_distorted(digits_folder):
-    copies = read_copies(digits_folder / "copies")
+    copies, _ = read_copies(digits_folder / "copies")
     originals = standardised([pixels(path) for path in copies.database[:157]])
     likeness = standardised([pixels(path) for path in copies.queries]) @ originals.T / 32**2
     truth = np.array(copies.truth)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from multigrain.config.data import DataSettings
 from multigrain.data.dataset import CopySet, Dataset
-from multigrain.data.folders import read_copies, read_dataset
+from multigrain.data.folders import read_dataset
 from multigrain.errors import SHOWN, DataError, shortened
 from multigrain.hooks import no_progress
 
@@ -175,11 +175,6 @@ def test_all_problems_of_an_unsplit_folder_are_told_at_once(tmp_path):
     for part in expected:
         assert sum(part in problem for problem in problems) == 1, part
     assert len(problems) == len(expected)
-
-
-def test_read_copies_needs_no_distractors(tmp_path):
-    write_images(tmp_path, "original/200000.png", "strong/200001.png")
-    assert len(read_copies(tmp_path).database) == 1
 
 
 @pytest.mark.parametrize(

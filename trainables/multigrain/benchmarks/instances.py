@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from multigrain.benchmarks.base import counted, demand, images, indices, noted, pictures
-from multigrain.data.folders import BLOCK
+from multigrain.benchmarks.base import counted, demand, images, indices, noted, pictures, unread
+from multigrain.data.copies import BLOCK, read_copies
 from multigrain.data.listing import list_images
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
@@ -16,6 +16,7 @@ from multigrain.retrieval.metrics import Truth
 TURNS = "rotations.txt"
 _TURNED = {90: 200, 180: 1, 270: 27}
 """Degrees clockwise -> number of images of Holidays that are turned by them [R]."""
+_MEASURES = ("map", "map_finite", "micro_ap", "recall@p90")
 _COPIES = {
     "strong": 229,
     **{f"crops/{percent}": 157 for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)},
@@ -149,11 +150,15 @@ def copydays(root: Path) -> Benchmark:
     copies is a further part. Each part asks its own queries only. The database is the originals and all images below
     `distractors/`, for example 10,000 (CD10k).
 
+    A set of one's own, whose originals have other names, is read by `copies.read_copies`, with the part `strong` only.
+
     Raises:
         DataError: there are no originals or no strong copies of one.
     """
     folder = root / "original" if (root / "original").is_dir() else root
     originals, problems = _numbered(folder, "([0-9]{4})00")
+    if not originals and folder != root and images(folder, []) and images(root / "strong", []):
+        return _own_copies(root)
     place = {block: index for index, block in enumerate(originals)}
     copies = {}
     for setting in _COPIES:
@@ -183,5 +188,12 @@ def copydays(root: Path) -> Benchmark:
         for setting in copies
     }
     queries = pictures(path for pairs in copies.values() for path, _ in pairs)
-    measures = ("map", "map_finite", "micro_ap", "recall@p90")
-    return Benchmark("copydays", pictures(database), queries, truth, measures, problems=tuple(problems))
+    return Benchmark("copydays", pictures(database), queries, truth, _MEASURES, problems=tuple(problems))
+
+
+def _own_copies(root: Path) -> Benchmark:
+    copies, listing = read_copies(root)
+    truth = tuple(Truth(indices([original]), indices(())) for original in copies.truth)
+    problems = [f"no original is named NNNN00, so {root} is read as a set of its own", *unread(root, listing)]
+    shown, asked = pictures(copies.database), pictures(copies.queries)
+    return Benchmark("copydays", shown, asked, {"strong": truth}, _MEASURES, problems=tuple(problems))

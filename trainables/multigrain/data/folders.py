@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from multigrain.data.dataset import CopySet, Dataset
+from multigrain.data.copies import read_copies
+from multigrain.data.dataset import Dataset
 from multigrain.data.listing import SUFFIXES, Listing, list_by_folder, list_folders, list_images
 from multigrain.digests import digest
 from multigrain.errors import DataError
@@ -15,8 +16,6 @@ from multigrain.hooks import Item
 
 COPIES = "copies"
 """Folder of the copy-detection set, beside the folders of classes."""
-BLOCK = 4
-"""Number of characters that name the original image in a Copydays file name."""
 
 
 def stable_order(name: str) -> str:
@@ -41,33 +40,6 @@ def split(
         train[name] = [item for index, item in enumerate(items) if index not in held_out]
         val[name] = [item for index, item in enumerate(items) if index in held_out]
     return train, val
-
-
-def read_copies(root: Path) -> tuple[CopySet, Listing]:
-    """List an INRIA Copydays folder: `original/NNNN00.jpg`, `strong/NNNNkk.jpg`, optionally `distractors/`.
-
-    The queries are the strong copies, as in the paper; the database is the originals and the distractors.
-
-    Raises:
-        DataError: a folder is missing or empty, or a copy has no original.
-    """
-    found, listing = list_by_folder(root, ("original", "strong", "distractors"))
-    originals, strong, distractors = found.values()
-    problems = [
-        f"a copy-detection set needs images in {root / name}, found none"
-        for name in ("original", "strong")
-        if not found[name]
-    ]
-    block = {path.stem[:BLOCK]: index for index, path in enumerate(originals)}
-    problems += [
-        f"the first {BLOCK} characters of a copy name its original, but {root / 'original'} has none for {path}"
-        for path in strong
-        if originals and path.stem[:BLOCK] not in block
-    ]
-    if problems:
-        raise DataError(problems)
-    truth = tuple(block[path.stem[:BLOCK]] for path in strong)
-    return CopySet((*originals, *distractors), tuple(strong), truth), listing
 
 
 ByClass = dict[str, list[Path]]

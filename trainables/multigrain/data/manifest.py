@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import split
+from multigrain.data.tables import read_rows
 from multigrain.errors import DataError
 from multigrain.hooks import SCHEME, LocalFiles, Mirror, Pin, Progress, data_errors, no_progress
 
@@ -61,26 +62,7 @@ class ManifestReader:
 
     def records(self) -> list[tuple[int, list[str]]]:
         """Return the lines that are not blank, the header first, each with its number."""
-        if not os.path.isfile(self.file):
-            raise DataError([f"the manifest must exist, but there is no file {self.file}"])
-        content = self.file.read_bytes()
-        found: list[tuple[int, list[str]]] = []
-        line = 1
-        try:
-            reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-            for cells in reader:
-                if cells:
-                    found.append((line, cells))
-                line = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            self.add(line, f"a manifest must be UTF-8, but is not ({error.reason}); save it as `CSV UTF-8`")
-        except csv.Error as error:
-            self.add(line, f"rows must be comma-separated values, but this one is not ({error}); check its quotes")
-        if not found and not self.problems:
-            self.add(1, f"a manifest must begin with its columns ({', '.join(COLUMNS)}), but is empty")
-        self.raise_problems()
-        return found
+        return read_rows(self.file, (*COLUMNS, *PINS), "manifest")
 
     def check_header(self, line: int, header: Sequence[str], required: Sequence[str] = REQUIRED) -> None:
         """Record what is wrong with the names of the columns."""
@@ -88,7 +70,8 @@ class ManifestReader:
             if header.count(name) > 1:
                 self.add(line, f"each column may come once, but {name!r} comes {header.count(name)} times")
             if name not in (*COLUMNS, *PINS):
-                self.add(line, f"unknown column {name!r}; {_hint(name, COLUMNS, ', with commas between')}")
+                blanks = f"remove the blanks around {name.strip()!r}" if name.strip() in (*COLUMNS, *PINS) else ""
+                self.add(line, f"unknown column {name!r}; {blanks or _hint(name, COLUMNS)}")
         for name in required:
             if name not in header:
                 self.add(line, f"the column {name!r} is required, found {', '.join(header)}")
@@ -219,9 +202,9 @@ class ManifestReader:
         )
 
 
-def _hint(name: str, known: Sequence[str], advice: str = "") -> str:
+def _hint(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}{advice}"
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def read_manifest(
