@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from multigrain.config.data import DataSettings
 from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import read_dataset
+from multigrain.data.listing import LISTED, SPECIAL
 from multigrain.errors import SHOWN, DataError, shortened
 from multigrain.hooks import no_progress
 
@@ -116,6 +117,77 @@ def test_split_leaves_every_class_images_on_both_sides(tmp_path, images, share):
 
 
 GOOD = ("train/a/0.png", "train/a/1.png", "val/a/2.png")
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (
+            ("shop1/daisy/0.png", "shop1/rose/1.png", "shop2/daisy/2.png"),
+            "{root}/shop1 holds only folders with images (daisy, rose)",
+        ),
+        (("shop1/daisy/0.png", "shop2/tulip/1.png"), "{root}/shop2 holds only folders with images (tulip)"),
+        (("shop1/daisy/0.png", "shop1/rose/1.png", "tulip/2.png", "tulip/3.png"), "{root}/shop1 holds only folders"),
+        (("train/x/a/0.png", "train/x/b/1.png", "val/x/2.png"), "{root}/train/x holds only folders with images (a, b)"),
+        (("photos/a/0.png", "photos/b/1.png"), "but {root}/photos does, with a, b; name that folder"),
+        (("photos/train/a/0.png", "photos/val/a/1.png", "x/2.png"), "but {root}/photos does, with train, val; name"),
+        (("Train/a/0.png", "Val/a/1.png"), "{root} has 'Train' and 'Val', which would be classes"),
+        (("Train/0.png", "Train/1.png", "val/2.png", "val/3.png"), "{root} has 'Train' and 'val', which would be"),
+        (
+            ("training/a/0.png", "validation/a/1.png", "test/a/2.png"),
+            "has 'training' and 'test' and 'validation', which",
+        ),
+        (("training_set/a/0.png", "test_set/a/1.png"), "has 'training_set' and 'test_set', which would be classes"),
+        (("train/a/0.png", "train/a/1.png", "valid/a/2.png"), "there is none in {root}; if valid is that, rename it"),
+        (("a/0.png", "a/1.png", "a /0.png", "a /1.png"), "but {root} has 'a' and 'a '; make them one"),
+        (("caf\u00e9/0.png", "cafe\u0301/1.png"), r"but {root} has 'cafe\u0301' and 'caf\xe9'; make them one"),
+        (("train/a/0.png", "train/a/1.png", "val/A/2.png"), "there is no {root}/train/A, only 'a'"),
+        (("train/a/0.png", "train/a/1.png", "val/a /2.png"), "there is no {root}/train/a , only 'a'"),
+    ],
+)
+def test_a_layout_that_means_something_else_is_refused(tmp_path, files, problem):
+    write_images(tmp_path, *files)
+    assert any(problem.format(root=tmp_path) in text for text in problems_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (("train/deep/a/0.png", "train/b/1.png", "val/b/2.png"), ("b", "deep")),
+        (("a/0.png", "a/x/1.png", "a/y/2.png", "b/3.png", "b/4.png"), ("a", "b")),
+        (("Train/0.png", "Train/1.png", "car/2.png", "car/3.png"), ("Train", "car")),
+        (("a/0.png", "a/1.png", "A/2.png", "A/3.png"), ("A", "a")),
+    ],
+)
+def test_a_layout_that_may_be_meant_is_read(tmp_path, files, classes):
+    write_images(tmp_path, *files)
+    assert read_dataset(tmp_path).classes == classes
+
+
+def test_what_lies_beside_the_images_is_left_out_and_named(tmp_path):
+    write_images(tmp_path, *GOOD, "0.png", "train/1.png", "test/a/2.png", "copies/original/200000.png")
+    write_images(tmp_path, "copies/strong/200001.png", "copies/strong/.x.png", "train/a/.thumbs/x.png", ".git/x.png")
+    (tmp_path / "copies/original/200100.jp2").touch()
+    os.mkfifo(tmp_path / "train/a/pipe.png")
+    (tmp_path / "val/a/train.png").symlink_to(tmp_path / "train/a/0.png")
+    data = read_dataset(tmp_path)
+    assert (names(data.train, tmp_path), names(data.val, tmp_path)) == ([*GOOD[:2]], [GOOD[2]])
+    assert data.left_out == {
+        "0.png": "lies outside the folders of classes",
+        "train/1.png": "lies outside the folders of classes",
+        "test/": "is none of the folders train, val and copies",
+        "train/a/pipe.png": SPECIAL,
+        "val/a/train.png": LISTED,
+        "copies/original/200100.jp2": "is a .jp2 file, which is not read; save it as JPEG or PNG",
+    }
+    assert data.litter == 3
+
+
+def test_a_class_that_is_a_link_to_another_has_no_images_of_its_own(tmp_path):
+    write_images(tmp_path, "b/0.png", "b/1.png")
+    (tmp_path / "a").symlink_to("b", target_is_directory=True)
+    problems = problems_of(tmp_path)
+    assert any(f"found none in {tmp_path}/b, only b, which {LISTED}" in text for text in problems)
 
 
 @pytest.mark.parametrize(
