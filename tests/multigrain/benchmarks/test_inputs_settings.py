@@ -169,3 +169,41 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, mirrored):
     )
     for problem, start in zip(caught.value.problems, starts, strict=True):
         assert problem.startswith(start)
+
+
+def whitened_by(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    on = {"holidays": str(holidays(tmp_path / "holidays"))}
+    return inputs(Evaluation(on=on, whiten=str(tmp_path / "list.txt"), dimension=1), CLASSES, C)
+
+
+def test_spellings_of_one_file_are_one_image_of_a_whitening(tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    found = whitened_by(tmp_path, b"\xef\xbb\xbf1.jpg\n2.jpg\r\n./1.jpg\n")
+    assert found.whitening == [tmp_path / "1.jpg", tmp_path / "2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"1.jpg;x\n", "separated by semicolons; keep the paths only"),
+        (b"1.jpg\tx\n", "separated by tabs; keep the paths only"),
+        (b"image,class\n1.jpg,x\n", "separated by commas; keep the paths only"),
+        ("1.jpg\n".encode("utf-16"), "must be UTF-8, but is UTF-16"),
+        (b"1.jpg\n3.jpg\n", "are missing"),
+    ],
+)
+def test_a_list_of_images_that_is_a_table_is_refused(tmp_path, content, told):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    with pytest.raises(DataError, match=told):
+        whitened_by(tmp_path, content)
+
+
+def test_what_a_folder_for_a_whitening_holds_besides_is_told(tmp_path):
+    draw(tmp_path, "white/1.jpg", "white/2.jpg", "white/.thumbnails/1.jpg")
+    (tmp_path / "white/3.jp2").touch()
+    on = {"holidays": str(holidays(tmp_path / "holidays"))}
+    found = inputs(Evaluation(on=on, whiten=str(tmp_path / "white"), dimension=1), CLASSES, C)
+    assert len(found.whitening) == 2
+    (problem,) = found.problems
+    assert "left out, because each is a .jp2 file, which is not read; save it as JPEG or PNG: 3.jp2" in problem

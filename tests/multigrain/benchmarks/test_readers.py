@@ -541,6 +541,16 @@ def test_a_flat_imagenet_is_labelled_by_the_development_kit(tmp_path, val):
     assert has(benchmark.problems, "1,000 classes, found 3", "50,000 images, found 5")
 
 
+def test_a_second_image_of_a_number_of_a_flat_imagenet_is_named(tmp_path):
+    layouts.imagenet_flat(tmp_path)
+    layouts.draw(tmp_path / "val", "ILSVRC2012_val_00000002.png")
+    benchmark = read("imagenet", tmp_path)
+    assert benchmark.labels == (2, 0, 1, 0, 2)
+    assert has(
+        benchmark.problems, "1 images have the number of another one and are left out: ILSVRC2012_val_00000002.png"
+    )
+
+
 def test_a_missing_image_of_a_flat_imagenet_shifts_no_label(tmp_path):
     layouts.imagenet_flat(tmp_path)
     (tmp_path / "val/ILSVRC2012_val_00000002.JPEG").unlink()

@@ -35,6 +35,16 @@ def test_a_manifest_has_the_images_of_its_column_each_once(tmp_path):
     assert [images.read(name) for name in images.listing().names] == [b"sub/b.jpg", b"a.jpg"]
 
 
+def test_spellings_of_one_file_are_one_image(tmp_path):
+    write(tmp_path, "a.jpg", "sub/b.jpg")
+    (tmp_path / "link.jpg").symlink_to("sub/b.jpg")
+    (tmp_path / "list.csv").write_text(
+        f"image\nsub/b.jpg\n./sub/b.jpg\na.jpg\n{tmp_path}/a.jpg\nlink.jpg\nsub/../a.jpg\ngone.jpg\n./gone.jpg\n"
+    )
+    images = image_sources.images(str(tmp_path / "list.csv"), LocalFiles())
+    assert images.listing().names == ["sub/b.jpg", "a.jpg", "gone.jpg"]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -1,6 +1,7 @@
 """What a manifest says, how it is split, everything that can be wrong with it, and that it reads what it writes."""
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import read_dataset
+from multigrain.data.layout import spelling
 from multigrain.data.manifest import manifest_text, read_manifest
 from multigrain.errors import DataError
 
@@ -191,6 +193,11 @@ COPIES = "image,class,role,instance_id\n0.jpg,a,train,\n1.jpg,a,train,\n2.jpg,a,
         (ROLES + "a\0b.jpg,a,val\n", 5, "there is no file"),
         (ROLES + "./2.jpg,a,val\n", 5, "once in a role 'val', but ./2.jpg is in line 4, too"),
         ("image,class\n0.jpg,a\n1.jpg,a\n0.jpg,a\n", 4, "once in a manifest, but 0.jpg is in line 2, too"),
+        (ROLES + "lists/../2.jpg,a,val\n", 5, "once in a role 'val', but lists/../2.jpg is in line 4, too"),
+        (ROLES + "{root}/2.jpg,a,val\n", 5, "once in a role 'val', but {root}/2.jpg is in line 4, too"),
+        (ROLES + "./0.jpg,a,val\n", 5, "but ./0.jpg, of role 'val', is the image of line 2, of role 'train'"),
+        (ROLES + "link.jpg,a,val\n", 5, "but link.jpg, of role 'val', is the image of line 2, of role 'train'"),
+        (COPIES + "3.jpg,,database,x\n./0.jpg,,query,x\n", 6, "./0.jpg, of role 'query', is the image of line 2"),
         (ROLES + "3.jpg,b,val\n4.jpg,b,val\n", 5, "each class of val must have training images, but 'b' has none"),
         ("image,class\n0.jpg,a\n1.jpg,a\n3.jpg,a\n2.jpg,b\n", 5, "needs 2 images to be split, found 1 of 'b'"),
         (COPIES + "3.jpg,,database,x\n4.jpg,,query,y\n", 6, "no row of the database has 'y'"),
@@ -208,8 +215,9 @@ COPIES = "image,class,role,instance_id\n0.jpg,a,train,\n1.jpg,a,train,\n2.jpg,a,
     ],
 )
 def test_what_is_wrong_with_a_line_is_told_with_its_number(manifest, tmp_path, text, line, problem):
-    problems = problems_of(manifest(text))
-    (found,) = problems
+    (tmp_path / "link.jpg").symlink_to("0.jpg")
+    (tmp_path / "lists").mkdir()
+    (found,) = problems_of(manifest(text.replace("{root}", str(tmp_path))))
     assert found.startswith(f"{tmp_path}/list.csv, line {line}: ")
     assert problem.format(root=tmp_path) in found
 
@@ -304,7 +312,7 @@ def same(one, other):
 def datasets(draw):
     """Any data set over files `0` to `11` in the working directory, with strange names of classes."""
     label = st.text(st.characters(codec="utf-8"), min_size=1, max_size=4).filter(str.strip)
-    classes = tuple(sorted(draw(st.sets(label, min_size=1, max_size=3))))
+    classes = tuple(sorted(draw(st.lists(label, min_size=1, max_size=3, unique_by=spelling))))
     files = draw(st.permutations([Path.cwd() / str(number) for number in range(12)]))
     train_labels = [*range(len(classes)), *draw(st.lists(st.integers(0, len(classes) - 1), min_size=1, max_size=3))]
     train, rest = files[: len(train_labels)], files[len(train_labels) :]
@@ -336,3 +344,22 @@ def test_a_built_in_folder_is_read_again_from_its_manifest(tmp_path, shapes_fold
     dataset = read_dataset(shapes_folder)
     (tmp_path / "list.csv").write_bytes(manifest_text(dataset).encode())
     assert same(read_manifest(tmp_path / "list.csv"), dataset)
+
+
+def test_classes_that_look_the_same_are_refused(manifest):
+    text = "image,class,role\n0.jpg,caf\u00e9,train\n1.jpg,cafe\u0301,train\n2.jpg,dog,train\n3.jpg,dog ,val\n"
+    accents, blanks, unknown = problems_of(manifest(text))
+    assert r"has 'caf\xe9' and 'cafe\u0301'; make them one" in accents
+    assert "has 'dog' and 'dog '; make them one" in blanks
+    assert "'dog ' has none" in unknown
+
+
+def test_a_pipe_is_no_image(manifest, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (problem,) = problems_of(manifest(ROLES + "pipe.jpg,a,val\n"))
+    assert f"there is no file {tmp_path}/pipe.jpg" in problem
+
+
+def test_hard_links_are_files_of_their_own(manifest, tmp_path):
+    os.link(tmp_path / "0.jpg", tmp_path / "x.jpg")
+    assert len(read_manifest(manifest(ROLES + "x.jpg,a,val\n")).val) == 2

@@ -51,15 +51,17 @@ def _kit(folder: Path) -> tuple[list[str], list[str]]:
 
 def _flat(found: list[Path], labels: list[str]) -> tuple[list[tuple[Path, str]], list[str]]:
     """Pair each image with its class by the number in its name; return the pairs, and sentences on missing images."""
-    numbered, strange = {}, []
+    numbered: dict[int, Path] = {}
+    strange, again = [], []
     for path in found:
         match = re.fullmatch("ILSVRC2012_val_([0-9]{8})", path.stem)
-        if match and 1 <= int(match[1]) <= len(labels):
-            numbered[int(match[1])] = path
-        else:
+        if not match or not 1 <= int(match[1]) <= len(labels):
             strange.append(path.name)
+        elif numbered.setdefault(int(match[1]), path) != path:
+            again.append(path.name)
     missing = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, len(labels) + 1) if number not in numbered]
     problems = noted("images have no class in the ground truth and are left out", strange)
+    problems += noted("images have the number of another one and are left out", again)
     problems += noted("images that the ground truth names are missing", missing)
     return [(path, labels[number - 1]) for number, path in sorted(numbered.items())], problems
 

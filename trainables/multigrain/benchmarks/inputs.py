@@ -1,7 +1,6 @@
 """Reading of everything that an evaluation needs from disk. No torch is imported here."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,8 @@ from multigrain.benchmarks.base import images, noted, some
 from multigrain.config.evaluation import Evaluation
 from multigrain.data.dataset import Dataset
 from multigrain.data.folders import read_dataset
+from multigrain.data.listing import identity
+from multigrain.data.tables import SEPARATORS, decoded
 from multigrain.errors import DataError
 from multigrain.evaluation.benchmark import Benchmark
 from multigrain.hooks import Files, LocalFiles, Mirror, data_errors, no_progress
@@ -91,10 +92,22 @@ def _whitening_images(evaluation: Evaluation, channels: int, mirror: Mirror, unr
 
 def _listed(file: Path) -> list[Path]:
     """Read the images that the lines of a file name, relative to its folder."""
-    paths = [file.parent / line for line in os.fsdecode(file.read_bytes()).splitlines() if line.strip()]
-    if missing := noted(f"images of {file.absolute()} are missing", [path for path in paths if not path.is_file()]):
-        raise DataError(missing)
-    return sorted({*paths})
+    lines = [line for line in decoded(file, "list of images", "surrogateescape").splitlines() if line.strip()]
+    files = {line: identity(file.parent / line) for line in lines}
+    if missing := [line for line in files if files[line] is None]:
+        for separator, word in {",": "commas", **SEPARATORS}.items():
+            cells = [cell.strip(' "') for cell in missing[0].split(separator)]
+            if len(cells) > 1 and ("image" in cells or any(identity(file.parent / cell) for cell in cells)):
+                got = f"{missing[0]!r} has several cells, separated by {word}"
+                raise DataError(
+                    [f"a list of images has one path a line, but in {file.absolute()} {got}; keep the paths only"]
+                )
+        names = [file.parent / line for line in missing]
+        raise DataError(noted(f"images of {file.absolute()} are missing", names))
+    once: dict[Hashable, Path] = {}
+    for line in lines:
+        once.setdefault(files[line], file.parent / line)
+    return sorted(once.values())
 
 
 def _proxy_images(evaluation: Evaluation, classes: Sequence[str], mirror: Mirror) -> Dataset | None:

@@ -101,12 +101,12 @@ def _truths(queries: list[Row], database: list[Row], column: str) -> tuple[Truth
     itself: dict[Any, list[int]] = defaultdict(list)
     for index, row in enumerate(database):
         same[getattr(row, column)].append(index)
-        itself[row.path].append(index)
+        itself[row.file].append(index)
     truths = []
     for row in queries:
         value = getattr(row, column)
-        found = {*same.get(value, ())} - {*itself.get(row.path, ())} if value else ()
-        truths.append(Truth(indices(found), indices(itself.get(row.path, ()))))
+        found = {*same.get(value, ())} - {*itself.get(row.file, ())} if value else ()
+        truths.append(Truth(indices(found), indices(itself.get(row.file, ()))))
     return tuple(truths)
 
 

@@ -4,11 +4,12 @@ This module does not import torch, and it only reads listings: a corpus may be l
 """
 
 import os
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
 from multigrain.data.decoding import read_file
-from multigrain.data.listing import Listing, list_images, list_keys
+from multigrain.data.listing import Listing, identity, list_images, list_keys
 from multigrain.data.manifest import ManifestReader
 from multigrain.errors import DataError
 from multigrain.hooks import SCHEME, Files, Objects, data_errors
@@ -45,14 +46,15 @@ class ListedImages(FolderImages):
         reader.check_header(line, header, ("image",))
         reader.raise_problems()
         column = header.index("image")
-        names: dict[str, None] = {}
+        names: dict[Hashable, str] = {}
         for line, cells in records:
             if reader.has_all_cells(line, cells, header):
-                names[cells[column]] = None  # an image may be listed once in each role
+                name = cells[column]  # an image may be listed once in each role
+                names.setdefault(identity(self.root / name) or os.path.normpath(name), name)
                 if not cells[column].strip():
                     reader.add(line, "the cell of 'image' must not be empty")
         reader.raise_problems()
-        return Listing(list(names), {})
+        return Listing(list(names.values()), {})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ opened, so a pipe or a device holds nothing up. This module imports neither torc
 import errno
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,6 +257,17 @@ class _Walk:
                     continue
                 known.add(identity)
             self._keep(name)
+
+
+def identity(path: Path) -> Hashable:
+    """Return a value that is the same for all spellings of a file and links to it; None if it is no regular file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return os.path.realpath(path) if status.st_nlink > 1 else _identity(status)  # names of one inode are files, too
 
 
 def _identity(status: os.stat_result) -> _Identity:

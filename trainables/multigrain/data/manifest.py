@@ -14,12 +14,14 @@ import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from multigrain.data.dataset import CopySet, Dataset
 from multigrain.data.folders import split
+from multigrain.data.layout import alike_problems
+from multigrain.data.listing import identity
 from multigrain.data.tables import read_rows
 from multigrain.errors import DataError
 from multigrain.hooks import SCHEME, LocalFiles, Mirror, Pin, Progress, data_errors, no_progress
@@ -41,6 +43,8 @@ class Row(NamedTuple):
     label: str
     role: str
     instance: str
+    file: Hashable
+    """The same for all rows of one file: see `listing.identity`."""
 
 
 class ManifestReader:
@@ -93,12 +97,12 @@ class ManifestReader:
             image, label, role = cells["image"], cells["class"], cells.get("role", "")
             if (path := self._path(image)) is None:
                 continue
-            row = Row(line, path, image, label, role, cells.get("instance_id", ""))
+            row = Row(line, path, image, label, role, cells.get("instance_id", ""), identity(path))
             needed = {"image": True, "class": role in OF_CLASSES, "role": "role" in header}
             empty = [name for name in needed if needed[name] and not cells[name]]
             for name in empty:
                 self.add(line, f"the cell of {name!r} must not be empty")
-            if image and not os.path.isfile(row.path):
+            if image and row.file is None:
                 self.add(line, f"every image must exist, but there is no file {row.path}")
             if role and role not in ROLES:
                 self.add(line, f"unknown role {role!r}; {_hint(role, ROLES)}")
@@ -143,9 +147,9 @@ class ManifestReader:
             self.mirror.fetch_objects(wanted, self.progress)
 
     def _check_repeats(self, rows: Sequence[Row]) -> None:
-        first: dict[tuple[str, Path], int] = {}
+        first: dict[tuple[str, Hashable], int] = {}
         for row in rows:
-            if (line := first.setdefault((row.role, row.path), row.line)) != row.line:
+            if (line := first.setdefault((row.role, row.file), row.line)) != row.line:
                 place = f"role {row.role!r}" if row.role else "manifest"
                 self.add(row.line, f"an image may come once in a {place}, but {row.image} is in line {line}, too")
 
@@ -164,6 +168,7 @@ class ManifestReader:
 
     def check_classes(self, train: Sequence[Row], val: Sequence[Row]) -> None:
         """Record what is wrong between training and validation rows."""
+        self.problems += alike_problems((row.label for row in (*train, *val)), self.file)
         known = {row.label for row in train}
         strange: dict[str, int] = {}
         for row in val:
@@ -173,6 +178,14 @@ class ManifestReader:
             self.problems.append(f"training needs at least 2 images, found {len(train)} in {self.file}")
         if not val:
             self.problems.append(f"validation needs at least 1 image, found none in {self.file}")
+
+    def check_halves(self, train: Sequence[Row], held_out: Sequence[Row]) -> None:
+        """Record the held-out images that are trained on, too."""
+        trained = {row.file: row.line for row in train}
+        for row in held_out:
+            if row.file in trained:
+                got = f"{row.image}, of role {row.role!r}, is the image of line {trained[row.file]}, of role 'train'"
+                self.add(row.line, f"an image may not be both trained on and held out, but {got}")
 
     def copies(self, database: Sequence[Row], queries: Sequence[Row]) -> CopySet | None:
         """Match queries with their originals; return None without queries."""
@@ -233,6 +246,7 @@ def read_manifest(
     if "role" not in header:
         train, val = reader.split(rows, val_share)
     reader.check_classes(train, val)
+    reader.check_halves(train, (*val, *queries))
     copies = reader.copies(database, queries)
     reader.raise_problems()
     classes = tuple(sorted({row.label for row in train}))

@@ -50,13 +50,16 @@ def read_rows(file: Path, columns: Sequence[str], what: str = "list") -> list[tu
     return found
 
 
-def decoded(file: Path, what: str) -> str:
-    """Return the text of a file in UTF-8, with or without a byte order mark. Raises DataError if it is not UTF-8."""
+def decoded(file: Path, what: str, errors: str = "strict") -> str:
+    """Return the text of a file in UTF-8, with or without a byte order mark. Raises DataError if it is not UTF-8.
+
+    With `errors="surrogateescape"`, bytes that are not UTF-8 are read as `os.fsdecode` does.
+    """
     content = file.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
         raise DataError([f"{file}, line 1: a {what} must be UTF-8, but is UTF-16; save it as `CSV UTF-8`"])
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         rule = f"a {what} must be UTF-8, but is not ({error.reason}); save it as `CSV UTF-8`"
