@@ -498,3 +498,16 @@ def test_settings_of_the_cache_stay_in_prepared_data(stored, tmp_path, monkeypat
     prepared = trainable.prepare(DataSettings(folder=stored.url), tmp_path / "data", no_progress, S3Files())
     assert prepared.cache == "~/.cache/grainmill", "another node has another home"
     assert (tmp_path / "home/.cache/grainmill" / stored.name / "set").is_dir()
+
+
+def test_a_check_of_the_images_warns_of_what_lies_beside_them(tmp_path):
+    write_images(tmp_path, *SPLIT)
+    for name in ("0.jp2", "1.jp2", "2.jp2", "3.jp2", "notes.txt", ".DS_Store"):
+        (tmp_path / "train" / "a" / name).touch()
+    with pytest.warns(UserWarning, match="5 files or folders beside the images are left out") as warned:
+        assert trainable.data_problems(DataSettings(folder=str(tmp_path)), no_progress) == []
+    unread = "is a .jp2 file, which is not read; save it as JPEG or PNG"
+    assert str(warned[0].message).splitlines()[1:] == [
+        f"  4, because each {unread}: train/a/0.jp2, train/a/1.jp2, train/a/2.jp2, ...",
+        "  1, because each is not an image, by its suffix: train/a/notes.txt",
+    ]

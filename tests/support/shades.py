@@ -72,7 +72,9 @@ class Images(NamedTuple):
     root: str
 
     def listing(self) -> Listing:
-        return Listing(sorted(os.listdir(self.root)), {}, 0)
+        names = sorted(os.listdir(self.root))
+        left_out = {name: "is of a type that is not read" for name in names if name.endswith(".jp2")}
+        return Listing([name for name in names if name not in left_out], left_out, 0)
 
     def read(self, name: str) -> bytes:
         try:

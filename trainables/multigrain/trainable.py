@@ -15,6 +15,7 @@ from multigrain.config.training import MultiGrainSpec
 from multigrain.data.dataset import Dataset
 from multigrain.data.fingerprint import DataPart, parts
 from multigrain.data.folders import read_dataset
+from multigrain.data.listing import by_reason
 from multigrain.data.manifest import manifest_text, read_manifest
 from multigrain.data.validation import image_faults, image_problems, leave_out, write_intact
 from multigrain.errors import DataError, shortened
@@ -96,7 +97,8 @@ def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Lite
 def data_problems(data: DataSettings, progress: Progress, files: Files | None = None) -> list[str]:
     """Open every image of a folder or a manifest; return a sentence on each problem.
 
-    With `skip_broken`, a warning names the images that will be left out, and only other problems are returned.
+    A warning names what a folder holds besides. With `skip_broken`, a warning names the images that will be left out,
+    and only other problems are returned.
     """
     if data.builtin is not None:
         return []
@@ -104,6 +106,7 @@ def data_problems(data: DataSettings, progress: Progress, files: Files | None = 
     named = files.mirror(data.cache, data.cache_limit).named
     try:
         dataset = images_of(data, files, progress)
+        _warn_of_left_out(dataset)
         if not data.skip_broken:
             return shortened([named(problem) for problem in image_problems(dataset, progress)])
         _, left_out = leave_out(dataset, image_faults(dataset, progress))
@@ -116,6 +119,17 @@ def data_problems(data: DataSettings, progress: Progress, files: Files | None = 
         found = f"{len(left_out)} of {len(dataset.paths)} images will be left out:"
         warnings.warn("\n  ".join([found, *lines]), stacklevel=2)
     return []
+
+
+def _warn_of_left_out(dataset: Dataset) -> None:
+    """Warn of what the folder of a data set holds besides, with the first names for each reason."""
+    if dataset.left_out:
+        lines = [
+            f"{len(names):,}, because each {reason}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for reason, names in by_reason(dataset.left_out).items()
+        ]
+        found = f"{len(dataset.left_out):,} files or folders beside the images are left out:"
+        warnings.warn("\n  ".join([found, *lines]), stacklevel=3)
 
 
 def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | None = None) -> DataSettings:

@@ -483,7 +483,10 @@ COPIES = {"copies/original/000100.png": PICTURE, "copies/strong/000101.png": PIC
 
 BAD_FOLDERS = {
     "empty": ({}, ["images are expected in", "pictures/<class>/"]),
-    "class without images": ({**TWO_CLASSES, "c/notes.txt": b"none"}, ["must hold images (.bmp", "none in pictures/c"]),
+    "class without images": (
+        {**TWO_CLASSES, "c/notes.txt": b"none"},
+        ["must hold images (.", "none in pictures/c"],
+    ),
     "val class without images": (SPLIT | {"val/b/": None}, ["must hold images", "pictures/val/b"]),
     "class of one image": ({**TWO_CLASSES, "c/1.png": PICTURE}, ["needs 2 images", "found 1 in pictures/c"]),
     "set of one image": (

@@ -41,6 +41,9 @@ def test_what_cannot_be_embedded_is_told_before_anything_starts(shades_registry,
     fails(model, tmp_path / "nowhere", CorpusError, "there is no folder .*nowhere")
     (tmp_path / "empty").mkdir()
     fails(model, tmp_path / "empty", CorpusError, "must hold images, but none")
+    (tmp_path / "empty" / "a.jp2").touch()
+    words = "must hold images, but none were found there, only a.jp2, which is of a type that is not read; name"
+    fails(model, tmp_path / "empty", CorpusError, words)
     fails("models:/shades/7", tmp_path, TrackingError, "must be in the registry")
     fails("models:/pears@champion", tmp_path, TrackingError, "must be in the registry")
     fails("runs/demo", tmp_path, CorpusError, "a model must be registered.*got runs/demo")
@@ -107,3 +110,13 @@ def test_blocks_begin_where_they_are_asked_to(shades_registry, tmp_path, monkeyp
     np.testing.assert_allclose(found, whole, atol=1e-6)
     assert list(made.ids()) == names
     assert len(made) == 10
+
+
+def test_files_that_are_left_out_are_listed_with_those_that_cannot_be_read(shades_registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_answers", answers_here)
+    shades.write_images(tmp_path / "images", 2)
+    (tmp_path / "images" / "a.jp2").touch()
+    (tmp_path / "images" / "b.png").write_text("<html>")
+    done = embed(shades_registry, tmp_path / "images", tmp_path / "index")
+    assert (done.images, done.faults) == (2, 2)
+    assert done.skipped.read_text() == "id,reason\na.jp2,is of a type that is not read\nb.png,is not an image\n"

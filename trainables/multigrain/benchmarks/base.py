@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from multigrain.data.listing import Listing, list_images
+from multigrain.data.listing import Listing, by_reason, list_images
 from multigrain.data.picture import Picture
 from multigrain.errors import DataError
 
@@ -34,12 +34,9 @@ def images(folder: Path, problems: list[str], deep: bool = False) -> list[Path]:
 
 def unread(folder: Path, found: Listing) -> list[str]:
     """Return a sentence for each reason why files are left out, except that they are no images by their suffix."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in found.unread.items():
-        by_reason.setdefault(reason, []).append(name)
     return [
         problem
-        for reason, names in by_reason.items()
+        for reason, names in by_reason(found.unread).items()
         for problem in noted(f"files or folders in {folder} are left out, because each {reason}", names)
     ]
 

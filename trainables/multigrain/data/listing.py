@@ -81,6 +81,14 @@ class Listing(NamedTuple):
         return {name: reason for name, reason in self.left_out.items() if reason != OTHER}
 
 
+def by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """Group the names of what was left out by the reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
 def is_litter(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or left behind by a system."""
     return name.startswith(".") or name.lower() in LITTER
