@@ -431,3 +431,13 @@ def test_the_exported_reader_imports_nothing_of_ours():
     lines = program_text().splitlines()
     assert [line for line in lines if "multigrain" in line and "import " in line] == []
     assert Path(decoding.__file__).read_text() in program_text()
+
+
+def test_a_photo_of_a_phone_in_heic_is_upright():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    tag, buffer = Image.Exif(), io.BytesIO()
+    tag[0x0112] = 6
+    photo = pillow_heif.from_pillow(Image.fromarray(quarters(STORED, 64, 128)))
+    photo.save(buffer, quality=95, exif=tag.tobytes())
+    pixels = by_training(buffer.getvalue())
+    assert np.abs(pixels.astype(int) - quarters(SEEN[6], 128, 64)).mean() < 16
