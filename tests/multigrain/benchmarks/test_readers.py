@@ -5,6 +5,7 @@ import pickle
 import random
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import layouts
 import numpy as np
@@ -74,14 +75,15 @@ def test_every_file_of_a_benchmark_exists_and_every_measure_is_known(tmp_path, m
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_order_of_names_on_disk_changes_nothing(tmp_path, monkeypatch, name):
     MAKERS[name](tmp_path)
-    benchmark, walk = read(name, tmp_path), os.walk
+    benchmark, scan = read(name, tmp_path), os.scandir
 
     def shuffled(folder):
-        for place, folders, found in walk(folder):
-            random.Random(len(found)).shuffle(found)
-            yield place, folders, found[::-1]
+        with scan(folder) as entries:
+            found = list(entries)
+        random.Random(len(found)).shuffle(found)
+        return nullcontext(found[::-1])
 
-    monkeypatch.setattr("multigrain.benchmarks.base.os.walk", shuffled)
+    monkeypatch.setattr(os, "scandir", shuffled)
     other = read(name, tmp_path)
     assert (other.database, other.queries, other.labels) == (benchmark.database, benchmark.queries, benchmark.labels)
     assert all(told(other, setting) == told(benchmark, setting) for setting in benchmark.truth)

@@ -31,6 +31,7 @@ def read_rows(file: Path, columns: Sequence[str], what: str = "list") -> list[tu
         if match := re.match(r'\s*"?sep=(.)"?\s*$', text, re.MULTILINE):
             got = f"a {what} must begin with its columns, but does with {match[0].strip()!r}, a line for Excel"
             raise DataError([f"{file}, line 1: {got}; delete it, and separate cells by commas"])
+        _check_separator(file, text, columns)
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         for cells in reader:
             if cells:
@@ -41,13 +42,18 @@ def read_rows(file: Path, columns: Sequence[str], what: str = "list") -> list[tu
         raise DataError([f"{file}, line {line}: {rule}"]) from error
     if not found:
         raise DataError([f"{file}, line 1: a {what} must begin with its columns ({', '.join(columns)}), but is empty"])
-    line, header = found[0]
+    return found
+
+
+def _check_separator(file: Path, text: str, columns: Sequence[str]) -> None:
+    """Raise DataError if names of columns in the first line that is not blank are separated by something else."""
+    lines = (numbered for numbered in enumerate(text.splitlines(), 1) if numbered[1].strip())
+    line, header = next(lines, (1, ""))
     for separator, name in SEPARATORS.items():
-        words = [word.strip(' "') for cell in header for word in cell.split(separator)]
-        if len(words) > len(header) and {*words} & {*columns}:
+        words = {word.strip(' "').casefold() for cell in header.split(",") for word in cell.split(separator)}
+        if separator in header and words & {*columns}:
             got = f"cells must be separated by commas, but are by {name}"
             raise DataError([f"{file}, line {line}: {got}; save it as CSV with commas"])
-    return found
 
 
 def decoded(file: Path, what: str, errors: str = "strict") -> str:
