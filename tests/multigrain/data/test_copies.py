@@ -37,7 +37,7 @@ def test_a_set_needs_no_distractors(tmp_path):
 def test_names_of_cameras_name_each_its_own_original(tmp_path):
     for number in range(6):
         touch(tmp_path, f"copies/original/IMG_000{number}.jpg", f"copies/strong/IMG_000{number}_crop.jpg")
-    touch(tmp_path, "a/0.jpg", "a/1.jpg")
+    touch(tmp_path, "a/0.jpg", "a/1.jpg", "a/2.jpg")
     assert read_dataset(tmp_path).copies.truth == (0, 1, 2, 3, 4, 5)
 
 

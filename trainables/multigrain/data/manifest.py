@@ -180,8 +180,8 @@ class ManifestReader:
             self.problems.append(f"validation needs at least 1 image, found none in {self.file}")
 
     def check_halves(self, train: Sequence[Row], held_out: Sequence[Row]) -> None:
-        """Record the held-out images that are trained on, too."""
-        trained = {row.file: row.line for row in train}
+        """Record the held-out images that are trained on, too; without roles, they are repeats in the manifest."""
+        trained = {row.file: row.line for row in train if row.role}
         for row in held_out:
             if row.file in trained:
                 got = f"{row.image}, of role {row.role!r}, is the image of line {trained[row.file]}, of role 'train'"
