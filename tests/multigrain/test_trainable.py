@@ -413,6 +413,15 @@ def test_a_manifest_names_objects_beside_it_and_of_other_buckets(stored, tmp_pat
     assert trainable.images_of(there(stored, tmp_path, manifest=str(tmp_path / "mine.csv")), S3Files()) == dataset
 
 
+def test_a_relative_path_in_a_manifest_in_s3_stays_in_its_bucket(stored, tmp_path):
+    (tmp_path / "0.png").write_bytes((tmp_path / "here/b/0.png").read_bytes())
+    images = ["../../../0.png", "../../other/0.png", "../../.s3/lock", "../a/0.png"]
+    stored.put(**{"set/list.csv": "\n".join(["image,class", *(f"{image},a" for image in images)]).encode()})
+    data = there(stored, tmp_path, manifest=f"{stored.url}/list.csv")
+    told = [one for one in trainable.data_problems(data, no_progress, S3Files()) if "must stay in its bucket" in one]
+    assert [one.partition("got ")[2].partition(";")[0] for one in told] == [repr(image) for image in images[:3]]
+
+
 def test_what_is_wrong_with_a_manifest_of_objects_is_told_with_its_lines(stored, tmp_path):
     stored.put(**{"set/a/3.png": b""})
     pins = ["12,", ",x", "x,x", "-1,x"]

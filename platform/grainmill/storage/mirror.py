@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from grainmill.errors import SourceError, StorageError
 from grainmill.storage import mirror_space, s3
 from grainmill.storage.mirror_space import Cache
+from grainmill.storage.names import check_keys
 from grainmill.storage.s3 import READING, SCHEME, PinnedEntry, S3Entry, S3Prefix
 from grainmill.trainable import Pin, Progress, no_progress
 
@@ -108,7 +109,7 @@ class Mirror(Cache):
                 raise StorageError(
                     f"{source} must be an object or hold some, but there are none; check bucket and prefix"
                 )
-            _check_keys(bucket, entries)
+            check_keys(bucket, (entry.key for entry in entries))
             strangers = mirror.strangers(mirror.root / folder, {str(mirror.root / entry.key) for entry in entries})
             mirror.update([folder], entries, strangers, progress)
         return self.folder / bucket / key
@@ -131,7 +132,7 @@ class Mirror(Cache):
             with _opened(self, SCHEME + bucket, bucket) as mirror:
                 found = mirror.store.find(key for key, pin in keys.items() if pin is None)
                 entries = [*found, *(S3Entry(key, *pin) for key, pin in keys.items() if pin is not None)]
-                _check_keys(bucket, entries)
+                check_keys(bucket, (entry.key for entry in entries))
                 absent = keys.keys() - {entry.key for entry in entries}
                 folders = {key[: key.rfind("/") + 1] for key in keys}
                 places = {path for folder in folders for path in mirror.folders(mirror.root / folder)}
@@ -275,23 +276,6 @@ def _opened(cache: Cache, source: str, bucket: str) -> Iterator[_BucketMirror]:
         s3.opened(source, 0, READING) as store,
     ):
         yield _BucketMirror(cache, source, bucket, state, store, threads, records)
-
-
-def _check_keys(bucket: str, entries: Sequence[S3Entry]) -> None:
-    """Raise StorageError for keys that cannot be the paths of files below one folder."""
-    problems = [
-        f"a key must be a plain path below its bucket, got {entry.key!r} in {bucket}; rename the object"
-        for entry in entries
-        if not s3.is_plain(entry.key)
-    ]
-    folders = {entry.key[:index] for entry in entries for index, letter in enumerate(entry.key) if letter == "/"}
-    problems += [
-        f"a key must not be an object and a folder at once, got {entry.key!r} in {bucket}; name the folder as `folder/`"
-        for entry in entries
-        if entry.key in folders
-    ]
-    if problems:
-        raise StorageError(*problems)
 
 
 def _is_file(path: Path) -> bool:

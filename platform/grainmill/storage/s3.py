@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from grainmill.errors import StorageError
+from grainmill.storage.names import is_local
 
 SCHEME = "s3://"
 REQUESTS = 16
@@ -268,17 +269,9 @@ def parse(url: str) -> tuple[str, str]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
         rule = "a source in S3 must be s3://bucket/prefix, the bucket of 2 to 255 letters, digits, `.`, `_` and `-`"
         raise StorageError(f"{rule}, got another; credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if key and not is_plain(key.removesuffix("/")):
+    if key and not is_local(key.removesuffix("/")):
         raise StorageError(f"a prefix in S3 must be a plain path below its bucket, got {key!r}; name another")
     return bucket, key
-
-
-def is_plain(key: str) -> bool:
-    """Return whether a key can be the path of a file below a folder, and cannot lead out of that folder."""
-    names = key.split("/")
-    return not re.search(r"[\\\0]", key) and all(
-        name not in ("", ".", "..") and len(os.fsencode(name)) <= 255 for name in names
-    )
 
 
 _NO_ANSWER = "needs an endpoint that answers in time, but {endpoint} does not; check AWS_ENDPOINT_URL and the network"

@@ -21,13 +21,14 @@ from uuid import uuid4
 
 from grainmill.errors import StorageError
 from grainmill.storage import s3
+from grainmill.storage.names import check_keys
 from grainmill.storage.s3 import S3Entry, S3Prefix
 
 INDEX = ".index.json"
 WORK = "~/.cache/grainmill/.work"
 """Folder of the local copies; the copies of dead processes are deleted by the next process."""
-_UNFINISHED = re.compile(r"\.|draft|.*\.draft$")
-"""Names of files and folders that are being written; all others are complete."""
+_UNFINISHED = re.compile(r"\.(?!\.?$)|draft|.*\.draft$")
+"""Names of files and folders that are being written; all others are complete, or refused as `.` and `..` are."""
 POLL_SECONDS = 1.0
 _TRIES = 5
 """Attempts to read or write a folder that other processes change at the same time."""
@@ -107,6 +108,7 @@ class S3Workspace(LocalWorkspace):
             files = self._finished_files()
             if files == self._known:
                 return
+            check_keys(str(self.path), files)  # no other process could read them
             for _ in range(_TRIES):
                 if self._write(store, files):
                     return
@@ -140,9 +142,9 @@ class S3Workspace(LocalWorkspace):
         """Return the index's ETag, the names of the folder's files, and all objects that can be files of it."""
         index = self._store.get(INDEX)
         entries = {name: entry for name, entry in self._store.listed().items() if self._is_finished(name)}
-        if index is None:
-            return None, set(entries), entries
-        return index.etag, set(json.loads(index.body)["files"]), entries
+        etag, listed = (index.etag, _listed(self._store.url, index.body)) if index else (None, entries)
+        check_keys(self._store.url, listed)
+        return etag, set(listed), entries
 
     def _write(self, store: S3Prefix, files: Mapping[str, _Stamp]) -> bool:
         """Write changed files and the index; return False if another process has written the index."""
@@ -180,6 +182,17 @@ class S3Workspace(LocalWorkspace):
                     state = file.stat()
                     found[file.relative_to(self.path).as_posix()] = state.st_size, state.st_mtime_ns, state.st_ino
         return found
+
+
+def _listed(url: str, index: bytes) -> list[str]:
+    """Return the names in an index. Raises StorageError if it is damaged."""
+    try:
+        listed = json.loads(index)["files"]
+        if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
+            return listed
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise StorageError(f"{url}/{INDEX} must list the names of files, but is damaged; put it back, or delete it")
 
 
 def is_remote(place: str) -> bool:

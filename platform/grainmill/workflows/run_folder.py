@@ -18,6 +18,7 @@ from grainmill.config.experiment import Experiment
 from grainmill.config.yaml_document import to_yaml
 from grainmill.errors import BusyError, NameTakenError, StorageError
 from grainmill.storage import files, lock, workspace
+from grainmill.storage.names import check_keys
 
 RECORD = "experiment.yaml"
 WHERE = "# where things are kept, which may change:\n"
@@ -148,9 +149,11 @@ def finish(folder: Path, outcome: Mapping[str, Any]) -> None:
 def checkpoints(place: str) -> str | None:
     """Folder of the checkpoints of a finished run's model; None if `place` is not the folder of a finished run."""
     try:
-        return f"{place}/{json.loads(workspace.read(place, 'done.json') or '')['checkpoints']}"
-    except (OSError, ValueError, LookupError):
+        found = json.loads(workspace.read(place, "done.json") or "")["checkpoints"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    check_keys(f"{place}/done.json", [str(found)])
+    return f"{place}/{found}"
 
 
 def _home(experiment: Experiment) -> str:

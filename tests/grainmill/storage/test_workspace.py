@@ -320,3 +320,35 @@ def test_one_file_is_read_by_itself(place, tmp_path):
 def test_names_of_no_place_are_told(name, told):
     assert told in workspace.problem(name)
     assert workspace.problem("s3://bucket/a/") is workspace.problem("a/b") is workspace.problem("/a") is None
+
+
+FOREIGN = ["/tmp/x", "../x", "a/../../x", "a//x", "a\\x", "a/./x"]
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["with an index", "without"])
+@pytest.mark.parametrize("name", FOREIGN, ids=ascii)
+def test_no_name_in_a_bucket_becomes_a_file_outside_the_copy(place, bucket, tmp_path, name, indexed):
+    name = str(tmp_path / "x") if name == "/tmp/x" else name
+    bucket.put(**{f"runs/trial-0001/{name}": b"foreign", "runs/trial-0001/good": b"good"})
+    if indexed:
+        index = json.dumps({"files": ["good", name], "writer": "x"}).encode()
+        bucket.put(**{f"runs/trial-0001/{workspace.INDEX}": index})
+    with pytest.raises(StorageError) as caught, workspace.opened(place):
+        pass
+    assert f"must be a plain path below its bucket, got {name!r} in {place}" in str(caught.value)
+    assert files(tmp_path) == {"work/.lock": ""}
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"files": "abc"}', b'{"files": [1]}', b'{"files": {"a": 1}}'])
+def test_an_index_that_is_none_is_told(place, bucket, body):
+    bucket.put(**{f"runs/trial-0001/{workspace.INDEX}": body})
+    with pytest.raises(StorageError, match=r"/\.index\.json must list the names of files"), workspace.opened(place):
+        pass
+
+
+def test_a_file_that_nobody_could_read_again_is_not_written(place, door):
+    with workspace.opened(place) as kept:
+        write(kept.path, **{"a\\b": "x"})
+        with pytest.raises(StorageError, match="must be a plain path"):
+            kept.upload()
+        assert door.wrote() == []

@@ -97,6 +97,10 @@ def test_checkpoints_of_a_finished_run_are_those_of_its_model(tmp_path):
     assert run_folder.checkpoints(str(tmp_path)) is None
     run_folder.finish(tmp_path, {"checkpoints": "trials/final-0001"})
     assert run_folder.checkpoints(str(tmp_path)) == f"{tmp_path}/trials/final-0001"
+    for elsewhere in ("../other", "/tmp/other", ""):
+        run_folder.finish(tmp_path, {"checkpoints": elsewhere})
+        with pytest.raises(StorageError, match=rf"plain path .* got '{elsewhere}' in {tmp_path}/done\.json"):
+            run_folder.checkpoints(str(tmp_path))
 
 
 @pytest.mark.parametrize(

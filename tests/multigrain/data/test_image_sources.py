@@ -27,6 +27,14 @@ def test_a_folder_has_the_images_below_it_in_a_fixed_order(tmp_path):
         images.read("b/3.png")
 
 
+def test_no_name_leads_out_of_a_folder(tmp_path):
+    write(tmp_path, "in/a.jpg", "out.jpg")
+    images = image_sources.images(str(tmp_path / "in"), LocalFiles())
+    for name in ("../out.jpg", "x/../../out.jpg", f"{tmp_path}/out.jpg"):
+        with pytest.raises(ValueError, match="is not below the folder"):
+            images.read(name)
+
+
 def test_a_manifest_has_the_images_of_its_column_each_once(tmp_path):
     write(tmp_path, "a.jpg", "sub/b.jpg")
     (tmp_path / "list.csv").write_text(f"role,image\ndatabase,sub/b.jpg\nquery,{tmp_path}/a.jpg\nquery,sub/b.jpg\n\n")

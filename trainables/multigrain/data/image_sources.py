@@ -27,10 +27,9 @@ class FolderImages:
 
     def read(self, name: str) -> bytes:
         """Read an image. Raises ValueError with the reason why it cannot be read."""
-        try:
-            return read_file(self.root / name)
-        except OSError as error:
-            raise ValueError(f"cannot be read ({error.strerror})") from error
+        if os.path.isabs(name) or ".." in name.split("/"):  # names come from an index, whoever made it
+            raise ValueError("is not below the folder of the images")
+        return _content(self.root / name)
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,17 @@ class ListedImages(FolderImages):
                     reader.add(line, "the cell of 'image' must not be empty")
         reader.raise_problems()
         return Listing(list(names.values()), {})
+
+    def read(self, name: str) -> bytes:
+        """Read an image, wherever it is. Raises ValueError with the reason why it cannot be read."""
+        return _content(self.root / name)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True)

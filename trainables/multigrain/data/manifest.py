@@ -124,12 +124,17 @@ class ManifestReader:
     def _fetch(self, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> None:
         """Read the objects that rows name."""
         wanted: dict[str, Pin | None] = {}
+        own = self.mirror.url(self.file)
+        bucket = "/".join([*own.split("/")[:3], ""]) if own else None
         for line, values in records:
             cells = dict(zip(header, values, strict=False))
             image = cells.get("image", "")
             url: str | None = image
             if not image.startswith(SCHEME):
                 url = self.mirror.url(Path(os.path.normpath(self.file.parent / image))) if image.strip() else None
+                if bucket and image.strip() and not os.path.isabs(image) and not (url or "").startswith(bucket):
+                    self.add(line, f"a relative path in S3 must stay in its bucket, got {image!r}; write an s3:// URL")
+                    continue
             if url:
                 size, etag = (cells.get(name, "") for name in PINS)
                 if bool(size) != bool(etag) or (size and not re.fullmatch("[0-9]{1,15}", size)):
