@@ -5,7 +5,6 @@ a failed request again, up to five times in all. `S3Prefix` then repeats the ope
 lasts. An error that no retry can heal is raised at once.
 """
 
-import os
 import re
 import time
 from bisect import bisect_right
