@@ -10,7 +10,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class Spec(BaseModel, frozen=True, extra="forbid"):
@@ -21,27 +21,11 @@ class Spec(BaseModel, frozen=True, extra="forbid"):
 
 
 class Data(BaseModel, frozen=True, extra="forbid"):
-    held_out: int = 400
-
-
-class Evaluation(BaseModel, frozen=True, extra="forbid"):
-    pass
+    held_out: int = Field(400, gt=0, lt=1000)
 
 
 def metrics(data, files):
     return {"top1": "max"}
-
-
-def data_problems(data, progress, files):
-    return [] if 0 < data.held_out < 1000 else [f"held_out must lie in (0, 1000), got {data.held_out}"]
-
-
-def worker_problems(spec, workers):
-    return [] if workers == 1 else [f"resources.workers must be 1, got {workers}"]
-
-
-def prepare(data, root, progress, files):
-    return data  # nothing to write: the digits come with scikit-learn
 
 
 def sources(data, files):
@@ -103,11 +87,3 @@ def example(data, files):
     import pandas as pd
 
     return pd.DataFrame({"pixels": [row.tolist() for row in _digits()[0][:2]]})
-
-
-def evaluate(folder, settings, out, files):
-    raise ValueError("this trainable has no benchmarks; compare its versions by top1")
-
-
-def images(source, files):
-    raise ValueError("this trainable embeds no images; use one that does, such as multigrain")

@@ -7,7 +7,8 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from types import SimpleNamespace
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -189,7 +190,10 @@ class Predictor(Protocol):
 
 
 class Trainable(Protocol):
-    """A module with these names, known by an entry point `grainmill.trainables` or by its dotted path."""
+    """A module with these names, known by an entry point `grainmill.trainables` or by its dotted path.
+
+    It may leave out the names in `DEFAULTS`.
+    """
 
     Spec: type[BaseModel]
     """Settings of one run, frozen, each with the published default; among them `epochs` and `seed`."""
@@ -265,11 +269,29 @@ class Trainable(Protocol):
         """Return a small table that a `Predictor` takes."""
 
 
-MEMBERS = (
-    *("Spec", "Data", "Evaluation"),
-    *("metrics", "data_problems", "worker_problems", "prepare", "sources", "fit"),
-    *("load", "export", "evaluate", "images", "example"),
-)
+REQUIRED = ("Spec", "Data", "metrics", "sources", "fit", "load", "export", "example")
+
+
+class NoSettings(BaseModel, frozen=True, extra="forbid"):
+    """Settings of an evaluation for a trainable that has none."""
+
+
+def _refuse(reason: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise ValueError(reason)
+
+    return refuse
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "Evaluation": NoSettings,
+    "data_problems": lambda *_: [],
+    "worker_problems": lambda _, workers: [] if workers == 1 else [f"this trainable trains on 1 worker, got {workers}"],
+    "prepare": lambda data, *_: data,
+    "evaluate": _refuse("this trainable has no benchmarks; compare its versions by the metrics of their training"),
+    "images": _refuse("this trainable embeds no images; use one that does, such as multigrain"),
+}
+"""What stands in for names of `Trainable` that a module leaves out."""
 
 
 def names() -> list[str]:
@@ -278,23 +300,27 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Trainable:
-    """Return an installed trainable by its name, or the module that a dotted path names.
+    """Return an installed trainable by its name, or the module that a dotted path names, completed from `DEFAULTS`.
 
     Raises:
-        LookupError: there is no such trainable, or the module lacks names of the protocol.
+        LookupError: there is no such trainable, or the module lacks names of `REQUIRED`.
     """
-    for entry in entry_points(group="grainmill.trainables", name=name):
-        return entry.load()
+    installed = [entry.load() for entry in entry_points(group="grainmill.trainables", name=name)]
+    module = installed[0] if installed else _import(name)
+    if missing := [needed for needed in REQUIRED if not hasattr(module, needed)]:
+        raise LookupError(f"a trainable must have {', '.join(REQUIRED)}; the module {name} lacks {', '.join(missing)}")
+    absent = {name: default for name, default in DEFAULTS.items() if not hasattr(module, name)}
+    return cast("Trainable", SimpleNamespace(**vars(module), **absent) if absent else module)
+
+
+def _import(name: str) -> Any:
     try:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ModuleNotFoundError(name=name)
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, but not what it imports
         raise LookupError(
             f"a trainable must be installed or be a module's dotted path, got {name!r}; installed: {', '.join(names())}"
         ) from None
-    if missing := [needed for needed in MEMBERS if not hasattr(module, needed)]:
-        raise LookupError(f"a trainable must have {', '.join(MEMBERS)}; the module {name} lacks {', '.join(missing)}")
-    return module  # type: ignore[return-value]

@@ -120,11 +120,28 @@ def test_a_name_that_stands_for_nothing_is_refused_with_the_installed_ones(name)
     assert "installed: multigrain" in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["Spec", "Data", "metrics", "worker_problems", "example"])
+@pytest.mark.parametrize("missing", ["Spec", "Data", "metrics", "sources", "fit", "load", "export", "example"])
 def test_a_module_without_a_part_that_is_needed_is_refused(missing, somebody):
     (somebody / "half.py").write_text(TINY + f"\ndel {missing}\n")
     with pytest.raises(LookupError, match=rf"somebody\.half.* {missing}\b"):
         trainable.find("somebody.half")
+
+
+def test_a_module_needs_neither_checks_nor_benchmarks_nor_images(somebody, read):
+    optional = ("Evaluation", "data_problems", "worker_problems", "prepare", "evaluate", "images")
+    (somebody / "short.py").write_text(TINY + "".join(f"\ndel {name}" for name in optional))
+    short = trainable.find("somebody.short")
+    data = short.Data(rows=1)
+    assert (short.__name__, short.metrics(data, None)) == ("somebody.short", {"error": "min"})
+    assert short.prepare(data, somebody, trainable.no_progress, None) is data
+    assert short.data_problems(data, trainable.no_progress, None) == short.worker_problems(short.Spec(), 1) == []
+    assert short.worker_problems(short.Spec(), 2) == ["this trainable trains on 1 worker, got 2"]
+    assert short.Evaluation().model_dump() == {}
+    with pytest.raises(ValueError, match="has no benchmarks"):
+        short.evaluate(somebody, short.Evaluation(), somebody, None)
+    with pytest.raises(ValueError, match="embeds no images"):
+        short.images("photos", None)
+    assert read(("somebody.tiny", "somebody.short")).data.rows == 3
 
 
 @pytest.mark.parametrize("needed", ["no_such_package", "some.thing"])
