@@ -5,6 +5,7 @@ import os
 import shlex
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from grainmill.config.validation import HOURS
 from grainmill.errors import GrainmillError
 
 if TYPE_CHECKING:
+    from grainmill.cluster.job_files import JobFiles
     from grainmill.workflows.forecast import Pace, SimulatedRun
 
 JOBS = "~/.cache/grainmill/jobs"
@@ -56,22 +58,31 @@ def submit(
         typer.Option(
             help="Dashboard of the cluster's head, such as http://127.0.0.1:8265.", envvar="RAY_API_SERVER_ADDRESS"
         ),
-    ],
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would be sent, and end.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Run tune or train as a job of a Ray cluster, and follow it.
 
     The code and the file are sent, the data are not: the images and the storage folder are the cluster's, and are
-    checked there. Ctrl-C leaves the job running. A job that failed, was stopped or was lost carries on when it is
-    submitted again.
+    checked there. Keys and credentials stay. Ctrl-C leaves the job running. A job that failed, was stopped or was lost
+    carries on when it is submitted again.
 
     Example: grainmill submit tune my.yaml --address http://127.0.0.1:8265 --set storage=/shared/grainmill-runs
     """
     with clear_errors():
         environment.prepare()
-        from grainmill.cluster import submission
+        from grainmill.cluster import job_files, submission
 
         checked = experiment.load(file, overrides or (), here=False)
+        job = job_files.list_job(file, trainable.find(checked.trainable))
+        if dry_run:
+            for target, path in job.sent.items():
+                say(f"{path.stat().st_size:>12,}  {target}")
+            _say_what_stays(job)
+            return
+        if not address:
+            raise typer.BadParameter("a job needs a cluster: --address http://HEAD:8265, or --dry-run for its files")
         submission.check_storage(checked)
         address = address.rstrip("/")
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it to every --address
@@ -79,12 +90,23 @@ def submit(
         name = submission.next_submission_id(client, address, checked.name)
         jobs = Path(JOBS).expanduser()
         submission.delete_old_packages(jobs, checked.name)
-        packed = submission.package_job(file, checked.trainable, trainable.find(checked.trainable), jobs / name)
-        left_out = ", ".join(f"{one} ({count})" for one, count in packed.left_out.items())
-        say(f"sending {packed.files} files, {submission.megabytes(packed.bytes)}; left out: {left_out or 'nothing'}")
-        line = submission.submit_command(address, name, packed, verb, file, overrides or ())
+        job_files.write_job(job, checked.trainable, jobs / name)
+        _say_what_stays(job)
+        line = submission.submit_command(address, name, jobs / name, verb, file, overrides or ())
         say(shlex.join(line))
         _follow(line, name, lambda: submission.job_status(client, name), submission.job_commands(address, name))
+
+
+def _say_what_stays(job: "JobFiles") -> None:
+    """Print the size of a job, and what is left out: by name and number what is no code, all else with the reason."""
+    from grainmill.cluster.job_files import NO_CODE, megabytes
+
+    names = Counter(Path(path).name for path, reason in job.left_out.items() if reason == NO_CODE)
+    left_out = ", ".join(f"{name} ({count})" for name, count in names.items()) or "nothing"
+    say(f"{len(job.sent)} files, {megabytes(job.bytes)}; left out: {left_out}")
+    for path, reason in job.left_out.items():
+        if reason != NO_CODE:
+            complain(f"{path} {reason}, and is left out", "yellow")
 
 
 def _follow(line: list[str], name: str, state_of: Callable[[], Any], advice: str) -> None:

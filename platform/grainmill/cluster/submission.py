@@ -1,18 +1,13 @@
-"""Submission of a job to a Ray cluster: its id, the files that are sent, and the `ray job submit` command."""
+"""Submission of a job to a Ray cluster: its head, its id, and the `ray job submit` command."""
 
 import ipaddress
 import json
 import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import urlsplit
 
 import ray
@@ -20,32 +15,13 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from grainmill.cluster import ray_private
+from grainmill.cluster.job_files import SOURCE_ROOTS
 from grainmill.config.experiment import Experiment
 from grainmill.errors import SubmissionError, hidden
 from grainmill.storage import workspace
-from grainmill.storage.provenance import CARRIED, commit
-from grainmill.trainable import Trainable
 
-LIMIT_BYTES = 100 * 2**20
-"""Maximum size of a job's files. Ray accepts several times as much, but code is never that large."""
-STAYS = (".*", "__pycache__", "*.egg-info", "grainmill-runs", "mlruns")
-"""Patterns of files and folders that are not sent: repositories, environments, caches and runs."""
-SOURCE_ROOTS = ("platform", "trainables")
-"""Folders of the job for Grainmill and for the trainable; neither holds an `__init__.py`."""
 SECONDS = 10
 """Time in seconds within which a head must answer."""
-
-
-@dataclass(frozen=True)
-class JobPackage:
-    """Files that are sent with a job."""
-
-    folder: Path
-    """The job's working directory."""
-    files: int
-    bytes: int
-    left_out: Mapping[str, int]
-    """Names that matched `STAYS`, and how often."""
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -171,88 +147,12 @@ def check_storage(experiment: Experiment) -> None:
         )
 
 
-def package_job(file: Path, name: str, trainable: Trainable, folder: Path) -> JobPackage:
-    """Copy an experiment file, Grainmill and the trainable's top-level package into the new folder `folder`.
-
-    Args:
-        name: the trainable's name in the file.
-        trainable: its module.
-    Raises:
-        SubmissionError: the files exceed `LIMIT_BYTES`; names the largest.
-    """
-    top = sys.modules[trainable.__name__.partition(".")[0]]  # type: ignore[attr-defined]
-    left_out: Counter[str] = Counter()
-    files = {Path(file.name): file}
-    for root, module in zip(SOURCE_ROOTS, (sys.modules["grainmill"], top), strict=True):
-        source = _source(module)
-        files |= {Path(root) / source.name / path: source / path for path in _walk(source, left_out)}
-    sizes = {path: path.stat().st_size for path in files.values()}
-    if (total := sum(sizes.values())) > LIMIT_BYTES:
-        largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
-        listed = ", ".join(f"{path} ({megabytes(sizes[path])})" for path in largest)
-        raise SubmissionError(
-            f"a job must be at most {megabytes(LIMIT_BYTES)}, got {megabytes(total)}: {listed}; "
-            "keep data out of the package, where all nodes see them"
-        )
-    for target, path in files.items():
-        (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / target)
-    for installed in _distributions(name):
-        _copy_metadata(installed, folder / SOURCE_ROOTS[0])
-    (folder / CARRIED).write_text(json.dumps(commit()))
-    return JobPackage(folder, len(files), total, left_out)
-
-
-def _source(module: ModuleType) -> Path:
-    """Return the folder of a package, or the file of a module."""
-    return Path(next(iter(module.__path__)) if hasattr(module, "__path__") else str(module.__file__))
-
-
-def _walk(source: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Yield the files of a folder that are sent, relative to the folder. For a file, yield the empty path."""
-    if source.is_file():
-        yield Path()
-        return
-    for path in sorted(source.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in STAYS):
-            left_out[path.name] += 1
-        else:
-            yield from (Path(path.name) / one for one in _walk(path, left_out))
-
-
-def _distributions(name: str) -> Iterator[Distribution]:
-    """Yield the distributions of Grainmill and of an installed trainable, whose entry points name the trainables."""
-    try:
-        yield distribution("grainmill")
-    except PackageNotFoundError:  # Grainmill runs from its source; the trainable is then a dotted path
-        return
-    for entry in entry_points(group="grainmill.trainables", name=name):
-        if entry.dist is not None and entry.dist.name != "grainmill":
-            yield entry.dist
-
-
-def _copy_metadata(installed: Distribution, root: Path) -> None:
-    """Write a distribution's metadata below a source root, so that its entry points are found there."""
-    place = root / f"{installed.name.replace('-', '_')}-{installed.version}.dist-info"
-    place.mkdir(parents=True, exist_ok=True)
-    metadata = installed.read_text("METADATA") or installed.read_text("PKG-INFO")  # a source tree has PKG-INFO
-    (place / "METADATA").write_text(metadata or "")
-    (place / "entry_points.txt").write_text(installed.read_text("entry_points.txt") or "")
-
-
-def megabytes(count: int) -> str:
-    """Format a number of bytes in MiB."""
-    return f"{count / 2**20:.1f} MiB"
-
-
-def submit_command(
-    address: str, job: str, packed: JobPackage, verb: str, file: Path, overrides: Sequence[str]
-) -> list[str]:
+def submit_command(address: str, job: str, folder: Path, verb: str, file: Path, overrides: Sequence[str]) -> list[str]:
     """Return the words of the `ray job submit` command that starts a job."""
     environment = {"env_vars": {"PYTHONPATH": ":".join(SOURCE_ROOTS)}}  # relative to the working directory
     return [
         *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--submission-id", job),
-        *("--working-dir", str(packed.folder), "--runtime-env-json", json.dumps(environment)),
+        *("--working-dir", str(folder), "--runtime-env-json", json.dumps(environment)),
         *("--", "python", "-m", "grainmill", verb, file.name),
         *(word for one in overrides for word in ("--set", one)),
     ]

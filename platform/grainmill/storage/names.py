@@ -1,5 +1,6 @@
 """Names of local files that come from elsewhere: keys of a bucket, entries of an index, paths in a model's files."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ def below(folder: Path, name: object, where: str) -> Path:
 
     Links are resolved: the file itself is below the folder, too.
     """
-    if not is_local(name) or not (folder / str(name)).resolve().is_relative_to(folder.resolve()):
+    if not is_local(name) or not Path(os.path.realpath(folder / str(name))).is_relative_to(folder.resolve()):
         raise StorageError(f"a path in {where} must lead to a file below its folder, got {name!r}; fetch it again")
     return folder / str(name)
 

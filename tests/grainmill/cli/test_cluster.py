@@ -1,4 +1,4 @@
-"""The command `grainmill plan`, and what it reads of an earlier run."""
+"""The command `grainmill plan` and what it reads of an earlier run, and the list of files of `grainmill submit`."""
 
 import os
 import subprocess
@@ -147,3 +147,24 @@ def test_the_file_for_aws_is_priced(tmp_path):
     done = plan(experiment, "--cluster", str(AWS), "--epoch-seconds", "600")
     assert done.exit_code == 0
     assert "dollars, by the table in the cluster file" in done.output
+
+
+def test_what_a_job_sends_is_listed_without_a_cluster(tmp_path, monkeypatch):
+    package = tmp_path / "pears"
+    package.mkdir()
+    (package / "__init__.py").write_text(Path(toy.__file__).read_text())
+    for name in ("prod.env", "id_rsa", "[b].txt", ".env"):
+        (package / name).write_text("abc")
+    monkeypatch.syspath_prepend(tmp_path)
+    file, *_ = files(tmp_path, trainable="pears")
+    done = CliRunner().invoke(app, ["submit", "tune", file, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "           3  trainables/pears/[b].txt\n" in done.stdout
+    assert "platform/grainmill/cli/cluster.py" in done.stdout
+    assert ".env (1)" in done.stdout
+    for name in ("prod.env", "id_rsa"):
+        assert f"  trainables/pears/{name}" not in done.stdout
+        assert f"trainables/pears/{name} may hold keys or credentials, by its name, and is left out" in done.stderr
+    refused = CliRunner().invoke(app, ["submit", "tune", file])
+    assert refused.exit_code == 2
+    assert "--address http://HEAD:8265" in refused.output

@@ -2,12 +2,8 @@
 
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
 import types
-from pathlib import Path
 
 import pytest
 import ray
@@ -15,11 +11,9 @@ import yaml
 from commands import SUPPORT
 from ray.job_submission import JobStatus
 
-from grainmill import trainable
 from grainmill.cluster import submission
 from grainmill.config import experiment
 from grainmill.errors import ExperimentError, SubmissionError
-from grainmill.storage import provenance
 
 DEMO = SUPPORT.parents[1] / "search_spaces" / "demo.yaml"
 HEAD = "http://127.0.0.1:8265"
@@ -55,119 +49,12 @@ def test_name_whose_job_is_not_at_its_end_is_refused(state):
     assert f"ray job stop --address {HEAD} grainmill-demo-2" in str(caught.value)
 
 
-@pytest.fixture
-def apples(tmp_path, monkeypatch):
-    """A package of one's own with a trainable in it, and things beside it that must not travel."""
-    package = tmp_path / "mine" / "apples"
-    for name in (
-        ".git/objects/pack",
-        "__pycache__/fit.pyc",
-        "grainmill-runs/a/done.json",
-        ".venv/bin/python",
-        "parts/x.txt",
-    ):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_bytes(bytes(1000))
-    (package / "__init__.py").write_text("")
-    (package / "red.py").write_text("")
-    (tmp_path / "mine" / "secret.txt").write_text("not a part of it")
-    (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "my own.yaml").write_text("name: mine\n")
-    monkeypatch.syspath_prepend(tmp_path / "mine")
-    import apples.red
-
-    yield types.SimpleNamespace(module=apples.red, folder=package, file=tmp_path / "far" / "my own.yaml")
-    for name in ("apples", "apples.red"):
-        del sys.modules[name]
-
-
-def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
-    packed = submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
-    source = Path(submission.__file__).parents[1]
-    code = [path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    mill = {f"platform/grainmill/{path.relative_to(source)}" for path in code}
-    own = {"my own.yaml", "trainables/apples/__init__.py", "trainables/apples/red.py", "trainables/apples/parts/x.txt"}
-    found = files(packed.folder)
-    assert {name for name in found if ".dist-info/" not in name} == mill | own | {"commit.json"}
-    assert packed.files == len(mill) + len(own)
-    assert packed.bytes == 1011 + sum(path.stat().st_size for path in code)
-    left_out = {name: count for name, count in packed.left_out.items() if name in (".git", ".venv", "grainmill-runs")}
-    assert left_out == {".git": 1, ".venv": 1, "grainmill-runs": 1}
-
-
 def test_what_was_sent_before_under_a_name_is_dropped(tmp_path):
     for name in ("grainmill-demo-2", "grainmill-demo-10", "grainmill-demo-2-3", "grainmill-demos-1", "demo-1"):
         (tmp_path / name / "platform").mkdir(parents=True)
     submission.delete_old_packages(tmp_path, "demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-1", "grainmill-demo-2-3", "grainmill-demos-1"]
     submission.delete_old_packages(tmp_path / "none", "demo")
-
-
-def test_commit_travels_with_the_code(apples, tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "commit", lambda: {"mlflow.source.git.commit": "abc", "git.dirty": "false"})
-    packed = submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
-    monkeypatch.chdir(packed.folder)
-    assert provenance.commit() == {"mlflow.source.git.commit": "abc", "git.dirty": "false"}
-
-
-@pytest.mark.parametrize("lost", ["typer", "mlflow"], ids=["at once", "later"])
-def test_image_that_lacks_a_requirement_is_told(tmp_path, lost):
-    packed = submission.package_job(DEMO, "toy", trainable.find("toy"), tmp_path / "job")
-    (packed.folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{lost!r}] = None\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packed.folder), "platform", "trainables"])}
-    words = [sys.executable, "-m", "grainmill", "tune", "demo.yaml", "--set", f"storage={tmp_path}"]
-    ran = subprocess.run(words, cwd=packed.folder, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 1
-    assert f"has no module {lost}; use an image" in ran.stderr
-    assert "Traceback" not in ran.stderr
-
-
-def test_module_that_is_no_package_travels_as_its_file(tmp_path):
-    packed = submission.package_job(DEMO, "toy", trainable.find("toy"), tmp_path / "job")
-    assert {name for name in files(packed.folder) if name.startswith("trainables")} == {"trainables/toy.py"}
-
-
-def test_what_is_sent_runs_by_itself_and_finds_installed_trainables(tmp_path):
-    pytest.importorskip("torch")
-    packed = submission.package_job(DEMO, "multigrain", trainable.find("multigrain"), tmp_path / "job")
-    line = submission.submit_command(HEAD, "grainmill-demo-1", packed, "validate", DEMO, ["name=other"])
-    environment = json.loads(line[line.index("--runtime-env-json") + 1])["env_vars"]
-    _, *words = line[line.index("--") + 1 :]
-    code = (
-        "import sys, grainmill, multigrain.trainable; from importlib.metadata import distribution; "
-        "print(grainmill.__file__); print(multigrain.trainable.__file__); print(distribution('grainmill')._path)"
-    )
-    told = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=packed.folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    assert all(place.startswith(str(packed.folder)) for place in told), told
-    ran = subprocess.run(
-        [sys.executable, *words],
-        cwd=packed.folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "demo.yaml is right." in ran.stdout
-
-
-def test_too_large_a_job_is_refused_before_it_is_copied(apples, tmp_path):
-    with (apples.folder / "parts" / "images.tar").open("wb") as large:
-        large.truncate(submission.LIMIT_BYTES)
-    with pytest.raises(SubmissionError, match=r"at most 100\.0 MiB, got 10\d\.\d MiB: \S+images\.tar \(100\.0 MiB\)"):
-        submission.package_job(apples.file, "apples.red", apples.module, tmp_path / "job")
-    assert not (tmp_path / "job").exists()
 
 
 def test_storage_must_outlive_the_job(tmp_path):

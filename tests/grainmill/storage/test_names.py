@@ -63,6 +63,7 @@ def test_a_link_leads_no_path_out_of_its_folder(tmp_path):
     (tmp_path / "home/same").symlink_to("in")
     assert below(tmp_path / "home", "in/x", "MLmodel") == tmp_path / "home/in/x"
     assert below(tmp_path / "home", "same/x", "MLmodel") == tmp_path / "home/same/x"
+    (tmp_path / "home/loop").symlink_to("../home/loop/..")
     for name in ("up/x", "up", "file", "../home/in", "/etc/hostname", None):
         with pytest.raises(StorageError, match=r"a path in MLmodel must lead to a file below its folder, got"):
             below(tmp_path / "home", name, "MLmodel")
