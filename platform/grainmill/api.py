@@ -71,6 +71,9 @@ def _run(
     with progress.RunDisplay(experiment, quiet) as display:
         display.message("starting Ray and MLflow")
         uri, address = _start(tracking_uri or experiment.tracking.uri, address, experiment.storage)
+        from grainmill.cluster import session
+
+        session.check(address)  # before MLflow, which takes seconds to import
         from grainmill.workflows import tune as workflow
 
         call = workflow.tune if verb == "tune" else workflow.train
@@ -140,6 +143,9 @@ def embed(
     """
     uri, address = _start(tracking_uri, address)
     from grainmill import progress
+    from grainmill.cluster import session
+
+    session.check(address)  # before MLflow, which takes seconds to import
     from grainmill.corpus import embed as corpus
 
     return corpus.embed(uri, _name(model), str(images), Path(out), workers, address, progress.bar(quiet))

@@ -15,7 +15,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Size of a local Ray's object store: trials pass metrics, not data."""
 POLL_SECONDS = "0.5"
 """Interval in seconds at which Ray Train collects reports (its default is 2); until then, the worker waits."""
-HEAD_SECONDS = 10
+HEAD_SECONDS = 5
 """Time in seconds within which the head of a cluster must answer."""
 
 
@@ -31,8 +31,7 @@ def connect(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if address and "://" not in address:
-        _check_head(address)
+    check(address)
     environment = {"env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_SECONDS}}
     where: dict[str, Any] = {"address": address}
     if not address:
@@ -50,10 +49,27 @@ def connect(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_head(address: str) -> None:
-    """Refuse an address where no head answers. Ray itself tries for minutes and may then end this process."""
+def check(address: str | None) -> None:
+    """Refuse an address where no head answers. Ray itself tries for minutes and may then end this process.
+
+    Raises:
+        ResourceError: no head answers, or the address is of another kind.
+    """
+    if not address:
+        return
+    if address.startswith("ray://"):
+        raise ResourceError(
+            f"--address must be HOST:PORT of a cluster's head, but {address} is that of a Ray Client server, which can "
+            "start no trials; run this command on the cluster, or send it there with `grainmill submit`"
+        )
     with suppress(ValueError):  # not an address; Ray says what is wrong with it
-        resolved, answers = ray_private.head_answers(address, HEAD_SECONDS)
+        try:
+            resolved, answers = ray_private.head_answers(address, HEAD_SECONDS)
+        except ConnectionError:
+            raise ResourceError(
+                f"--address {address} needs a Ray that runs on this machine, but there is none; start it with "
+                "`ray start --head`, name another, or leave --address out for a local Ray"
+            ) from None
         if not answers:
             raise ResourceError(
                 f"the head of a Ray cluster must answer at {resolved} within {HEAD_SECONDS} seconds, but did not; "

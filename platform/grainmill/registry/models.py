@@ -18,7 +18,7 @@ from grainmill.errors import TrackingError, hidden
 from grainmill.registry import integrity, model_card
 from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.storage.files import folder_digest
-from grainmill.tracking.mlflow_runs import Tracker
+from grainmill.tracking.mlflow_runs import Tracker, check_reachable
 
 SCHEME = "models:/"
 """Beginning of the address of a registered model."""
@@ -160,6 +160,7 @@ def fetch(tracking_uri: str, model: str, into: Path | None = None) -> Registered
     Raises:
         TrackingError: there is no such model, its files were changed, or MLflow does not answer.
     """
+    check_reachable(tracking_uri)
     mlflow.set_tracking_uri(tracking_uri)
     try:
         entity = look_up(MlflowClient(tracking_uri), model)

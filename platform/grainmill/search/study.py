@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import chain
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import optuna
@@ -25,6 +26,7 @@ from grainmill.config.validation import COSTS
 from grainmill.errors import StorageError
 from grainmill.search import samplers
 from grainmill.search.records import State, TrialRecord
+from grainmill.storage import sqlite
 
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
@@ -57,6 +59,17 @@ def _patient(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]
     return call
 
 
+def _prepare_file(url: str) -> None:
+    """Make the database if it is a SQLite file that does not exist; raise StorageError if it cannot be used."""
+    database = make_url(url)
+    if database.get_backend_name() != "sqlite":
+        return
+    file = Path(database.database or "")
+    if problem := sqlite.problem(file):
+        raise StorageError(f"a study needs a SQLite file to read and write, but {problem}")
+    sqlite.make(file, lambda draft: optuna.storages.RDBStorage(draft).engine.dispose())
+
+
 def _unreachable(url: str, error: Exception) -> StorageError:
     where = make_url(url).render_as_string(hide_password=True)
     reason = str(error.__cause__ or error).splitlines()[0]
@@ -87,6 +100,7 @@ class Study:
         self.url, self.name, self.experiment, self.first, self.trials = url, name, experiment, first, trials
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
+            _prepare_file(url)
             self._study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(url),
                 sampler=samplers.build(experiment, trials, 0),

@@ -1,26 +1,25 @@
 """MLflow runs: one parent run for a search and a child run for each trial, all written by one process."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 # Not part of MLflow's public API, which cannot set a timeout for one request; as of MLflow 3.17.
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy.exc import SQLAlchemyError
 
 from grainmill.errors import TrackingError, hidden
-from grainmill.storage import workspace
+from grainmill.storage import sqlite, workspace
 from grainmill.storage.provenance import environment
+from grainmill.storage.sqlite import SQLITE
 
-SQLITE = "sqlite:///"
 PARENT = "mlflow.parentRunId"
 """Tag of a child run: the id of its parent."""
 REACH_SECONDS = 8
@@ -33,18 +32,8 @@ def local_uri(storage: Path) -> str:
     return f"{SQLITE}{storage.absolute() / 'mlflow.db'}"
 
 
-def _make_database(file: Path) -> None:
-    """Create a SQLite file with MLflow's tables, in one step: a process killed halfway would leave it unusable."""
-    if file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.{uuid4()}")
-    try:
-        MlflowClient(SQLITE + str(draft)).search_experiments(max_results=1)
-        with suppress(FileExistsError):  # another process was faster
-            os.link(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+def _make_tables(url: str) -> None:
+    MlflowClient(url).search_experiments(max_results=1)
 
 
 class Tracker:
@@ -59,13 +48,15 @@ class Tracker:
         """
         self.uri = uri
         local = not uri.startswith("http")
-        check_server(uri)
+        check_reachable(uri)
         with translate_errors(uri):
             if uri.startswith(SQLITE):
-                _make_database(Path(uri.removeprefix(SQLITE)))
+                sqlite.make(Path(uri.removeprefix(SQLITE)), _make_tables)
             self.client = MlflowClient(uri)
             if found := self.client.get_experiment_by_name(experiment):
                 self.experiment_id: str = found.experiment_id
+                if found.lifecycle_stage == LifecycleStage.DELETED:  # MLflow keeps the name, and refuses new runs
+                    self.client.restore_experiment(found.experiment_id)
             else:
                 artifacts = f"{workspace.uri(str(storage))}/mlflow-artifacts/{experiment}" if local else None
                 self.experiment_id = self.client.create_experiment(experiment, artifacts)
@@ -76,6 +67,22 @@ class Tracker:
         with translate_errors(self.uri):
             run = self.client.create_run(self.experiment_id, run_name=name, tags={**environment(), **tags, **family})
         return str(run.info.run_id)
+
+    def reopen(self, run_id: str) -> bool:
+        """Set a run to RUNNING, and restore it if it was deleted; returns False if there is no such run here."""
+        with translate_errors(self.uri):
+            try:
+                run = self.client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return False
+                raise
+            if run.info.experiment_id != self.experiment_id:
+                return False
+            if run.info.lifecycle_stage == LifecycleStage.DELETED:
+                self.client.restore_run(run_id)
+        self.set_status(run_id, "RUNNING")
+        return True
 
     def parameters(self, run_id: str, parameters: Mapping[str, Any]) -> None:
         """Set the parameters of a run; to set equal ones again has no effect."""
@@ -140,18 +147,33 @@ def translate_errors(uri: str) -> Iterator[None]:
     """Turn errors of MLflow into a TrackingError of one sentence, without passwords."""
     try:
         yield
-    except (MlflowException, OSError) as error:  # sending artifacts raises OSError
+    except (MlflowException, OSError, SQLAlchemyError) as error:  # sending artifacts raises OSError
+        if isinstance(error, OSError) and error.filename:
+            rule = f"MLflow's artifacts must be writable, but: {error.strerror}: {error.filename}"
+            raise TrackingError(f"{rule}; mend that, and the same command carries on") from error
+        if uri.startswith(SQLITE):
+            _check_file(uri)  # says more
         raise TrackingError(
-            f"MLflow must answer at {hidden(uri)}, but said: {hidden(str(error))}; "
+            f"MLflow must answer at {hidden(uri)}, but said: {hidden(str(error).partition('[SQL:')[0].strip())}; "
             "start the server, or set tracking.uri or MLFLOW_TRACKING_URI"
         ) from error
 
 
-def check_server(uri: str) -> None:
-    """Send one request to a server. Raises TrackingError if it does not answer within `REACH_SECONDS`."""
+def check_reachable(uri: str) -> None:
+    """Refuse a server that does not answer within `REACH_SECONDS`, or a SQLite file that MLflow cannot use.
+
+    MLflow itself would try for minutes. Raises TrackingError.
+    """
     if uri.startswith("http"):
         with translate_errors(uri):
             http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)
+    elif uri.startswith(SQLITE):
+        _check_file(uri)
+
+
+def _check_file(uri: str) -> None:
+    if problem := sqlite.problem(Path(uri.removeprefix(SQLITE))):
+        raise TrackingError(f"MLflow needs a SQLite file to read and write, but {problem}")
 
 
 def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:

@@ -30,7 +30,7 @@ from grainmill.search.study import Study
 from grainmill.storage import workspace
 from grainmill.storage.mirror import S3Files
 from grainmill.storage.provenance import environment
-from grainmill.tracking.mlflow_runs import PARENT, Tracker, check_server, translate_errors
+from grainmill.tracking.mlflow_runs import PARENT, Tracker, check_reachable, translate_errors
 from grainmill.workflows import run_folder
 
 FOLDER = "grainmill.folder"
@@ -155,7 +155,7 @@ class _Run:
                 yield cls(experiment, trainable, data, files, home, tracker, observer, parent)
             except BaseException as error:
                 with suppress(TrackingError):  # the first error is the one to report
-                    check_server(tracking_uri)
+                    check_reachable(tracking_uri)
                     tracker.set_status(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
 
@@ -297,10 +297,10 @@ def _database(experiment: Experiment, folder: Path, place: str) -> tuple[str, st
 def _parent(tracker: Tracker, experiment: Experiment, home: run_folder.Run) -> str:
     """Id of the parent MLflow run: a new one, or the one of the run that is carried on."""
     note, folder = home.folder / "parent-run", workspace.uri(home.place)
-    if note.exists():
-        run_id = note.read_text()
-        tracker.set_status(run_id, "RUNNING")
-        return run_id
+    known = note.read_text() if note.exists() else ""
+    if known and tracker.reopen(known):
+        return known
+    # Another server does not know the run: the study has all that its runs need.
     parameters = {f"objective.{name}": way for name, way in experiment.objective.items()}
     # A process that was killed before it wrote the note has left its MLflow run.
     left = next(iter(tracker.runs_by_tag(FOLDER, folder)), None)

@@ -1,6 +1,7 @@
 """Addresses where no Ray lets a command in."""
 
 import http.server
+import re
 import subprocess
 import sys
 import threading
@@ -37,7 +38,7 @@ def test_address_where_no_head_answers_is_refused_soon(no_head, monkeypatch):
     with pytest.raises(
         ResourceError, match=rf"must answer at \S+:{no_head.partition(':')[2]} within 1 seconds, but did"
     ):
-        session._check_head(no_head)
+        session.check(no_head)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265"])
@@ -46,3 +47,18 @@ def test_address_that_is_none_is_refused(address):
     command = [sys.executable, "-c", script, address]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     assert f"ResourceError: Ray must let this command in at {address}, but said: Invalid" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("auto", "needs a Ray that runs on this machine, but there is none; start it with `ray start --head`"),
+        ("ray://127.0.0.1:10001", "must be HOST:PORT of a cluster's head, but ray://127.0.0.1:10001 is that of a Ray"),
+    ],
+)
+def test_address_that_trials_cannot_use_is_refused_at_once(address, told, monkeypatch):
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", list)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ResourceError, match=re.escape(told)):
+        session.check(address)

@@ -186,6 +186,6 @@ def test_an_alias_of_a_version_that_is_gone_points_nowhere(stored):
 def test_a_registry_that_does_not_answer_is_named_without_its_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port = free_port()
-    with pytest.raises(TrackingError, match=f"registry at http://127.0.0.1:{port}") as caught:
+    with pytest.raises(TrackingError, match=f"MLflow must answer at http://127.0.0.1:{port}") as caught:
         models.fetch(f"http://me:hunter2@127.0.0.1:{port}", "models:/apples/1")
     assert "hunter2" not in str(caught.value)

@@ -6,6 +6,8 @@ import pytest
 import sqlalchemy
 from studies import searched, trained
 
+from grainmill.errors import StorageError
+
 
 def engine(study):
     return study._study._storage._backend.engine
@@ -56,3 +58,11 @@ def test_search_that_is_carried_on_draws_nothing_twice(tmp_path, opened, sampler
         study = opened(f"sqlite:///{tmp_path / 'study.db'}", trials=12, search={"sampler": sampler})
         study.ask(), study.ask()
         assert len({record.setting["height"] for record in study.records}) == 2 * count
+
+
+def test_study_whose_file_is_emptied_is_not_begun_anew(tmp_path, opened):
+    file = tmp_path / "study.db"
+    opened(f"sqlite:///{file}", trials=2)
+    file.write_bytes(b"")
+    with pytest.raises(StorageError, match=f"a study needs a SQLite file to read and write, but {file} is empty"):
+        opened(f"sqlite:///{file}", trials=2)

@@ -1,3 +1,4 @@
+import errno
 import socket
 
 import pytest
@@ -54,6 +55,38 @@ def test_second_tracker_uses_the_same_experiment_and_keeps_artifacts_in_the_stor
     assert again.experiment_id == tracker.experiment_id
     stored = MlflowClient(tracker.uri).get_experiment(tracker.experiment_id)
     assert stored.artifact_location.endswith("/mlflow-artifacts/apples")
+
+
+def test_experiment_and_run_that_were_deleted_are_restored(tracker, tmp_path):
+    pears = Tracker(tracker.uri, "pears", tmp_path)
+    run_id = pears.start("parent", {})
+    tracker.client.delete_run(run_id)
+    tracker.client.delete_experiment(pears.experiment_id)
+    again = Tracker(tracker.uri, "pears", tmp_path)
+    assert again.experiment_id == pears.experiment_id
+    assert again.reopen(run_id)
+    again.log(run_id, 1, {"top1": 0.5})
+    assert again.client.get_run(run_id).info.status == "RUNNING"
+
+
+def test_run_of_another_server_or_experiment_is_not_reopened(tracker, tmp_path):
+    other = Tracker(tracker.uri, "plums", tmp_path).start("parent", {})
+    assert [tracker.reopen(run_id) for run_id in ("0" * 32, "no id", other)] == [False] * 3
+
+
+def test_database_that_is_a_folder_is_named_soon(tmp_path):
+    (tmp_path / "mlflow.db").mkdir()
+    with pytest.raises(TrackingError, match=r"needs a SQLite file to read and write, but \S+/mlflow.db is a folder"):
+        Tracker(local_uri(tmp_path), "apples", tmp_path)
+
+
+def test_artifacts_that_cannot_be_written_are_named(tracker, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/note.txt")
+
+    monkeypatch.setattr(tracker.client, "log_text", full)
+    with pytest.raises(TrackingError, match=r"^MLflow's artifacts must be writable, but: No space .*: /disk/note.txt;"):
+        tracker.attach("a run", "note.txt", "hello")
 
 
 def test_server_that_does_not_answer_is_named_with_the_remedy(tmp_path, monkeypatch):
