@@ -241,7 +241,10 @@ class Trainable(Protocol):
 
     @staticmethod
     def load(folder: Path) -> Predictor:
-        """Load the model that `fit` left in `folder`, or the `checkpoint` of an export."""
+        """Load the model that `fit` left in `folder`, or the `checkpoint` of an export.
+
+        The folder may be deleted afterwards.
+        """
 
     @staticmethod
     def export(folder: Path, out: Path) -> Mapping[str, Any]:

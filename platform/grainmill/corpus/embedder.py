@@ -51,14 +51,14 @@ class Embedder:
         if not model.startswith(models.SCHEME):
             rule = "a model must be registered, and named as models:/name@alias or models:/name/version"
             raise CorpusError(f"{rule}, got {model}; `grainmill train` and `grainmill tune` register theirs")
-        stored = models.fetch(tracking_uri, model)
-        self._predict = catalog.find(stored.trainable).load(stored.folder)
+        with models.fetched(tracking_uri, model) as stored:
+            self._predict = catalog.find(stored.trainable).load(stored.folder)
+            digest = integrity.manifest_digest(stored.portable)
         try:
             first = self(list(stored.example["image"])[:1])[0]
         except KeyError as error:
             raise CorpusError(f"a model must embed images, but {model} knows no {error}; name another") from error
         assert first.embedding is not None, "the example is an image"
-        digest = integrity.manifest_digest(stored.portable)
         self.identity = ModelIdentity(stored.version.uri, digest, len(first.embedding), stored.trainable)
 
     def __call__(self, contents: Sequence[bytes | str]) -> list[Answer]:

@@ -2,10 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -18,6 +20,7 @@ from grainmill.errors import TrackingError, hidden
 from grainmill.registry import integrity, model_card
 from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.storage.files import folder_digest
+from grainmill.storage.names import below
 from grainmill.tracking.mlflow_runs import Tracker, check_reachable
 
 SCHEME = "models:/"
@@ -28,8 +31,8 @@ CHECKPOINT = "checkpoint"
 """Folder of a portable model that its trainable loads and evaluates."""
 ABOUT, CARD, LINEAGE = "about", "card.md", "lineage.json"
 """Artifacts of a version: a folder of texts, and in that folder the model card as Markdown and as JSON."""
-MANIFEST_DIGEST = "sha256"
-"""Tag of a version: SHA-256 of the manifest of its portable model."""
+MANIFEST_DIGEST, PACKAGE_DIGEST = "sha256", "sha256.package"
+"""Tags of a version: SHA-256 of the manifest of its portable model, and of all files of the version."""
 SETTING, SOURCE, DIGEST = "evaluated.setting", "evaluated.source", "evaluated.digest"
 """Tags of a version that an evaluation made: served setting, URI of the evaluated version, digest of its files."""
 
@@ -121,13 +124,17 @@ def _create(
             input_example=example,
             pip_requirements=[f"mlflow=={metadata.version('mlflow')}", *filter(str.strip, requirements)],
         )
-        tags = {**tags, MANIFEST_DIGEST: integrity.manifest_digest(portable)}
+        package = Path(mlflow.artifacts.download_artifacts(info.model_uri, dst_path=f"{scratch}/package"))
+        digests = {
+            MANIFEST_DIGEST: integrity.manifest_digest(portable),
+            PACKAGE_DIGEST: integrity.package_digest(package),
+        }
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     model = mlflow.get_logged_model(info.model_id)
     description = model_card.description(written[CARD], f"artifacts/{ABOUT}/{CARD}")
     version = client.create_model_version(
-        name, model.artifact_location, run_id, dict(tags), description=description, model_id=model.model_id
+        name, model.artifact_location, run_id, {**tags, **digests}, description=description, model_id=model.model_id
     )
     return Version.of(version)
 
@@ -150,37 +157,53 @@ class RegisteredModel(NamedTuple):
     """Texts about the model, such as its card, by file name."""
 
 
-def fetch(tracking_uri: str, model: str, into: Path | None = None) -> RegisteredModel:
-    """Download a registered model and check its files.
+@contextmanager
+def fetched(tracking_uri: str, model: str, within: Path | None = None) -> Iterator[RegisteredModel]:
+    """Download a registered model for the time of the block, and check its files.
 
     Args:
         tracking_uri: address of MLflow.
         model: such as `models:/name@champion` or `models:/name/3`.
-        into: a new folder; by default, the files stay where they are if this machine sees them.
+        within: parent folder of the copy; by default, the files stay where they are if this machine sees them.
     Raises:
         TrackingError: there is no such model, its files were changed, or MLflow does not answer.
     """
     check_reachable(tracking_uri)
     mlflow.set_tracking_uri(tracking_uri)
-    try:
-        entity = look_up(MlflowClient(tracking_uri), model)
-        version = Version.of(entity)
-        folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=into and str(into)))
-        info = mlflow.models.Model.load(str(folder))
-    except MlflowException as error:
-        raise not_registered(tracking_uri, model, error) from error
+    with tempfile.TemporaryDirectory(dir=within) as scratch:
+        try:
+            client = MlflowClient(tracking_uri)
+            entity = look_up(client, model)
+            version = Version.of(entity)
+            source = client.get_model_version_download_uri(*version)
+            here = within is None and urlsplit(source).scheme in ("", "file")
+            folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=None if here else scratch))
+            stored = _checked(model, entity, folder)
+        except MlflowException as error:
+            raise not_registered(tracking_uri, model, error) from error
+        yield stored
+
+
+def _checked(model: str, entity: Any, folder: Path) -> RegisteredModel:
+    """Check the files of a version; its `entity` in MLflow has the digests. Raises TrackingError if they differ."""
+    info = mlflow.models.Model.load(str(folder))
     settings = info.flavors.get("python_function", {})
     trainable = settings.get("config", {}).get("trainable")
     if trainable is None:
         raise TrackingError(f"{model} must be a model that grainmill registered, got one of another kind; name another")
-    portable, about = (folder / settings["artifacts"][name]["path"] for name in ("model", ABOUT))
-    others = [path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(portable)]
-    pickles = [f"{path.relative_to(folder)} holds a pickle" for path in others if integrity.holds_pickle(path)]
-    _stop_if_wrong(integrity.faults(portable, entity.tags.get(MANIFEST_DIGEST, "")) + pickles, model)
-    example = info.load_input_example(str(folder))
-    texts = {path.name: path.read_text() for path in about.iterdir()}
+    paths = (settings["artifacts"][name]["path"] for name in ("model", ABOUT))
+    portable, about = (below(folder, path, f"the MLmodel of {model}") for path in paths)
+    known, whole = (entity.tags.get(tag, "") for tag in (MANIFEST_DIGEST, PACKAGE_DIGEST))
+    _stop_if_wrong(integrity.faults(portable, known) or integrity.package_faults(folder, whole), model)
     return RegisteredModel(
-        version, portable / CHECKPOINT, portable, trainable, entity.run_id, example, entity.tags, texts
+        version=Version.of(entity),
+        folder=portable / CHECKPOINT,
+        portable=portable,
+        trainable=trainable,
+        run_id=entity.run_id,
+        example=info.load_input_example(str(folder)),
+        tags=entity.tags,
+        about={path.name: path.read_text() for path in about.iterdir()},
     )
 
 

@@ -145,13 +145,14 @@ def _stop_if_unmeasured(version: Version, gates: Promotion, scores: Mapping[str,
 
 def _size_and_speed_failures(tracking_uri: str, version: Version, gates: Promotion) -> list[str]:
     """List the limits of size and time that the model exceeds; the time is the median of several calls."""
-    stored = models.fetch(tracking_uri, version.uri)
-    megabytes = sum(path.stat().st_size for path in stored.folder.rglob("*") if path.is_file()) / 1e6
+    with models.fetched(tracking_uri, version.uri) as stored:
+        megabytes = sum(path.stat().st_size for path in stored.folder.rglob("*") if path.is_file()) / 1e6
+        model = trainable.find(stored.trainable).load(stored.folder)
     failures = []
     if gates.megabytes and megabytes > gates.megabytes:
         failures.append(f"its files must take at most {gates.megabytes:g} MB, but take {megabytes:.1f}")
     if gates.milliseconds:
-        model, row = trainable.find(stored.trainable).load(stored.folder), stored.example.head(1)
+        row = stored.example.head(1)
         seconds = timeit.repeat(lambda: model(row), number=1, repeat=WARM_UP_CALLS + TIMED_CALLS)
         took = 1000 * median(seconds[WARM_UP_CALLS:])
         if took > gates.milliseconds:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,9 +44,13 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of all files below a folder, in hexadecimal digits."""
+def folder_digest(folder: Path, left_out: Collection[str] = ()) -> str:
+    """Return the SHA-256 over the names and contents of all files below a folder, in hexadecimal digits.
+
+    Files and folders of the names in `left_out` are left out. Links to folders are not followed.
+    """
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in (path for path in paths if not {*path.relative_to(folder).parts} & {*left_out}):
         total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + bytes.fromhex(file_digest(path)))
     return total.hexdigest()

@@ -52,7 +52,7 @@ def evaluate(
         shared = stack.enter_context(_shared_folder(out)) if workers > 1 else None
         stored = None
         if model.startswith(models.SCHEME):
-            stored = models.fetch(tracking_uri, model, shared and shared / "model")
+            stored = stack.enter_context(models.fetched(tracking_uri, model, shared))
             folder, name = stored.folder, stored.trainable
         else:
             folder, name = stack.enter_context(workspace.opened(_checkpoints(model), within=shared)).path, trainable

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import struct
 import zipfile
 from hashlib import sha256
 
@@ -104,4 +105,53 @@ def test_a_pickle_is_found_by_content_and_by_name(folder, name, content):
 )
 def test_what_only_begins_like_one_is_none(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    assert not integrity.holds_pickle(tmp_path / "file")
+    assert integrity.pickle_fault(tmp_path / "file") is None
+
+
+def shifted(archive, before):
+    """An archive with the bytes `before` in front; its directory tells the same places, which are others now."""
+    return before + archive
+
+
+def with_two_directories():
+    """An archive whose end record names one directory by its place, and another by what lies before the record."""
+    harmless, hidden = zipped("a/b.json", b"{}"), zipped("data/sample", pickle.dumps(3))
+    end = harmless[-22:]
+    return hidden[:-22] + harmless[:-22] + end
+
+
+def with_wide_record(located):
+    """An archive with a ZIP64 record, and a locator that points at `located` bytes from it."""
+    archive = zipped("a/b.json", b"{}")
+    count, _, size, start, _ = struct.unpack("<HHIIH", archive[-14:])
+    record = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = b"PK\6\7" + struct.pack("<IQI", 0, len(archive) - 22 + located, 1)
+    return archive[:-22] + record + locator + archive[-22:]
+
+
+TWO_WAYS = {
+    "in front": shifted(zipped("a/b.json", b"{}"), b"#!/bin/sh\n"),
+    "a pickle in front": shifted(zipped("a/b.json", b"{}"), pickle.dumps(3)),
+    "an archive in front": shifted(zipped("a/b.json", b"{}"), zipped("data/sample", pickle.dumps(3))),
+    "two directories": with_two_directories(),
+    "a comment": zipped("a/b.json", b"{}")[:-2] + struct.pack("<H", 22) + zipped("a/b.json", b"{}")[-22:],
+    "behind": zipped("a/b.json", b"{}") + b"\n",
+    "an archive cut short": zipped("a/b.json", b"{}")[:-1],
+    "a wide record elsewhere": with_wide_record(-8),
+    "a wide record that says otherwise": with_wide_record(0)[:-10] + struct.pack("<IIH", 1, 2, 0),
+}
+
+
+@pytest.mark.parametrize("content", TWO_WAYS.values(), ids=TWO_WAYS.keys())
+def test_an_archive_that_can_be_read_in_two_ways_is_refused(folder, content):
+    write_sealed(folder, {"model.py": b"", "deep/weights": content})
+    assert integrity.faults(folder) == ["deep/weights is an archive that can be read in two ways"]
+
+
+def test_archives_as_they_are_written_have_one_directory(tmp_path):
+    for content in (zipped("a/b.json", b"{}"), with_wide_record(0)):
+        (tmp_path / "file").write_bytes(content)
+        assert integrity.pickle_fault(tmp_path / "file") is None
+    renamed = zipped("a/b.json", b"{}").replace(b"a/b.json", b"a/c.json", 1)  # another name before the content
+    (tmp_path / "file").write_bytes(renamed)
+    assert "cannot be read" in integrity.pickle_fault(tmp_path / "file")

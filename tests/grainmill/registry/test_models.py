@@ -1,6 +1,8 @@
 import json
 import pickle
+import shutil
 import sys
+import tempfile
 from hashlib import sha256
 
 import mlflow
@@ -10,7 +12,7 @@ import toy
 from mlflow_tables import database
 from servers import free_port
 
-from grainmill.errors import TrackingError
+from grainmill.errors import StorageError, TrackingError
 from grainmill.registry import models
 from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.tracking.mlflow_runs import Tracker
@@ -30,6 +32,12 @@ CARD = ModelCard(
 def register(tracker, folder, run_id):
     example = toy.example(toy.Data())
     return models.register(tracker, run_id, "apples", folder, example, {"score": "0.5"}, CARD)
+
+
+def fetch(uri, model):
+    """A model whose files stay where they are."""
+    with models.fetched(uri, model) as stored:
+        return stored
 
 
 def test_each_run_gets_one_version_and_the_first_is_the_champion_the_last_its_challenger(tmp_path):
@@ -54,14 +62,14 @@ def test_a_registered_model_comes_back_with_what_made_it(tmp_path):
     run_id = tracker.start("first", {})
     register(tracker, tmp_path / "model", run_id)
     for name in ("models:/apples@champion", "models:/apples/1"):
-        stored = models.fetch(uri, name)
+        stored = fetch(uri, name)
         assert (stored.version.uri, stored.trainable, stored.run_id) == ("models:/apples/1", "toy", run_id)
         assert stored.tags["score"] == "0.5"
         table = toy.load(stored.folder)(pd.DataFrame({"x": [2.0]}))
         assert table["y"].tolist() == [1.4]
     for name in ("models:/pears@champion", "models:/apples/2", "models:/apples@best"):
         with pytest.raises(TrackingError, match=f"{name} must be in the registry"):
-            models.fetch(uri, name)
+            fetch(uri, name)
 
 
 def test_an_example_with_images_comes_back_as_it_was(tmp_path):
@@ -69,10 +77,12 @@ def test_an_example_with_images_comes_back_as_it_was(tmp_path):
     list(toy.fit(toy.Spec(), toy.Data(), tmp_path / "model"))
     example = pd.DataFrame({"x": [1.0, 2.5], "image": [b"\x89PNG\r\n\x00\xff", b""]})
     models.register(tracker, tracker.start("first", {}), "apples", tmp_path / "model", example, {}, CARD)
-    stored = models.fetch(tracker.uri, "models:/apples/1", tmp_path / "copy" / "model")
-    pd.testing.assert_frame_equal(stored.example, example)
-    assert (stored.folder / "state.json").read_bytes() == (tmp_path / "model" / "state.json").read_bytes()
-    assert stored.folder.is_relative_to(tmp_path / "copy" / "model")
+    (tmp_path / "copies").mkdir()
+    with models.fetched(tracker.uri, "models:/apples/1", tmp_path / "copies") as stored:
+        pd.testing.assert_frame_equal(stored.example, example)
+        assert (stored.folder / "state.json").read_bytes() == (tmp_path / "model" / "state.json").read_bytes()
+        assert stored.folder.is_relative_to(tmp_path / "copies")
+    assert not list((tmp_path / "copies").iterdir())
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
@@ -82,7 +92,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     tracker.client.create_registered_model("pears")
     tracker.client.create_model_version("pears", str(tmp_path / "plain"))
     with pytest.raises(TrackingError, match="models:/pears/1 must be a model that grainmill registered"):
-        models.fetch(tracker.uri, "models:/pears/1")
+        fetch(tracker.uri, "models:/pears/1")
 
 
 @pytest.fixture
@@ -92,7 +102,7 @@ def stored(tmp_path):
     list(toy.fit(toy.Spec(height=0.7), toy.Data(), tmp_path / "model"))
     run_id = tracker.start("first", {})
     register(tracker, tmp_path / "model", run_id)
-    return tracker, run_id, models.fetch(tracker.uri, "models:/apples/1").portable
+    return tracker, run_id, fetch(tracker.uri, "models:/apples/1").portable
 
 
 def test_a_version_tells_where_it_comes_from(stored):
@@ -102,7 +112,7 @@ def test_a_version_tells_where_it_comes_from(stored):
     assert version.tags["sha256"] == sha256((portable / "MANIFEST.json").read_bytes()).hexdigest()
     assert version.description.startswith("# apples\n")
     assert "| height | 0.7 |" in version.description.splitlines()
-    about = models.fetch(tracker.uri, "models:/apples/1").about
+    about = fetch(tracker.uri, "models:/apples/1").about
     assert set(about) == {"card.md", "experiment.yaml", "lineage.json"}
     assert about["lineage.json"] == CARD.json()
     assert version.description.partition("\n\nThe whole card")[0] in about["card.md"]
@@ -129,6 +139,12 @@ def resealed(portable):
     (portable / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
+def append(file):
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as text:
+        text.write("\n# more\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -139,13 +155,52 @@ def resealed(portable):
         (resealed, "MANIFEST.json was changed"),
         (lambda p: (p.parent.parent / "python_model").write_bytes(pickle.dumps(1)), "python_model holds a pickle"),
         (lambda p: (p.parent.parent / "python_model.pkl").touch(), "python_model.pkl holds a pickle"),
+        (lambda p: append(p.parent.parent / "pyfunc_script.py"), "a file beside the model was changed"),
+        (lambda p: append(p.parent.parent / "MLmodel"), "a file beside the model was changed"),
+        (lambda p: append(p.parent / "about/card.md"), "a file beside the model was changed"),
+        (lambda p: append(p.parent.parent / "code/evil.py"), "a file beside the model was changed"),
+        (lambda p: (p.parent.parent / "requirements.txt").unlink(), "a file beside the model was changed"),
+        (lambda p: (p / "more").symlink_to("/etc"), "more is not listed"),
+        (lambda p: (p.parent / "about/x").symlink_to("/etc/hostname"), "artifacts/about/x is a link"),
+        (lambda p: (p.parent.parent / "code").symlink_to("/etc"), "code is a link"),
     ],
 )
 def test_a_version_whose_files_were_tampered_with_is_refused(stored, damage, told):
     tracker, _, portable = stored
     damage(portable)
     with pytest.raises(TrackingError, match=f"models:/apples/1 {told}"):
-        models.fetch(tracker.uri, "models:/apples/1")
+        fetch(tracker.uri, "models:/apples/1")
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc", "artifacts/../../other", ""])
+def test_no_path_in_a_model_leads_out_of_its_files(stored, path):
+    tracker, _, portable = stored
+    file = portable.parent.parent / "MLmodel"
+    file.write_text(file.read_text().replace("path: artifacts/model", f"path: {path!r}"))
+    with pytest.raises(StorageError, match=f"the MLmodel of models:/apples/1 must lead to .*, got '{path}'"):
+        fetch(tracker.uri, "models:/apples/1")
+
+
+def test_loading_a_version_changes_nothing_of_it(stored):
+    tracker, _, portable = stored
+    mlflow.set_tracking_uri(tracker.uri)
+    mlflow.pyfunc.load_model("models:/apples/1")
+    assert fetch(tracker.uri, "models:/apples/1").portable == portable
+
+
+def test_a_download_is_gone_after_its_use(stored, tmp_path, monkeypatch):
+    tracker, _, portable = stored
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    package = portable.parent.parent
+    monkeypatch.setattr(models.MlflowClient, "get_model_version_download_uri", lambda *_: "mlflow-artifacts:/1/x")
+    monkeypatch.setattr(
+        mlflow.artifacts, "download_artifacts", lambda _, dst_path: shutil.copytree(package, f"{dst_path}/x")
+    )
+    with models.fetched(tracker.uri, "models:/apples/1") as found:
+        assert found.folder.is_relative_to(tmp_path / "scratch")
+        assert (found.folder / "state.json").is_file()
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_mlflow_refuses_to_load_what_was_tampered_with(stored):
@@ -180,12 +235,12 @@ def test_an_alias_of_a_version_that_is_gone_points_nowhere(stored):
     tracker.client.delete_model_version("apples", "1")
     for name in ("models:/apples@champion", "models:/apples/1"):
         with pytest.raises(TrackingError, match=f"{name} must be in the registry"):
-            models.fetch(tracker.uri, name)
+            fetch(tracker.uri, name)
 
 
 def test_a_registry_that_does_not_answer_is_named_without_its_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port = free_port()
     with pytest.raises(TrackingError, match=f"MLflow must answer at http://127.0.0.1:{port}") as caught:
-        models.fetch(f"http://me:hunter2@127.0.0.1:{port}", "models:/apples/1")
+        fetch(f"http://me:hunter2@127.0.0.1:{port}", "models:/apples/1")
     assert "hunter2" not in str(caught.value)

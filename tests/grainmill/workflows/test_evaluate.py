@@ -56,8 +56,8 @@ def test_a_model_that_comes_of_a_registered_one_is_a_further_version_of_it_and_n
     table = pd.DataFrame({"x": [2.0]})
     for uri, height in (("models:/apples@champion", 0.25), ("models:/apples/2", 0.75)):
         assert mlflow.pyfunc.load_model(uri).predict(table)["y"].tolist() == [2 * height]
-    stored = models.fetch(local_uri(tmp_path), "models:/apples/2")
-    pd.testing.assert_frame_equal(stored.example, toy.example(toy.Data()))
+    with models.fetched(local_uri(tmp_path), "models:/apples/2") as stored:
+        pd.testing.assert_frame_equal(stored.example, toy.example(toy.Data()))
 
     # The same again makes none, another setting or content does, and so does what is made of that.
     assert run("models:/apples@champion", settings, tmp_path).version.number == "2"

@@ -167,6 +167,7 @@ def seal(folder):
         (lambda f: (f / "model.json").write_text("{ }"), "model.json was changed"),
         (lambda f: (f / "model.json").unlink(), "model.json is missing"),
         (lambda f: (f / "more").touch(), "more is not listed"),
+        (lambda f: (f / "more").symlink_to("/etc"), "more is not listed"),
         (lambda f: (f / "MANIFEST.json").write_text("["), "readable MANIFEST.json"),
         (lambda f: (f / "MANIFEST.json").unlink(), "readable MANIFEST.json"),
     ],
@@ -229,3 +230,24 @@ def test_a_program_with_an_entry_behind_another_of_its_name_is_not_opened(folder
 def test_a_plain_program_is_opened(folder):
     config = {"data/weights/model_weights_config.json": json.dumps(PLAIN), "data/weights/weight_0": "\x80\x04."}
     assert standalone._pickled(archive(folder, **config, **{"data/sample_inputs/model.pt": ""})) is None
+
+
+@pytest.mark.parametrize("before", [b"#!", b"\x80\x04K\x03.", "another"], ids=ascii)
+@pytest.mark.parametrize("behind", [b"", b"\n"], ids=ascii)
+def test_a_program_that_can_be_read_in_two_ways_is_not_opened(folder, before, behind):
+    file = archive(folder, byteorder="little")
+    content = file.read_bytes()
+    assert standalone._pickled(file) is None
+    file.write_bytes((content if before == "another" else before) + content + behind)
+    assert standalone._pickled(file) == "it can be read in two ways"
+
+
+def test_a_program_of_torch_has_one_directory(tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "file")
+    assert standalone._has_one_directory(tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    for place in (-98 + 48, -42 + 8, -98 + 4):  # of the directory and of the ZIP64 record, and its length
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / "file").write_bytes(changed)
+        assert not standalone._has_one_directory(tmp_path / "file")

@@ -11,6 +11,7 @@ import. It needs NumPy, Pillow, and PyTorch or ONNX Runtime, and no package of i
 import hashlib
 import json
 import re
+import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -154,7 +155,9 @@ def check(folder: Path) -> None:
         raise ValueError(
             f"a model must have a readable {MANIFEST}, but in {folder}: {error}; fetch it again"
         ) from error
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
     found = {name for name in found - {MANIFEST} if "__pycache__" not in name}
     wrong = [f"{name} is missing" for name in manifest.keys() - found]
     wrong += [f"{name} is not listed" for name in found - manifest.keys()]
@@ -172,6 +175,8 @@ def digest(file: Path) -> dict[str, Any]:
 
 def _pickled(program: Path) -> str | None:
     """Name the entry of a `torch.export` archive that would be unpickled, or run as machine code; None without one."""
+    if not _has_one_directory(program):
+        return "it can be read in two ways"
     with zipfile.ZipFile(program) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) < len(archive.infolist()):
@@ -184,6 +189,28 @@ def _pickled(program: Path) -> str | None:
             elif not (name in _PLAIN or name.endswith(".json") or re.fullmatch(_RAW, name)):
                 return entry.filename
     return None
+
+
+def _has_one_directory(archive: Path) -> bool:
+    """Return True if the directory of a ZIP file ends where its end record begins, and that is last.
+
+    Python and PyTorch find other directories in other files. PyTorch writes a ZIP64 record, too; it must agree.
+    """
+    with archive.open("rb") as file:
+        start, size = file.read(4), file.seek(0, 2)
+        file.seek(max(0, size - 98))
+        end = file.read().rjust(98, b"\0")  # 56 bytes of the ZIP64 record, 20 of its locator, 22 of the end record
+    signature, length, first, comment = struct.unpack("<4s8xIIH", end[76:])
+    place = size - 22
+    if end[56:60] == b"PK\6\7":
+        place = size - 98
+        head, *wide, located = struct.unpack("<12s28xQQ8xQ4x", end[:76])
+        if head != b"PK\6\6" + struct.pack("<Q", 44) or located != place:
+            return False
+        if [length, first] != [min(number, 2**32 - 1) for number in wide]:
+            return False
+        length, first = wide
+    return (start, signature, comment) == (b"PK\3\4", b"PK\5\6", 0) and first + length == place
 
 
 _PLAIN = {"archive_format", "archive_version", "byteorder", ".data/serialization_id", ".data/version"}
