@@ -214,8 +214,13 @@ class Trainable(Protocol):
         """Check the data on disk; return a sentence on each problem."""
 
     @staticmethod
-    def worker_problems(spec: Any, workers: int) -> list[str]:
-        """Check that a valid spec can run on this number of workers; return a sentence on each problem."""
+    def worker_problems(spec: Any, workers: int) -> list[tuple[str, str]]:
+        """Check that a valid spec can run on this number of workers.
+
+        Returns:
+            The setting that causes each problem, such as `model.weights`, or "" if it is the number of workers; and a
+            sentence, without the setting as its subject.
+        """
 
     @staticmethod
     def prepare(data: Any, root: Path, progress: Progress, files: Files) -> Any:
@@ -289,7 +294,9 @@ def _refuse(reason: str) -> Callable[..., Any]:
 DEFAULTS: Mapping[str, Any] = {
     "Evaluation": NoSettings,
     "data_problems": lambda *_: [],
-    "worker_problems": lambda _, workers: [] if workers == 1 else [f"this trainable trains on 1 worker, got {workers}"],
+    "worker_problems": lambda _, workers: (
+        [] if workers == 1 else [("", f"this trainable trains on 1 worker, got {workers}")]
+    ),
     "prepare": lambda data, *_: data,
     "evaluate": _refuse("this trainable has no benchmarks; compare its versions by the metrics of their training"),
     "images": _refuse("this trainable embeds no images; use one that does, such as multigrain"),

@@ -39,7 +39,7 @@ def data_problems(data, progress, files):
 
 
 def worker_problems(spec, workers):
-    return [f"one worker is enough, got {workers}"] if workers > 1 else []
+    return [("", f"one worker is enough, got {workers}")] if workers > 1 else []
 
 
 def prepare(data, root, progress, files): ...
@@ -135,7 +135,7 @@ def test_a_module_needs_neither_checks_nor_benchmarks_nor_images(somebody, read)
     assert (short.__name__, short.metrics(data, None)) == ("somebody.short", {"error": "min"})
     assert short.prepare(data, somebody, trainable.no_progress, None) is data
     assert short.data_problems(data, trainable.no_progress, None) == short.worker_problems(short.Spec(), 1) == []
-    assert short.worker_problems(short.Spec(), 2) == ["this trainable trains on 1 worker, got 2"]
+    assert short.worker_problems(short.Spec(), 2) == [("", "this trainable trains on 1 worker, got 2")]
     assert short.Evaluation().model_dump() == {}
     with pytest.raises(ValueError, match="has no benchmarks"):
         short.evaluate(somebody, short.Evaluation(), somebody, None)

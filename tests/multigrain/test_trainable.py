@@ -282,7 +282,8 @@ def test_settings_are_the_methods_own():
 def test_worker_problems_are_those_of_the_batch_and_of_the_weights(tmp_path):
     assert trainable.worker_problems(SPEC, 2) == []
     (problem,) = trainable.worker_problems(SPEC, 5)
-    assert "batch.size must be a multiple" in problem
+    assert problem[0] == ""
+    assert "batch.size must be a multiple" in problem[1]
     model = SPEC.model.model_copy(update={"weights": str(tmp_path / "nowhere.safetensors")})
     wrong = SPEC.model_copy(update={"model": model})
     told = weight_problems(model)

@@ -102,7 +102,7 @@ def data_problems(data: Data, progress: Any, files: Any = None) -> list[str]:
     return []
 
 
-def worker_problems(spec: Spec, workers: int) -> list[str]:
+def worker_problems(spec: Spec, workers: int) -> list[tuple[str, str]]:
     return []
 
 

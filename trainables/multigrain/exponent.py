@@ -25,19 +25,17 @@ prepare, sources, images, example = trainable.prepare, trainable.sources, traina
 load, export, evaluate = trainable.load, trainable.export, trainable.evaluate
 
 
-def worker_problems(spec: Spec, workers: int) -> list[str]:
-    """Check that `spec` can run on `workers` ranks; return a sentence on each problem."""
+def worker_problems(spec: Spec, workers: int) -> list[tuple[str, str]]:
+    """Check that `spec` can run on `workers` ranks; see `trainable.worker_problems`."""
     problems = []
     # The manifest of a checkpoint is written last. Its digests are checked when the checkpoint is read.
     if spec.checkpoint is None or not glob.glob("step-*/MANIFEST.json", root_dir=spec.checkpoint):
-        problems.append(
-            f"checkpoint must be a folder with the checkpoints of a trained network, got {spec.checkpoint}; "
-            "name that of a trial, such as grainmill-runs/demo/run-1/trials/final-0000"
-        )
+        rule = f"must be a folder with the checkpoints of a trained network, got {spec.checkpoint}"
+        remedy = "name that of a trial, such as grainmill-runs/demo/run-1/trials/final-0000"
+        problems.append(("checkpoint", f"{rule}; {remedy}"))
     if spec.batch_size % workers:
-        problems.append(
-            f"batch_size must be a multiple of the workers, got {spec.batch_size} and {workers}; change one of them"
-        )
+        rule = "batch_size must be a multiple of the workers"
+        problems.append(("", f"{rule}, got {spec.batch_size} and {workers}; change one of them"))
     return problems
 
 

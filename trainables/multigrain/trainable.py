@@ -171,9 +171,13 @@ def sources(data: DataSettings, files: Files | None = None) -> list[DataPart]:
     return [part._replace(where=named(part.where)) for part in parts(images_of(data, files))]
 
 
-def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
-    """Check that `spec` can run on `workers` ranks, and its `model.weights`; return a sentence on each problem."""
-    return [*settings.worker_problems(spec, workers), *weight_problems(spec.model)]
+def worker_problems(spec: MultiGrainSpec, workers: int) -> list[tuple[str, str]]:
+    """Check that `spec` can run on `workers` ranks, and its network and weights.
+
+    Returns:
+        The setting at fault, "" for the number of workers, and a sentence on it.
+    """
+    return [*(("", one) for one in settings.worker_problems(spec, workers)), *weight_problems(spec.model)]
 
 
 def fit(

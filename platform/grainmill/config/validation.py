@@ -248,7 +248,9 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any], pu
         try:
             spec = trainable.Spec.model_validate(nested(setting, base))
             for counts, key in workers.items():
-                found += [(("resources", key), message) for message in _worker_problems(trainable, spec, counts)]
+                for name, message in _worker_problems(trainable, spec, counts):
+                    place: Location = ("base", *name.split(".")) if name else ("resources", key)
+                    found.append((("space", name) if name in space else place, message))
         except ValidationError as error:
             for location, message in error_messages(trainable.Spec, error):
                 culprits = [name for name in [dotted(location), *moved] if name in space]
@@ -266,14 +268,16 @@ def _counts(workers: int | tuple[int, int]) -> Sequence[int]:
     return range(workers, workers + 1) if isinstance(workers, int) else range(workers[0], workers[1] + 1)
 
 
-def _worker_problems(trainable: catalog.Trainable, spec: Any, counts: Sequence[int]) -> list[str]:
-    """Reasons why a spec cannot run on one of these numbers of workers."""
-    found = [message for count in counts for message in trainable.worker_problems(spec, count)]
-    if not found or len(counts) == 1:
-        return found
+def _worker_problems(trainable: catalog.Trainable, spec: Any, counts: Sequence[int]) -> list[tuple[str, str]]:
+    """Reasons why a spec cannot run on one of these numbers of workers, each with the setting that causes it."""
+    found = dict.fromkeys(problem for count in counts for problem in trainable.worker_problems(spec, count))
+    of_count = [problem for problem in found if not problem[0]]
+    if not of_count or len(counts) == 1:
+        return [*found]
     # A remedy for one number of workers may not suit the next; one for their common multiple suits all.
-    found = trainable.worker_problems(spec, math.lcm(*counts)) or found
-    return [f"{message} (for any of {counts[0]} to {counts[-1]} workers)" for message in found]
+    joint = [problem for problem in trainable.worker_problems(spec, math.lcm(*counts)) if not problem[0]] or of_count
+    numbers = f" (for any of {counts[0]} to {counts[-1]} workers)"
+    return [problem for problem in found if problem[0]] + [("", message + numbers) for _, message in joint]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -296,6 +296,30 @@ BAD = {
         "resources.workers",
         ["504 and 3 x 1 x 60", "batch.size to 540 (for any of 3 to 5 workers)"],
     ),
+    "weights by a wrong word": Bad(
+        more("base:\n  model:\n    weights: imagenet"),
+        6,
+        "base.model.weights",
+        ["must be random, zoo or a file that can be read", "/imagenet cannot (", "No such file"],
+    ),
+    "weights that are searched": Bad(
+        space("model.weights: {choice: [random, nowhere.pt]}"),
+        5,
+        "space.model.weights",
+        ["must be random, zoo or a file", "/nowhere.pt cannot", "at model.weights = "],
+    ),
+    "a trunk that gives no map": Bad(
+        more("base:\n  model:\n    trunk: timm/vit_tiny_patch16_224"),
+        6,
+        "base.model.trunk",
+        ["must be a network that gives a map", "name a convolutional one"],
+    ),
+    "no weights are published": Bad(
+        more("resources: {workers: 2, retrain_workers: [1, 3]}\nbase: {model: {trunk: narrow, weights: zoo}}"),
+        5,
+        "base.model.weights",
+        ["can be zoo where weights are published, but narrow has none"],
+    ),
     "placement": Bad(more("resources: {placement: spred}"), 4, "resources.placement", ["'spred'", "mean 'spread'"]),
     # The objective and the search
     "misspelt metric": Bad(

@@ -2,6 +2,10 @@ import collections
 import os
 import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import wait
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import timm
@@ -11,13 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from multigrain.config.training import ModelSettings
+from multigrain.models import published
 from multigrain.models.multigrain import MultiGrain, build_trunk
 from multigrain.models.weights import load_weights, weight_problems
 
 TIMM_TRUNK = "timm/test_resnet"
 
 
-def published(name, seed=1):
+def classifier(name, seed=1):
     """A whole classifier's state dict, as it is published; running statistics like no fresh network's."""
     torch.manual_seed(seed)
     network = timm.create_model(name[5:]) if name.startswith("timm/") else torchvision.models.get_model(name)
@@ -30,12 +35,12 @@ def published(name, seed=1):
 
 @pytest.fixture(scope="module")
 def resnet18():
-    return published("resnet18")
+    return classifier("resnet18")
 
 
 @pytest.fixture(scope="module")
 def small():
-    return published(TIMM_TRUNK)
+    return classifier(TIMM_TRUNK)
 
 
 def assert_holds(trunk, state, classifier="fc."):
@@ -47,7 +52,9 @@ def assert_holds(trunk, state, classifier="fc."):
 
 
 def fits(trunk, source, **settings):
-    return weight_problems(ModelSettings(trunk=trunk, weights=str(source), **settings))
+    found = weight_problems(ModelSettings(trunk=trunk, weights=str(source), **settings))
+    assert all(key in ("model.trunk", "model.weights") for key, _ in found)
+    return [" ".join(problem) for problem in found]
 
 
 def refused(trunk, source):
@@ -104,10 +111,36 @@ def test_the_forms_in_which_networks_are_saved_all_fit(tmp_path, small, wrap):
     saved = wrap(small)
     path = save(saved, tmp_path / "weights.pt")
     trunk = build_trunk(TIMM_TRUNK).module
-    load_weights(trunk, TIMM_TRUNK, str(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "model.weights: the prefix 'module.'")
+        load_weights(trunk, TIMM_TRUNK, str(path))
+        assert fits(TIMM_TRUNK, path) == []
     inner = saved.get("state_dict", saved.get("model", saved))
     assert_holds(trunk, {key.removeprefix("module."): tensor for key, tensor in inner.items()})
-    assert fits(TIMM_TRUNK, path) == []
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "_orig_mod.", "model.", "module.encoder_q._orig_mod."])
+def test_a_common_prefix_is_left_out_and_said(tmp_path, small, prefix):
+    state = {prefix + key: tensor for key, tensor in small.items()} | {"projector.0.weight": torch.ones(2)}
+    path = save(state, tmp_path / "weights.safetensors")
+    trunk = build_trunk(TIMM_TRUNK).module
+    with pytest.warns(UserWarning, match=f"the prefix '{prefix}' of the keys in {path} is left out"):
+        load_weights(trunk, TIMM_TRUNK, str(path))
+    assert_holds(trunk, small)
+    with pytest.warns(UserWarning, match=f"the prefix '{prefix}'"):
+        assert fits(TIMM_TRUNK, path) == []
+
+
+def test_a_prefix_whose_rest_does_not_fit_is_named(tmp_path, small):
+    state = {f"backbone.{key}": tensor for key, tensor in small.items() if key != "bn1.weight"}
+    problem = refused(TIMM_TRUNK, save(state, tmp_path / "weights.pt"))
+    assert "without the prefix 'backbone.' bn1.weight is missing; name" in problem
+
+
+def test_of_two_parts_that_fit_none_is_taken(tmp_path, small):
+    state = {f"{part}.{key}": tensor for key, tensor in small.items() for part in ("student", "teacher")}
+    problem = refused(TIMM_TRUNK, save(state, tmp_path / "weights.pt"))
+    assert "several parts do, with the prefixes 'student.', 'teacher.'; save one" in problem
 
 
 def test_files_of_the_older_format_of_torch_fit(tmp_path, small):
@@ -209,6 +242,37 @@ def test_files_that_are_missing_empty_cut_or_of_another_kind_are_refused(tmp_pat
     assert str(path) in refused("narrow", path)
 
 
+OTHERS = {
+    "page": (b"  <!DOCTYPE html><html>", "is a web page"),
+    "error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "is a pointer of Git LFS"),
+    "empty": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize(("content", "told"), OTHERS.values(), ids=OTHERS.keys())
+def test_what_is_often_in_the_place_of_weights_is_told(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    assert f"{tmp_path / name} {told}" in refused("narrow", tmp_path / name)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_that_was_cut_short_is_told(tmp_path, small, new):
+    torch.save(small, tmp_path / "weights.pt", _use_new_zipfile_serialization=new)
+    whole = (tmp_path / "weights.pt").read_bytes()
+    for size in (100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "weights.pt").write_bytes(whole[:size])
+        assert "was cut short" in refused(TIMM_TRUNK, tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_whole_network_is_told_by_its_class(tmp_path, new):
+    torch.save(nn.Sequential(nn.Linear(1, 1)), tmp_path / "weights.pt", _use_new_zipfile_serialization=new)
+    problem = refused("narrow", tmp_path / "weights.pt")
+    assert "holds an object of torch.nn.modules.container.Sequential, such as a whole network; save" in problem
+
+
 @pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), {"epoch": 3}, {}, {"state_dict": {"a": 1}}])
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     assert "state dict" in refused("narrow", save(content, tmp_path / "weights.pt"))
@@ -269,6 +333,48 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, name, function):
     monkeypatch.setattr(function, fail)
     with pytest.raises(ValueError, match=rf"^model.weights.*{name}.*no route to host.*name a file"):
         load_weights(build_trunk(name).module, name, "zoo")
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("resnet18", "torchvision.models._api.load_state_dict_from_url"),
+        (TIMM_TRUNK, "timm.models._builder.load_state_dict_from_hf"),
+    ],
+)
+def test_a_download_whose_server_is_out_of_reach_is_given_up(monkeypatch, name, function):
+    over = threading.Event()
+    monkeypatch.setattr(function, lambda *_arguments, **_options: over.wait())
+    monkeypatch.setattr(published, "SECONDS", 0.01)
+    monkeypatch.setattr(published, "_answers", lambda _: False)
+    with pytest.raises(ValueError, match=rf"^model.weights.*{name}.*https://\S+ does not answer.*name a file"):
+        load_weights(build_trunk(name).module, name, "zoo")
+    monkeypatch.setattr(published, "_answers", lambda _: over.wait())  # no answer at all
+    with pytest.raises(ValueError, match=rf"^model.weights.*{name}.*https://\S+ does not answer.*name a file"):
+        load_weights(build_trunk(name).module, name, "zoo")
+    over.set()
+
+
+def test_a_slow_download_is_waited_for(monkeypatch, resnet18):
+    asked = threading.Event()
+
+    def download(*_arguments, **_options):
+        asked.wait()
+        return resnet18
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    monkeypatch.setattr(published, "_answers", lambda _: not asked.set())
+    trunk = build_trunk("resnet18").module
+    monkeypatch.setattr(published, "wait", lambda futures, _: wait(futures, 0))
+    load_weights(trunk, "resnet18", "zoo")
+    assert_holds(trunk, resnet18)
+
+
+def test_a_server_that_refuses_the_request_is_in_reach():
+    assert not published._answers("http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # it knows no method
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert published._answers(f"http://127.0.0.1:{server.server_port}/x")
 
 
 def test_zoo_is_refused_where_nothing_is_published():

@@ -378,8 +378,9 @@ def test_a_network_is_needed(data, tmp_path, place):
     (tmp_path / "empty" / "draft-step-00000001" / "MANIFEST.json").touch()
     (tmp_path / "empty" / "step-00000002").mkdir()
     settings = FinetuneSpec(checkpoint=place and str(tmp_path / place))
-    (problem,) = worker_problems(settings, 2)
-    assert problem.startswith("checkpoint must be a folder with the checkpoints of a trained network, got ")
+    ((key, problem),) = worker_problems(settings, 2)
+    assert key == "checkpoint"
+    assert problem.startswith("must be a folder with the checkpoints of a trained network, got ")
     assert "; name that of a trial, such as " in problem
     if place in {None, "nowhere"}:
         with pytest.raises(FileNotFoundError, match=r"holds no intact one; name the folder"):
@@ -411,7 +412,8 @@ def test_other_classes_are_refused(data, spec, tmp_path, classes):
 def test_workers_share_a_step_evenly(spec):
     assert [worker_problems(spec(), workers) for workers in (1, 2, 4)] == [[]] * 3
     for workers in (3, 8):
-        (problem,) = worker_problems(spec(), workers)
+        ((key, problem),) = worker_problems(spec(), workers)
+        assert key == ""
         assert f"multiple of the workers, got 4 and {workers}" in problem
 
 
@@ -462,7 +464,7 @@ def validate(data, checkpoint_folder):
 
 def test_the_mill_knows_it_by_name():
     assert trainable.find("multigrain-exponent") is exponent
-    assert all(hasattr(exponent, member) for member in trainable.MEMBERS)
+    assert all(hasattr(exponent, member) for member in (*trainable.REQUIRED, *trainable.DEFAULTS))
 
 
 def test_the_names_that_registered_models_and_indexes_hold_stay():
