@@ -1,6 +1,7 @@
 """Embedding a corpus without Ray: what is refused, what is skipped, and how an index is read."""
 
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from grainmill.errors import CorpusError, ResourceError, TrackingError
 
 
 def test_an_index_is_of_one_model_and_one_source(shades_registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_answers", answers_here)
+    do_without_ray(monkeypatch)
     for name in ("images", "others"):
         shades.write_images(tmp_path / name, 3)
     embed(shades_registry, tmp_path / "images", tmp_path / "index")
@@ -23,6 +24,11 @@ def test_an_index_is_of_one_model_and_one_source(shades_registry, tmp_path, monk
         embed(shades_registry, tmp_path / "images", tmp_path / "index", version=1)
     with pytest.raises(CorpusError, match=r"one source, but .*images, got .*others; name another with --out"):
         embed(shades_registry, tmp_path / "others", tmp_path / "index")
+
+
+def do_without_ray(monkeypatch):
+    monkeypatch.setattr(corpus, "connect", nullcontext)
+    monkeypatch.setattr(corpus, "_answers", answers_here)
 
 
 def answers_here(images, names, tracking_uri, identity, workers):
@@ -53,7 +59,7 @@ def test_what_cannot_be_embedded_is_told_before_anything_starts(shades_registry,
     fails(model, tmp_path / "images", CorpusError, "a folder to write in", tmp_path / "file")
     assert not out.exists()
 
-    monkeypatch.setattr(corpus, "_answers", answers_here)
+    do_without_ray(monkeypatch)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_text("no image")
     fails(model, tmp_path / "broken", CorpusError, "of 1 none is: a.png is not an image")
@@ -70,7 +76,7 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused(monkeypatch):
 
 
 def test_a_name_that_is_not_text_is_skipped_and_listed(shades_registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_answers", answers_here)
+    do_without_ray(monkeypatch)
     shades.write_images(tmp_path / "images", 2)
     os.link(tmp_path / "images" / "00000.png", os.fsencode(tmp_path / "images") + b"/\xff.png")
     done = embed(shades_registry, tmp_path / "images", tmp_path / "index")
@@ -79,7 +85,7 @@ def test_a_name_that_is_not_text_is_skipped_and_listed(shades_registry, tmp_path
 
 
 def test_a_damaged_or_foreign_file_of_an_index_is_told(shades_registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_answers", answers_here)
+    do_without_ray(monkeypatch)
     shades.write_images(tmp_path / "images", 3)
     for version in (0, 1):
         embed(shades_registry, tmp_path / "images", tmp_path / str(version), version)
@@ -98,7 +104,7 @@ def test_a_damaged_or_foreign_file_of_an_index_is_told(shades_registry, tmp_path
 
 
 def test_blocks_begin_where_they_are_asked_to(shades_registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_answers", answers_here)
+    do_without_ray(monkeypatch)
     monkeypatch.setattr(index, "GROUP", 4)
     names = shades.write_images(tmp_path / "images", 10)
     embed(shades_registry, tmp_path / "images", tmp_path / "index")
@@ -113,7 +119,7 @@ def test_blocks_begin_where_they_are_asked_to(shades_registry, tmp_path, monkeyp
 
 
 def test_files_that_are_left_out_are_listed_with_those_that_cannot_be_read(shades_registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_answers", answers_here)
+    do_without_ray(monkeypatch)
     shades.write_images(tmp_path / "images", 2)
     (tmp_path / "images" / "a.jp2").touch()
     (tmp_path / "images" / "b.png").write_text("<html>")
