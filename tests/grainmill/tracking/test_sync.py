@@ -1,7 +1,5 @@
 """MLflow sync: the runs of a study are the same at the end, whatever calls of the server fail."""
 
-import shutil
-
 import pytest
 import toy
 from mlflow import MlflowClient
@@ -16,18 +14,10 @@ from grainmill.tracking.mlflow_runs import Tracker
 from grainmill.tracking.sync import MLflowSync
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """A database with Optuna's tables, which take longer to make than to copy."""
-    folder = tmp_path_factory.mktemp("tables")
-    make_study(folder, name="another")
-    return folder / "study.db"
-
-
-def make_study(folder, epochs=2, name="trial"):
-    content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "base": {"epochs": epochs}}
+def make_study(folder):
+    content = {"name": "toy", "trainable": "toy", "data": {}, "objective": {"score": "max"}, "base": {"epochs": 2}}
     checked = experiment_model(toy).model_validate({**content, "space": {"height": {"uniform": [0, 1]}}})
-    return Study(f"sqlite:///{folder / 'study.db'}", name, checked, checked.first, 3)
+    return Study(f"sqlite:///{folder / 'study.db'}", "trial", checked, checked.first, 3)
 
 
 def name(number):
@@ -50,6 +40,19 @@ def live(study, sync, deed=lambda: None):
     study.close(1, failed=True)
     for number in range(3):
         sync.enqueue(study.record(number), running=False)
+
+
+class Recorder:
+    """Keeps the calls that a study makes of its sync, to make them again of another: the study takes longest."""
+
+    def __init__(self):
+        self.calls = []
+
+    def enqueue(self, record, running):
+        self.calls.append(lambda sync: sync.enqueue(record, running=running))
+
+    def drain(self):
+        self.calls.append(lambda sync: sync._drained(60))
 
 
 EXPECTED = {
@@ -109,20 +112,19 @@ def hasty(monkeypatch):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["asked in vain", "answer lost"])
-def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, tables, hasty, after):
+def test_any_call_that_fails_changes_nothing_in_the_end(tmp_path, hasty, after):
     tracker = Faulty(database(tmp_path), "toy", tmp_path)
+    study, recorder = make_study(tmp_path), Recorder()
+    live(study, recorder, deed=recorder.drain)  # so that each epoch is told by itself
     bad, calls = 0, 1
     while bad < calls:  # the last round is the first in which none fails
         bad += 1
         tracker.bad = None
         parent = tracker.start(f"parent {bad}", {})
         tracker.bad, tracker.after, tracker.made, notes = bad, after, 0, []
-        folder = tmp_path / str(bad)
-        folder.mkdir()
-        shutil.copy(tables, folder / "study.db")
-        study = make_study(folder)
         with MLflowSync(study, name, tracker, parent, notes.append) as sync:
-            live(study, sync, deed=lambda sync=sync: sync._drained(60))  # so that each is told by itself
+            for call in recorder.calls:
+                call(sync)
         calls, tracker.bad = tracker.made, None
         assert told(tracker.client, tracker.experiment_id, parent, study) == EXPECTED, bad
         expected = ["training goes on, and MLflow gets the results later: no answer", "MLflow answers again"]
