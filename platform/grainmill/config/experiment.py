@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
 
 from grainmill import trainable as catalog
 from grainmill.config import validation
@@ -168,10 +169,17 @@ class Experiment(Section):
 
 def experiment_model(trainable: catalog.Trainable) -> type[Experiment]:
     """`Experiment` with the types of a trainable for the sections `base` and `data`."""
+    return _experiment_model(trainable.Spec, trainable.Data)
+
+
+@cache
+def _experiment_model(spec: type[BaseModel], data: type[BaseModel]) -> type[Experiment]:
     described = Experiment.model_fields
-    base = trainable.Spec, Field(default_factory=trainable.Spec, description=described["base"].description)
-    data = trainable.Data, Field(description=described["data"].description)
-    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, base=base, data=data)
+    sections: dict[str, Any] = {
+        "base": (spec, Field(default_factory=spec, description=described["base"].description)),
+        "data": (data, Field(description=described["data"].description)),
+    }
+    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, **sections)
 
 
 def json_schema(trainable: catalog.Trainable) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def test_a_small_corpus_has_no_estimate(world, tmp_path, monkeypatch):
 
 
 def test_the_stand_in_has_what_a_trainable_needs():
-    assert all(hasattr(shades, member) for member in trainable.MEMBERS)
+    assert all(hasattr(shades, member) for member in trainable.REQUIRED)
 
 
 def test_a_query_that_is_a_pipe_or_too_large_is_not_read(world):
