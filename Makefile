@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes of pytest, each with files of its own; the integration tests come first, as they take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# The tests start many processes: what one has compiled, the others read, wherever they are run.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install demo quick test check schema clean
 
