@@ -1,9 +1,13 @@
 """Connection to a Ray cluster, or to a local Ray that is started and stopped."""
 
+import os
 import re
+import secrets
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,6 +40,7 @@ def connect(address: str | None) -> Iterator[None]:
     where: dict[str, Any] = {"address": address}
     if not address:
         where = {"address": "local", "include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
+        _keep_token_private()
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**where, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
@@ -47,6 +52,21 @@ def connect(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_token_private() -> None:
+    """Make the token of local Rays, or let its owner alone read it: Ray's own is readable for all users."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # Ray says what is wrong with the folder
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=token.parent) as draft, suppress(FileExistsError):
+            draft.write(secrets.token_hex(32))
+            draft.flush()
+            os.link(draft.name, token)  # whole from the beginning, for others that start at the same time
+        token.chmod(0o600)
 
 
 def check(address: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Addresses where no Ray lets a command in."""
+"""Addresses where no Ray lets a command in, and the token of a local Ray."""
 
 import http.server
 import re
@@ -62,3 +62,40 @@ def test_address_that_trials_cannot_use_is_refused_at_once(address, told, monkey
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ResourceError, match=re.escape(told)):
         session.check(address)
+
+
+@pytest.fixture
+def token(tmp_path, monkeypatch):
+    """Path of the token of a user who has none yet."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / ".ray" / "auth_token"
+
+
+def test_a_local_ray_gets_a_token_that_its_owner_alone_can_read(token):
+    session._keep_token_private()
+    made = token.read_text()
+    assert re.fullmatch("[0-9a-f]{64}", made)
+    assert [oct(path.stat().st_mode & 0o777) for path in (token, token.parent)] == ["0o600", "0o700"]
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+    token.chmod(0o644)  # as Ray writes it
+    session._keep_token_private()
+    assert oct(token.stat().st_mode & 0o777) == "0o600"
+    assert token.read_text() == made
+
+
+@pytest.mark.parametrize(
+    "given", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "x"}, {"RAY_AUTH_TOKEN_PATH": "/secret"}], ids=str
+)
+def test_no_token_is_made_where_none_is_needed(token, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    session._keep_token_private()
+    assert not token.exists()
+
+
+def test_a_home_that_cannot_be_written_is_left_to_ray(token):
+    token.parent.touch()
+    session._keep_token_private()
+    assert token.parent.is_file()
