@@ -48,7 +48,8 @@ def published_weights(trunk_name: str) -> dict[str, "Tensor"]:
             import timm
 
             name = trunk_name.removeprefix(TIMM)
-            server = timm.get_pretrained_cfg(name).url or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            published = timm.get_pretrained_cfg(name)
+            server = os.environ.get("HF_ENDPOINT", "https://huggingface.co") if published.hf_hub_id else published.url
             # With its classifier: without it, timm would ignore other keys that differ.
             return _downloaded(server, lambda: timm.create_model(name, pretrained=True).state_dict())
         weights = torchvision.models.get_model_weights(trunk_name)["IMAGENET1K_V1"]
