@@ -12,7 +12,8 @@ GrainmillError
 ├── EvaluationError    there is no model, or nothing to evaluate it on
 ├── PromotionError     a version does not become the champion
 ├── CorpusError        images or an index cannot be used
-└── SubmissionError    a cluster does not get a job
+├── SubmissionError    a cluster does not get a job
+└── ServingError       a server could be reached by anyone
 """
 
 import re
@@ -92,6 +93,10 @@ class PromotionError(GrainmillError):
 
 class CorpusError(GrainmillError):
     """Images cannot be embedded, or an index cannot answer a query."""
+
+
+class ServingError(GrainmillError):
+    """A server could be reached by anyone."""
 
 
 class SubmissionError(GrainmillError):

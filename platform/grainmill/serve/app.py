@@ -1,42 +1,36 @@
-"""Ray Serve application: embeds images with the version of a registered model that an alias names at the time.
-
-    POST /      an image file -> 200 with `model`, `embedding`, `class_id`, `class_name`, `score`,
-                or 400 with `model` and `error`, the reason why the file is no image
-    GET /       -> 200 with `model`, the version that answers
-
-Images that arrive at the same time are embedded in one batch. A bad image does not affect the others.
-"""
+"""Ray Serve application: embeds images with the version of a registered model that an alias names at the time."""
 
 import asyncio
 import logging
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from mlflow import MlflowClient
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from grainmill.corpus.embedder import Answer, Embedder
+from grainmill.errors import ServingError
 from grainmill.registry.models import SCHEME, Version, look_up
+from grainmill.serve.http import TOKEN, Endpoint, Limits
 
 log = logging.getLogger("ray.serve")
+DIRECT = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+"""Variables with which replicas listen on their own ports, and do not see which client asks."""
 
 
-class Settings(BaseModel):
+class Settings(Limits):
     """Settings of the application, under `args` in a Serve config file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = Field(pattern=f"^{SCHEME}[^@/]+@[^@/]+$")
     """Model and alias, such as models:/demo@champion."""
     tracking_uri: str
     """Address of MLflow."""
     poll_seconds: float = Field(10, gt=0)
     """Interval at which the alias is looked up, in seconds."""
-    batch: int = Field(16, ge=1)
-    """Largest number of images in a batch."""
-    wait_seconds: float = Field(0.01, ge=0)
-    """Longest time in seconds that an image waits for others to fill the batch."""
 
 
 @serve.deployment
@@ -47,25 +41,17 @@ class Service:
         self.settings = settings
         self.client = MlflowClient(settings.tracking_uri)
         self.embedder = Embedder(settings.tracking_uri, self._named())
-        self._answer.set_max_batch_size(settings.batch)
-        self._answer.set_batch_wait_timeout_s(settings.wait_seconds)
+        token = os.environ.get(TOKEN)
+        self._endpoint = Endpoint(self._embed, lambda: self.embedder.identity.model, settings, token)
         self._watch = asyncio.get_event_loop().create_task(self._follow())
 
-    async def __call__(self, request: Request) -> JSONResponse:
-        if request.method != "POST":
-            return JSONResponse({"model": self.embedder.identity.model})
-        model, answer = await self._answer(await request.body())
-        if answer.error is not None:
-            return JSONResponse({"model": model, "error": answer.error}, status_code=400)
-        embedding = answer.embedding.tolist()
-        return JSONResponse({"model": model, **answer._asdict(), "embedding": embedding})
+    async def __call__(self, request: Request) -> Response:
+        return await self._endpoint(request)
 
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def _answer(self, contents: list[bytes]) -> list[tuple[str, Answer]]:
+    def _embed(self, contents: Sequence[bytes]) -> tuple[str, Sequence[Answer]]:
         """Embed a batch; returns the version and the answer for each image."""
         embedder = self.embedder  # one version for the whole batch, even if the alias moves
-        answers = await asyncio.to_thread(embedder, contents)
-        return [(embedder.identity.model, answer) for answer in answers]
+        return embedder.identity.model, embedder(contents)
 
     async def _follow(self) -> None:
         """Load the version that the alias names whenever it changes. After an error the present version stays."""
@@ -85,5 +71,15 @@ class Service:
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:
-    """Build the application; the `import_path` in `infra/serve/champion.yaml`. The arguments are `Settings`."""
-    return Service.bind(Settings.model_validate(arguments))  # type: ignore[attr-defined]  # the decorator adds `bind`
+    """Build the application; the `import_path` in `infra/serve/champion.yaml`. The arguments are `Settings`.
+
+    Raises:
+        ServingError: there is no token, and replicas listen on all addresses of their machines, as they do with HAProxy
+            and direct ingress.
+    """
+    settings = Settings.model_validate(arguments)
+    found = [name for name in DIRECT if os.environ.get(name) == "1"]
+    if found and not os.environ.get(TOKEN):
+        rule = "a server that other machines can reach must have a token"
+        raise ServingError(f"{rule}, but {found[0]}=1 opens the replicas' ports; set {TOKEN}")
+    return Service.bind(settings)  # type: ignore[attr-defined]  # the decorator adds `bind`

@@ -78,7 +78,13 @@ def read(folder: Path) -> Served:
 
 
 def load(folder: Path) -> standalone.Model:
-    """Load the model of a training folder, as `read` finds it, without an export."""
+    """Load the model of a training folder, as `read` finds it, or of an export, by its `checkpoint`.
+
+    An export answers by ONNX Runtime, which takes fewer and shorter steps than PyTorch on a CPU.
+    """
+    if (folder.parent / standalone.NETWORK).is_file():
+        model = standalone.load(folder.parent, "onnx")
+        return standalone.Model(model.facts, model.run, standalone.scale_by_torch)
     served = read(folder)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import. It needs NumPy, Pillow, and PyTorch or ONNX Runtime, and no package of i
 
 import hashlib
 import json
+import os
 import re
 import struct
 import zipfile
@@ -48,6 +49,7 @@ class Model:
             scale: scales an image to height and width; `scale_by_numpy` is slower than `scale_by_torch`, and equal.
         """
         self.facts, self.run, self.scale = facts, run, scale
+        self._threads = ThreadPoolExecutor()  # kept, because to start threads takes longer than to read a small image
 
     def answers(self, images: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """Yield an answer for each image, in order.
@@ -69,12 +71,11 @@ class Model:
     def _block(self, block: list[Any]) -> list[dict[str, Any]]:
         answers = [dict.fromkeys(COLUMNS) for _ in block]
         shapes: dict[tuple[int, ...], list[tuple[int, Pixels]]] = defaultdict(list)
-        with ThreadPoolExecutor() as threads:
-            for place, shown in enumerate(threads.map(self._shown, block)):
-                if isinstance(shown, str):
-                    answers[place]["error"] = shown
-                else:
-                    shapes[shown.shape].append((place, shown))
+        for place, shown in enumerate((self._threads.map if len(block) > 1 else map)(self._shown, block)):
+            if isinstance(shown, str):
+                answers[place]["error"] = shown
+            else:
+                shapes[shown.shape].append((place, shown))
         for group in shapes.values():
             batch = np.stack([shown.transpose(2, 0, 1) for _, shown in group])
             for (place, _), embedding, probabilities in zip(group, *self.run(batch), strict=True):
@@ -139,7 +140,10 @@ def _torch(file: Path) -> Run:
 def _onnx(file: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0: one for each core
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads leave the cores to others
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["embedding", "probabilities"], {"images": images})
 
 
