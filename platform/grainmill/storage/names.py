@@ -7,18 +7,21 @@ from pathlib import Path
 
 from grainmill.errors import StorageError
 
-_SPECIAL = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Backslashes, which other systems take for slashes, control characters, and halves of surrogate pairs."""
-MOST_BYTES = 255, 1024
-"""Longest part between slashes, which is the limit of most file systems, and longest name, which is that of S3."""
+_NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]|^/|//|/$|(^|/)\.\.?(/|$)|^$")
+"""Backslashes, which other systems take for slashes, control characters, halves of surrogate pairs, and parts between
+slashes that are empty, `.` or `..`."""
+LONGEST_PART, LONGEST = 255, 1024
+"""Bytes of the longest part, the limit of most file systems, and of the longest name, that of S3."""
 
 
 def is_local(name: object) -> bool:
     """Return whether a name can be the path of a file below a folder, and cannot lead out of that folder."""
-    if not isinstance(name, str) or _SPECIAL.search(name):
+    if not isinstance(name, str) or _NOT_PLAIN.search(name):
         return False
-    parts = [len(part.encode()) if part not in (".", "..") else 0 for part in name.split("/")]
-    return all(0 < length <= MOST_BYTES[0] for length in parts) and len(name.encode()) <= MOST_BYTES[1]
+    size = len(name.encode())
+    return size <= LONGEST_PART or (
+        size <= LONGEST and all(len(part.encode()) <= LONGEST_PART for part in name.split("/"))
+    )
 
 
 def below(folder: Path, name: object, where: str) -> Path:
@@ -39,7 +42,12 @@ def check_keys(where: str, keys: Iterable[str]) -> None:
         for key in known
         if not is_local(key)
     ]
-    folders = {key[:index] for key in known for index, letter in enumerate(key) if letter == "/"}
+    folders = set[str]()
+    for key in known:
+        folder = key.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
     problems += [
         f"a key must not be an object and a folder at once, got {key!r} in {where}; name the folder as `folder/`"
         for key in known
