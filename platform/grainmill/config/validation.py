@@ -144,7 +144,7 @@ def between_sections(
         if here and "tracking" in parts and search.warm_start is not None and parts["tracking"].study is None:
             yield from _warm_start_problems(search.warm_start)
     if "base" in parts:
-        yield from _setting_problems(trainable, parts, published)
+        yield from _setting_problems(trainable, parts, published, here)
 
 
 def _place_problems(parts: Mapping[str, Any]) -> Problems:
@@ -233,8 +233,13 @@ def _path_problems(published: Mapping[str, Any], space: Mapping[str, Parameter])
         yield ("space", "epochs"), message
 
 
-def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any], published: Mapping[str, Any]) -> Problems:
-    """Problems of the settings at the ends of the space and of `search.first`; each rule once for each key."""
+def _setting_problems(
+    trainable: catalog.Trainable, parts: Mapping[str, Any], published: Mapping[str, Any], here: bool
+) -> Problems:
+    """Problems of the settings at the ends of the space and of `search.first`; each rule once for each key.
+
+    What a trainable finds at a setting, such as in a file that it names, counts if the trials are to run `here`.
+    """
     space, base = parts["space"], parts["base"].model_dump()
     keys = ("retrain_workers", "workers") if "resources" in parts else ()
     workers = {_counts(getattr(parts["resources"], key)): key for key in keys}
@@ -248,7 +253,8 @@ def _setting_problems(trainable: catalog.Trainable, parts: Mapping[str, Any], pu
         try:
             spec = trainable.Spec.model_validate(nested(setting, base))
             for counts, key in workers.items():
-                for name, message in _worker_problems(trainable, spec, counts):
+                of_trainable = _worker_problems(trainable, spec, counts)
+                for name, message in (problem for problem in of_trainable if here or not problem[0]):
                     place: Location = ("base", *name.split(".")) if name else ("resources", key)
                     found.append((("space", name) if name in space else place, message))
         except ValidationError as error:

@@ -66,11 +66,12 @@ def test_storage_must_outlive_the_job(tmp_path):
 
 def test_data_of_the_cluster_need_not_be_here(tmp_path):
     content = {"name": "far", "data": {"folder": "/no/such/images"}, "objective": {"top1": "max"}}
-    content |= {"search": {"warm_start": "/no/such/run"}}
+    content |= {"search": {"warm_start": "/no/such/run"}, "base": {"model": {"weights": "/no/such/weights"}}}
     (tmp_path / "far.yaml").write_text(yaml.safe_dump(content))
     assert experiment.load(tmp_path / "far.yaml", here=False).data.folder == "/no/such/images"
-    with pytest.raises(ExperimentError, match="/no/such/images"):
+    with pytest.raises(ExperimentError, match="/no/such/images") as caught:
         experiment.load(tmp_path / "far.yaml")
+    assert "base.model.weights: must be random, zoo or a file" in str(caught.value)
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
