@@ -1,7 +1,7 @@
 """Typed messages from the processes of a trial to the driver of its study; Ray Tune carries them as results."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _KEY = "message"
@@ -16,6 +16,8 @@ class EpochReport:
     metrics: Mapping[str, float]
     variants: Mapping[str, Mapping[str, float]]
     """Metrics of the trained model at other evaluation settings, by name; empty before the last epoch."""
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    """Hardware of the workers, by kind; with the first report of each start, otherwise empty."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import ray
 import ray.data
 
 from grainmill import trainable
+from grainmill.cluster import hardware
 from grainmill.cluster.session import connect
 from grainmill.corpus import index
 from grainmill.corpus.embedder import Embedder, ModelIdentity
@@ -110,6 +111,7 @@ class _Worker:
     """Reads and embeds images: maps a table of names to a table of answers."""
 
     def __init__(self, images: trainable.Images, tracking_uri: str, identity: ModelIdentity) -> None:
+        hardware.check_gpu()
         self.images, self.dimension = images, identity.dimension
         self.embedder = Embedder(tracking_uri, identity.model)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grainmill import trainable as catalog
-from grainmill.errors import EvaluationError, ResourceError
+from grainmill.errors import EvaluationError, GrainmillError, ResourceError
 from grainmill.storage.mirror import S3Files
 
 
@@ -32,7 +32,7 @@ def run_evaluation_on_group(
 
     Raises:
         EvaluationError: a worker cannot evaluate the model.
-        ResourceError: the cluster has too few CPUs.
+        ResourceError: the cluster has too few CPUs, or a worker cannot use its GPU.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -60,11 +60,14 @@ def run_evaluation_on_group(
     except ray.train.WorkerGroupError as error:
         # When one worker gives up, the others lose their connection to it.
         failures = (failure for _, failure in sorted(error.worker_failures.items()))
-        raise next((one for one in failures if isinstance(one, EvaluationError)), error) from None
+        raise next((one for one in failures if isinstance(one, GrainmillError)), error) from None
     return result
 
 
 def _evaluate(name: str, folder: Path, settings: Any, out: Path, here: Path) -> catalog.EvaluationResult:
+    from grainmill.cluster import hardware
+
+    hardware.check_gpu()
     if here.is_dir():
         os.chdir(here)  # paths in the settings may be relative, and Ray Train works elsewhere
     return run_evaluation(catalog.find(name), folder, settings, out)

@@ -1,11 +1,13 @@
 """Network between the workers of a group: the interface that has the node's own address."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import ray
 from ray.train.torch import TorchConfig
+
+from grainmill.cluster import hardware
 
 
 def interface(address: str) -> str | None:
@@ -30,6 +32,8 @@ def choose_interface() -> None:
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
         worker_group.execute(choose_interface)
+        if any(worker_group.execute(hardware.lacks_gpu)):  # then NCCL cannot start; the workers will say why
+            backend_config = replace(backend_config, backend="gloo")
         super().on_start(worker_group, backend_config)
 
 

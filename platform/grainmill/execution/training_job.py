@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grainmill import trainable as catalog
+from grainmill.cluster import hardware
 from grainmill.config.resources import Need, Resources, Workers
 from grainmill.messages import EpochReport
 from grainmill.storage import workspace
@@ -78,15 +79,18 @@ def epochs(job: TrainingJob, heartbeat: catalog.Heartbeat = lambda: False) -> Ge
 
     Raises:
         LeftNodeError: the training ended before its last epoch.
+        ResourceError: the worker cannot use the GPU that it was given.
         StorageError: the folder in S3 cannot be read or written.
     """
-    done = 0
+    hardware.check_gpu()
+    done, machines = 0, None
     with workspace.opened(job.folder) as kept, kept.uploading():
         _wait_for_all_ranks()  # a rank that starts late must not find files that another has written since
         for result in catalog.find(job.trainable).fit(job.spec, job.data, kept.path, heartbeat, S3Files()):
             kept.upload()
             variants = {name: dict(values) for name, values in result.variants.items()}
-            yield EpochReport(result.epoch, {"epoch": result.epoch, **result.metrics}, variants)
+            new = {} if machines else (machines := _hardware())
+            yield EpochReport(result.epoch, {"epoch": result.epoch, **result.metrics}, variants, new)
             done = result.epoch
         kept.upload()
     if done < job.spec.epochs:
@@ -95,11 +99,27 @@ def epochs(job: TrainingJob, heartbeat: catalog.Heartbeat = lambda: False) -> Ge
 
 
 def _wait_for_all_ranks() -> None:
+    if group := _process_group():
+        group.barrier()
+
+
+def _hardware() -> dict[str, str]:
+    """Hardware of all workers; where they differ, every kind once."""
+    found = [hardware.machine()]
+    if group := _process_group():
+        found *= group.get_world_size()
+        group.all_gather_object(found, found[0])
+    return {name: "; ".join(dict.fromkeys(one[name] for one in found)) for name in found[0]}
+
+
+def _process_group() -> Any:
+    """The module `torch.distributed` if this process is in a group, else None."""
     if "torch" in sys.modules:
         from torch import distributed
 
         if distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()
+            return distributed
+    return None
 
 
 def cause(error: BaseException) -> str:

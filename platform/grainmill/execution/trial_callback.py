@@ -159,6 +159,8 @@ class TrialCallback(ray_tune.Callback):  # type: ignore[misc]
     def _record_epoch(self, number: int, report: EpochReport) -> bool:
         self.costs[number] = self._cost(number)
         metrics = {name: float(value) for name, value in report.metrics.items()} | self.costs[number]
+        if report.hardware:
+            self.study.note(number, "hardware", report.hardware)
         if report.variants:
             self.study.note(number, "variants", report.variants)
         if self.study.report(number, metrics):

@@ -1,11 +1,8 @@
 """Model cards: where a registered model comes from, as tags, JSON and Markdown. Reads and writes no files."""
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from grainmill.errors import hidden
@@ -72,24 +69,6 @@ class ModelCard:
             + _section("## Software", self.environment.items())
             + f"## Settings\n\n```yaml\n{self.experiment.strip()}\n```\n"
         )
-
-
-def machine() -> dict[str, str]:
-    """Processor, memory and graphics cards of this machine."""
-    import torch
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "cpu": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
-        "memory": f"{memory:.0f} GiB",
-        "gpu": ", ".join(cards) or "none",
-    }
 
 
 def evaluated_markdown(

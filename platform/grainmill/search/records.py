@@ -1,7 +1,7 @@
 """Record of a trial."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from grainmill.config.space import Setting
@@ -29,6 +29,9 @@ class TrialRecord:
     interruptions: tuple[str, ...] = ()
     """Epoch and reason of each interruption, such as `in epoch 3: its process died`; the trial then began again at its
     last checkpoint."""
+
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    """Hardware of the workers that trained last, by kind; empty before the first epoch."""
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -165,7 +165,7 @@ class Study:
 
     @_patient
     def note(self, number: int, key: str, value: Any) -> None:
-        """Store an attribute of a trial: `cause`, `variants`, `cost` or `paused`."""
+        """Store an attribute of a trial: `cause`, `variants`, `cost`, `hardware` or `paused`."""
         self._trial(number).set_user_attr(key, value)
 
     def interrupt(self, number: int, why: str) -> int:
@@ -293,4 +293,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     cost = max(kept.get("cost", {}), reported, key=lambda cost: sum(cost.values()))
     why, variants = kept.get("cause"), kept.get("variants", {})
     times, interruptions = tuple(row["at"] for row in rows), tuple(kept.get("interruptions", ()))
-    return TrialRecord(trial.number, state, kept["setting"], history, times, why, variants, cost, interruptions)
+    hardware = kept.get("hardware", {})
+    return TrialRecord(
+        trial.number, state, kept["setting"], history, times, why, variants, cost, interruptions, hardware
+    )

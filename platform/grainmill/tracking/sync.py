@@ -208,6 +208,7 @@ def _status(record: TrialRecord, running: bool) -> Status:
 def _tags(record: TrialRecord) -> dict[str, str]:
     at = "" if record.state == "running" else f" at epoch {record.metrics.get('epoch', 0):g}"
     others = {"interruptions": "; ".join(record.interruptions), "cause": record.cause or ""}
+    others |= {f"hardware.{name}": text for name, text in record.hardware.items()}
     return {"state": f"{record.state}{at}", **{name: text for name, text in others.items() if text}}
 
 

@@ -20,7 +20,7 @@ from grainmill.execution import runner
 from grainmill.execution.training_job import StudySetup
 from grainmill.execution.trial_callback import Observer
 from grainmill.registry import models
-from grainmill.registry.model_card import Interval, ModelCard, machine
+from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.report import page as report
 from grainmill.search import selection
 from grainmill.search.asha import expected_epochs
@@ -253,7 +253,7 @@ class _Run:
             places,
             self.trainable.sources(self.data, self.files),
             environment(),
-            {**machine(), "workers": f"{_range(setup.workers)} of {bundle}"},
+            {**final.hardware, "workers": f"{_range(setup.workers)} of {bundle}"},
             {name: final.cost[name] for name in COSTS if name in final.cost},
             {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
         )

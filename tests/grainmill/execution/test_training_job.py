@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import toy
 
+from grainmill.errors import ResourceError
 from grainmill.execution import training_job
 from grainmill.execution.training_job import LeftNodeError, TrainingJob, cause, epochs
 
@@ -12,6 +15,26 @@ def test_epochs_are_those_of_the_trainable_with_the_names_of_their_metrics(tmp_p
     assert [(report.epoch, report.metrics["score"]) for report in (first, last)] == [(1, 0.25), (2, 0.5)]
     assert [report.variants for report in (first, last)] == [{}, {"twice": {"score": 1.0}}]
     assert (tmp_path / "checkpoints" / "state.json").exists()
+
+
+def test_hardware_of_all_workers_comes_with_the_first_report(tmp_path, monkeypatch):
+    def gather(found, own):
+        assert (len(found), own["gpu"]) == (3, "none")
+        found[:] = [own, {**own, "gpu": "card"}, own]
+
+    group = SimpleNamespace(get_world_size=lambda: 3, all_gather_object=gather, barrier=lambda: None)
+    monkeypatch.setattr(training_job, "_process_group", lambda: group)
+    monkeypatch.setattr(training_job.hardware, "machine", lambda: {"gpu": "none", "cpu": "2 x X"})
+    first, last = epochs(TrainingJob("toy", toy.Spec(epochs=2), toy.Data(), str(tmp_path)))
+    assert first.hardware == {"gpu": "none; card", "cpu": "2 x X"}
+    assert last.hardware == {}
+
+
+def test_training_without_its_gpu_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_job.hardware, "lacks_gpu", lambda: True)
+    with pytest.raises(ResourceError, match="must train on it"):
+        next(epochs(TrainingJob("toy", toy.Spec(), toy.Data(), str(tmp_path / "checkpoints"))))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

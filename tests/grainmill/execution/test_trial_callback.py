@@ -1,5 +1,6 @@
 """Recording of a trial whose number of workers changes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from grainmill.execution.training_job import StudySetup
 from grainmill.messages import EpochReport, NodeLeaving, WaitingForResources, WorkersStarted, encode
 from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
+from grainmill.tracking import sync
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_trial_costs_what_really_worked_for_it(group, observer):
     notes = [f"trial-0000: {count} of up to 4 workers" for count in (4, 3, 2)]
     again = "trial-0000: its workers began again in epoch 1; goes on from its last checkpoint"
     assert observer.notes == [*notes[:2], again, "for a node", notes[2], again]
+
+
+def test_hardware_is_that_of_the_workers_that_trained_last(group):
+    group.say(1, replace(EPOCH, hardware={"gpu": "old card"}))
+    group.say(1, replace(EPOCH, epoch=2, metrics={"epoch": 2, "score": 0.5}, hardware={"gpu": "new card"}))
+    group.say(1, replace(EPOCH, epoch=3, metrics={"epoch": 3, "score": 0.5}))
+    record = group.study.record(0)
+    assert record.hardware == {"gpu": "new card"}
+    assert sync._tags(record)["hardware.gpu"] == "new card"
 
 
 def test_what_cut_a_group_short_is_told_once_each_time(group, observer):
