@@ -34,6 +34,14 @@ COMMAND = """
 """
 """The command, in a hurry about dead processes."""
 
+PROFILE = """
+    [profile far]
+    endpoint_url = http://127.0.0.1:{port}
+    region = us-east-1
+    aws_access_key_id = key
+    aws_secret_access_key = very-secret
+"""
+
 
 def end_machine(mark):
     """All that runs on it is gone at once."""
@@ -71,8 +79,9 @@ def far(tmp_path, moto):
         environment = {name: text for name, text in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_TRACK"))}
         environment |= {"HOME": str(tmp_path / machine), "GRAINMILL_TEST": f"{mark}-{machine}"}
         environment |= {"PYTHONPATH": python_path()}
-        environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto.port}", "AWS_DEFAULT_REGION": "us-east-1"}
-        environment |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "very-secret"}
+        (tmp_path / machine / ".aws").mkdir()
+        (tmp_path / machine / ".aws" / "config").write_text(textwrap.dedent(PROFILE).format(port=moto.port))
+        environment["AWS_PROFILE"] = "far"  # endpoint and credentials are nowhere else
         done = subprocess.run(
             command,
             cwd=tmp_path / machine / "here",
@@ -124,7 +133,7 @@ def test_another_machine_carries_on_a_search_whose_machine_died(tmp_path, far, u
     assert list((tmp_path / "second" / "here").iterdir()) == []
 
     run = {f"run-1/{name}" for name in ("done.json", "parent-run", "report.html", "study.db")}
-    own = {key for key in far.listed() if not key.startswith(("run-1/ray/", "run-1/trials/", "run-1/report/"))}
+    own = {key for key in far.listed() if not key.startswith(("run-1/trials/", "run-1/report/"))}
     assert own == {".index.json", "experiment.yaml", *run}
     (tmp_path / "study.db").write_bytes(far.read("run-1/study.db"))
     for name in ("trial", "final"):

@@ -1,6 +1,7 @@
 """Run of a study: its trials on Ray Tune, the watchdog over them, and their records in MLflow."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from grainmill.execution.trial import run_trial
 from grainmill.execution.trial_callback import Observer, TrialCallback
 from grainmill.search.asha import ASHA
 from grainmill.search.study import Study
+from grainmill.storage import workspace
 from grainmill.tracking.mlflow_runs import Tracker
 from grainmill.tracking.sync import MLflowSync
 
@@ -43,7 +45,8 @@ def run(setup: StudySetup, study: Study, tracker: Tracker, parent: str, observer
         if not searcher.finished:
             try:
                 at_once = capacity.trials_at_once(setup.need, setup.resources.concurrent, observer.message)
-                _tuner(setup, searcher, callback, at_once, dog).fit()
+                with workspace.temporary_folder() as folder:
+                    _tuner(setup, searcher, callback, at_once, dog, folder).fit()
             except Exception as error:
                 reason = callback.fatal_error or error.__cause__
                 if isinstance(reason, GrainmillError):
@@ -56,7 +59,7 @@ def run(setup: StudySetup, study: Study, tracker: Tracker, parent: str, observer
 
 
 def _tuner(
-    setup: StudySetup, searcher: StudySearcher, callback: TrialCallback, at_once: int, dog: Any
+    setup: StudySetup, searcher: StudySearcher, callback: TrialCallback, at_once: int, dog: Any, folder: Path
 ) -> ray_tune.Tuner:
     def trial(config: Mapping[str, Any]) -> None:
         run_trial(setup, config, dog)
@@ -78,7 +81,7 @@ def _tuner(
         ),
         run_config=ray_tune.RunConfig(
             name=setup.study,
-            storage_path=setup.ray_folder,
+            storage_path=str(folder),  # a copy of what the study has, which nobody reads
             verbose=0,
             callbacks=[callback],
             failure_config=ray_tune.FailureConfig(max_failures=RESTARTS),

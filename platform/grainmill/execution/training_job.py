@@ -40,11 +40,6 @@ class StudySetup:
         return f"{self.folder}/trials/{self.trial_name(number)}"
 
     @property
-    def ray_folder(self) -> str:
-        """Folder of Ray's own files."""
-        return f"{self.folder}/ray"
-
-    @property
     def need(self) -> Need:
         """Cluster resources of one trial."""
         return self.resources.need(self.workers)

@@ -6,7 +6,7 @@ workers as there is room for, and the job goes on from its last checkpoint.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -23,6 +23,7 @@ from grainmill.execution.mailbox import JobMessage, Mailbox
 from grainmill.execution.network import Network
 from grainmill.execution.training_job import LeftNodeError, StudySetup, TrainingJob, cause, epochs
 from grainmill.messages import EpochReport, Message, TrialFailed, WaitingForResources, WorkersStarted
+from grainmill.storage import workspace
 
 GROUP_RESTARTS = 20
 """Failures of a group before it is given up, over all its jobs."""
@@ -43,6 +44,8 @@ class WorkerGroup:
         self.setup, need = setup, setup.need
         self.mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=placement.this_node()).remote()
         strategy = {"pack": "PACK", "spread": "STRICT_SPREAD" if need.one_per_node else "SPREAD"}
+        self._exit = ExitStack()
+        folder = self._exit.enter_context(workspace.temporary_folder())
         trainer = ray.train.torch.TorchTrainer(
             _run_worker,
             train_loop_config={"mailbox": self.mailbox, "watchdog": watchdog},
@@ -55,7 +58,7 @@ class WorkerGroup:
             ),
             run_config=ray.train.RunConfig(
                 name=f"group-{uuid4()}",
-                storage_path=setup.ray_folder,
+                storage_path=str(folder),  # for Ray's own state; checkpoints are the trainable's
                 failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
             ),
             torch_config=Network(),
@@ -70,6 +73,7 @@ class WorkerGroup:
         ray.cancel(self.end, force=True)
         if self.reservation:
             placement.free(self.reservation)
+        self._exit.close()
 
     @property
     def ended(self) -> bool:

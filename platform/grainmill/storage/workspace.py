@@ -26,7 +26,7 @@ from grainmill.storage.s3 import S3Entry, S3Prefix
 
 INDEX = ".index.json"
 WORK = "~/.cache/grainmill/.work"
-"""Folder of the local copies; the copies of dead processes are deleted by the next process."""
+"""Folder of local copies and other temporary files; those of dead processes are deleted by the next process."""
 _UNFINISHED = re.compile(r"\.(?!\.?$)|draft|.*\.draft$")
 """Names of files and folders that are being written; all others are complete, or refused as `.` and `..` are."""
 POLL_SECONDS = 1.0
@@ -237,7 +237,7 @@ def opened(place: str, excluded: Collection[str] = (), within: Path | None = Non
     if not is_remote(place):
         yield LocalWorkspace(Path(place))
         return
-    with s3.opened(place) as store, _temporary_folder(within or Path(WORK).expanduser()) as work:
+    with s3.opened(place) as store, temporary_folder(within) as work:
         path = work / store.url.rpartition("/")[2]  # a training may use the name of its folder
         path.mkdir()
         workspace = S3Workspace(store, path, excluded)
@@ -262,8 +262,9 @@ def read(place: str, name: str) -> str | None:
 
 
 @contextmanager
-def _temporary_folder(root: Path) -> Iterator[Path]:
-    """Create an empty folder for the block, and delete the folders of dead processes."""
+def temporary_folder(root: Path | None = None) -> Iterator[Path]:
+    """Create an empty folder in `root`, or in `WORK`, for the block; delete those of dead processes."""
+    root = root or Path(WORK).expanduser()
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)

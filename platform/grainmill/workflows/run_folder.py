@@ -23,8 +23,8 @@ from grainmill.storage.names import check_keys
 RECORD = "experiment.yaml"
 WHERE = "# where things are kept, which may change:\n"
 """Line between the settings that belong to a name and those that may change."""
-FOLDERS_OF_OTHERS = ("trials", "ray", "data")
-"""Folders below a name that the driver does not copy: those of the trials, of Ray, and of built-in data."""
+FOLDERS_OF_OTHERS = ("trials", "data")
+"""Folders below a name that the driver does not copy: those of the trials, and of built-in data."""
 
 
 class Run(NamedTuple):
