@@ -5,12 +5,14 @@ import re
 import secrets
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from grainmill.cluster import ray_private
 from grainmill.errors import ResourceError
@@ -21,6 +23,10 @@ POLL_SECONDS = "0.5"
 """Interval in seconds at which Ray Train collects reports (its default is 2); until then, the worker waits."""
 HEAD_SECONDS = 5
 """Time in seconds within which the head of a cluster must answer."""
+NODE_SECONDS = 5
+"""Interval in seconds at which this process looks whether a local Ray is alive."""
+AGAIN_SECONDS = 30
+"""Pause in seconds before the main thread is interrupted again, should it have swallowed the first time."""
 
 
 @contextmanager
@@ -30,7 +36,8 @@ def connect(address: str | None) -> Iterator[None]:
     A local Ray keeps its dashboard: Ray Train asks it which groups are alive.
 
     Raises:
-        ResourceError: no cluster answers, or it refuses this process because of other versions or a missing token.
+        ResourceError: no cluster answers, or it refuses this process because of other versions or a missing token; or
+            a local Ray has died.
     """
     if ray.is_initialized():
         yield
@@ -49,9 +56,53 @@ def connect(address: str | None) -> Iterator[None]:
         raise ResourceError(_refusal(address, error)) from error
     signal.signal(signal.SIGTERM, on_termination)  # Ray's own handler aborts the process immediately
     try:
-        yield
+        with nullcontext() if address else _while_node_lives():
+            yield
     finally:
         ray.shutdown()
+
+
+class _NodeDiedError(BaseException):
+    """The node of this process is dead. Passes whatever handles the errors of trials."""
+
+
+@contextmanager
+def _while_node_lives() -> Iterator[None]:
+    """End the block when the local Ray loses its only node: whatever it waits for would never come.
+
+    Raises:
+        ResourceError: the node is dead.
+    """
+    main, dead, over = threading.main_thread(), threading.Event(), threading.Event()
+    if threading.current_thread() is not main:  # only the main thread can be interrupted
+        yield
+        return
+
+    def watch() -> None:
+        while not over.wait(AGAIN_SECONDS if dead.is_set() else NODE_SECONDS):
+            with suppress(RayError):
+                if dead.is_set() or not any(node["Alive"] for node in ray.nodes()):
+                    dead.set()
+                    signal.pthread_kill(main.ident or 0, signal.SIGUSR2)
+
+    def interrupt(*_: Any) -> None:
+        if not over.is_set():
+            raise _NodeDiedError
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    threading.Thread(target=watch, name="node-watch", daemon=True).start()
+    try:
+        yield
+    except BaseException:  # Ray may have turned ours into another
+        if not dead.is_set():
+            raise
+        raise ResourceError(
+            "the local Ray must run as long as the command, but its raylet process has died, maybe for lack of memory; "
+            "the same command carries on"
+        ) from None
+    finally:
+        over.set()
+        signal.signal(signal.SIGUSR2, before)
 
 
 def _keep_token_private() -> None:

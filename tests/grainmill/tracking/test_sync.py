@@ -8,6 +8,7 @@ from mlflow_tables import database
 
 from grainmill.config.experiment import experiment_model
 from grainmill.errors import TrackingError
+from grainmill.search.records import TrialRecord
 from grainmill.search.study import Study
 from grainmill.tracking import sync
 from grainmill.tracking.mlflow_runs import Tracker
@@ -183,3 +184,8 @@ def test_an_error_that_cuts_a_study_short_is_the_one_that_is_told(tmp_path, hast
 
     with pytest.raises(KeyboardInterrupt):
         search()
+
+
+def test_hardware_of_the_workers_is_tagged():
+    record = TrialRecord(0, "running", {}, (), (), None, {}, {}, hardware={"gpu": "one card"})
+    assert sync._tags(record) == {"state": "running", "hardware.gpu": "one card"}
