@@ -26,6 +26,9 @@ WHERE = "# where things are kept, which may change:\n"
 FOLDERS_OF_OTHERS = ("trials", "data")
 """Folders below a name that the driver does not copy: those of the trials, and of built-in data."""
 
+_JOB_FILES = "/runtime_resources/working_dir_files/"
+"""Part of the path of every folder into which Ray unpacks the files of a job."""
+
 
 class Run(NamedTuple):
     """Folder of one run."""
@@ -69,8 +72,14 @@ def check_name(experiment: Experiment) -> None:
 
     Raises:
         NameTakenError: with the settings that differ.
+        StorageError: the storage is in the folder into which Ray has unpacked a job.
     """
     home = _home(experiment)
+    if _JOB_FILES in home:
+        raise StorageError(
+            f"storage must outlive the job, but {home} is among the job's files, which Ray deletes; name a path that "
+            "all nodes see, for example --set storage=/shared/grainmill-runs, or s3://bucket/prefix"
+        )
     record = workspace.read(home, RECORD)
     if record is None:
         return

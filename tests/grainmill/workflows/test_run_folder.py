@@ -48,6 +48,13 @@ def test_the_same_settings_carry_on_a_run_that_was_cut_short(read):
     assert [begin(read()) for _ in range(3)] == ["run-1", "run-1", "run-1"]
 
 
+def test_storage_among_the_files_of_a_job_is_refused(read, tmp_path):
+    inside = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1/grainmill-runs"
+    with pytest.raises(StorageError, match=rf"must outlive the job, but {inside}/small is among the"):
+        begin(read(f"storage={inside}"))
+    assert not inside.exists()
+
+
 def test_a_finished_run_is_followed_by_the_next_number(read):
     experiment = read()
     # Beyond 9, so that run-10 is not taken to stand before run-9.

@@ -1,6 +1,7 @@
 """The built-in images: what is drawn, and what is written, where and how often."""
 
 import csv
+import fcntl
 import math
 import random
 from collections import Counter
@@ -168,7 +169,20 @@ def test_an_interrupted_write_leaves_nothing_under_the_final_name(tmp_path, monk
     folder = builtin.write_builtin(settings, tmp_path, no_progress)
     assert read_dataset(folder).classes == tuple(sorted(builtin.SHAPES))
     assert set(recorded_split(folder)) == {name for name in files(folder) if name.startswith(("train/", "val/"))}
-    assert list(tmp_path.iterdir()) == [folder]
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == [folder]
+
+
+def test_second_process_waits_for_the_first_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "_save", None)  # a call fails
+    folder = tmp_path / "shapes-40x32"
+
+    def locked(file, how):
+        assert (file.name, how) == (str(tmp_path / ".shapes-40x32.lock"), fcntl.LOCK_EX)
+        folder.mkdir()  # by the process that has the lock
+
+    monkeypatch.setattr(fcntl, "flock", locked)
+    settings = DataSettings(builtin="shapes", images=40, image_size=32)
+    assert builtin.write_builtin(settings, tmp_path, no_progress) == folder
 
 
 @pytest.mark.parametrize("source", ["digits_folder", "shapes_folder"])

@@ -6,6 +6,7 @@ held-out images, so class, instance and copies of an image are known.
 """
 
 import csv
+import fcntl
 import io
 import math
 import random
@@ -178,6 +179,9 @@ def write_builtin(settings: DataSettings, root: Path, progress: Progress) -> Pat
     else:
         folder = root / f"shapes-{settings.images}x{settings.image_size}"
         pictures, length = shapes(settings.images, settings.image_size), settings.images
-    if not folder.exists():
-        write(pictures, length, folder, progress)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process writes, and others wait
+        if not folder.exists():
+            write(pictures, length, folder, progress)
     return folder
