@@ -77,7 +77,7 @@ class Listing(NamedTuple):
 
     @property
     def unread(self) -> dict[str, str]:
-        """What was left out, except for files that are no images by their suffix."""
+        """Return what was left out, except for files that are no images by their suffix."""
         return {name: reason for name, reason in self.left_out.items() if reason != OTHER}
 
 

@@ -13,4 +13,4 @@ class Picture(NamedTuple):
     turn: int = 0
     """Rotation in degrees clockwise: 0, 90, 180 or 270. Width and height change places at 90 and 270."""
     upright: bool = True
-    """Whether the image is first turned as its EXIF orientation says. Published protocols take it as stored."""
+    """True if the image is first turned as its EXIF orientation says. Published protocols take it as stored."""

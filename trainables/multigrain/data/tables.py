@@ -9,7 +9,7 @@ from pathlib import Path
 from multigrain.errors import DataError
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What may stand between cells in place of commas."""
+"""Characters that other programs put between cells in place of commas."""
 
 
 def read_rows(file: Path, columns: Sequence[str], what: str = "list") -> list[tuple[int, list[str]]]:
