@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from grainmill.search.records import TrialRecord
 
 Item = TypeVar("Item")
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False)  # texts hold names of files, such as [v2].jpg
+err = Console(stderr=True, markup=False)
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes in place of control characters, which a terminal obeys, and of halves of characters."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def setting_text(setting: Any) -> str:
@@ -37,7 +44,7 @@ def _bar(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
 
 def note(quiet: bool) -> Callable[[str], None]:
     """A function that shows what is being done, or none of it."""
-    return (lambda _: None) if quiet else (lambda text: out.print(text, style="dim", markup=False, soft_wrap=True))
+    return (lambda _: None) if quiet else (lambda text: out.print(printable(text), style="dim", soft_wrap=True))
 
 
 def _animated(console: Console) -> bool:
@@ -66,7 +73,7 @@ class RunDisplay:
     def message(self, text: str) -> None:
         """Show that a step of the run begins."""
         if not self.quiet:
-            out.print(text, style="bold", soft_wrap=True)
+            out.print(printable(text), style="bold", soft_wrap=True)
 
     def trial(self, name: str, record: "TrialRecord") -> None:
         """Show a trial that began, finished an epoch, or ended."""
@@ -75,10 +82,10 @@ class RunDisplay:
         epoch = f"{int(metrics.get('epoch', 0))}/{self.epochs}"
         self.rows[name] = (name, record.state, epoch, value, setting_text(record.setting))
         if not self.live and not self.quiet:
-            out.print("  ".join(self.rows[name]), soft_wrap=True, highlight=False)
+            out.print(printable("  ".join(self.rows[name])), soft_wrap=True, highlight=False)
 
     def _table(self) -> Table:
         table = Table("trial", "state", "epoch", self.metric, "setting")
         for row in list(self.rows.values())[-max(1, out.height - 8) :]:  # the newest that fit on the screen
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         return table

@@ -109,6 +109,17 @@ class Files(Protocol):
         """Return the objects below `s3://bucket/prefix`. Raises ValueError if that is not a valid URL."""
 
 
+class Findings(Protocol):
+    """What was found in valid data."""
+
+    figures: Mapping[str, str]
+    """Lines to show: a word and what was counted."""
+    warnings: Sequence[str]
+    """Sentences on what will probably not give what the user expects."""
+    facts: Mapping[str, Any]
+    """Plain data to record."""
+
+
 class EpochResult(Protocol):
     """The result that a trainable yields after each epoch."""
 
@@ -214,6 +225,10 @@ class Trainable(Protocol):
         """Check the data on disk; return a sentence on each problem."""
 
     @staticmethod
+    def findings(data: Any, spec: Any, progress: Progress, files: Files) -> Findings:
+        """Count what is in data without problems, and warn of what looks like a mistake, for a training with `spec`."""
+
+    @staticmethod
     def worker_problems(spec: Any, workers: int) -> list[tuple[str, str]]:
         """Check that a valid spec can run on this number of workers.
 
@@ -294,6 +309,7 @@ def _refuse(reason: str) -> Callable[..., Any]:
 DEFAULTS: Mapping[str, Any] = {
     "Evaluation": NoSettings,
     "data_problems": lambda *_: [],
+    "findings": lambda *_: SimpleNamespace(figures={}, warnings=(), facts={}),
     "worker_problems": lambda _, workers: (
         [] if workers == 1 else [("", f"this trainable trains on 1 worker, got {workers}")]
     ),

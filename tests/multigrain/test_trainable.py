@@ -128,9 +128,9 @@ def test_broken_images_are_told_and_skipped_by_choice(tmp_path):
     folder = str(tmp_path / "images")
     assert len(trainable.data_problems(DataSettings(folder=folder), no_progress)) == 2
     data = DataSettings(folder=folder, skip_broken=True)
-    with pytest.warns(UserWarning, match="2 of 62 images will be left out") as warned:
-        assert trainable.data_problems(data, no_progress) == []
-    assert str(warned[0].message).splitlines()[1:] == [f"  {folder}/{name} is empty" for name in ("a/3.png", "b/7.png")]
+    assert trainable.data_problems(data, no_progress) == []
+    warned = trainable.findings(data, MultiGrainSpec(), no_progress).warnings
+    assert "2 files are left out, because each is empty: a/3.png, b/7.png" in warned
     with pytest.warns(UserWarning, match="2 of 62 images left out, listed in ") as warned:
         prepared = trainable.prepare(data, tmp_path / "data", no_progress)
     listed = str(warned[0].message).rpartition("listed in ")[2]
@@ -449,9 +449,10 @@ def test_a_broken_object_is_told_by_its_url_and_left_out_by_choice(stored, tmp_p
         True
     ] * 2
     data = there(stored, tmp_path, skip_broken=True)
-    with pytest.warns(UserWarning, match="2 of 22 images will be left out") as warned:
-        assert trainable.data_problems(data, no_progress, S3Files()) == []
-    assert f"{stored.url}/a/3.png is empty" in str(warned[0].message)
+    files = S3Files()
+    assert trainable.data_problems(data, no_progress, files) == []
+    warned = trainable.findings(data, MultiGrainSpec(), no_progress, files).warnings
+    assert "1 file is left out, because each is empty: a/3.png" in warned
     with pytest.warns(UserWarning, match="2 of 22 images left out, listed in ") as warned:
         prepared = trainable.prepare(data, tmp_path / "data", no_progress, S3Files())
     listed = Path(str(warned[0].message).rpartition("listed in ")[2]).read_text()
@@ -512,12 +513,11 @@ def test_settings_of_the_cache_stay_in_prepared_data(stored, tmp_path, monkeypat
 
 def test_a_check_of_the_images_warns_of_what_lies_beside_them(tmp_path):
     write_images(tmp_path, *SPLIT)
-    for name in ("0.jp2", "1.jp2", "2.jp2", "3.jp2", "notes.txt", ".DS_Store"):
+    for name in ("0.jp2", "1.jp2", "2.jp2", "notes.txt", ".DS_Store"):
         (tmp_path / "train" / "a" / name).touch()
-    with pytest.warns(UserWarning, match="5 files or folders beside the images are left out") as warned:
-        assert trainable.data_problems(DataSettings(folder=str(tmp_path)), no_progress) == []
+    found = trainable.findings(DataSettings(folder=str(tmp_path)), MultiGrainSpec(), no_progress)
     unread = "is a .jp2 file, which is not read; save it as JPEG or PNG"
-    assert str(warned[0].message).splitlines()[1:] == [
-        f"  4, because each {unread}: train/a/0.jp2, train/a/1.jp2, train/a/2.jp2, ...",
-        "  1, because each is not an image, by its suffix: train/a/notes.txt",
-    ]
+    names = [f"train/a/{number}.jp2" for number in range(3)]
+    assert f"3 files are left out, because each {unread}: {', '.join(names)}" in found.warnings
+    assert found.figures["left out"] == f"4: {', '.join(names)}, ...; 1 hidden or left behind by systems"
+    assert found.facts["left_out"] == {unread: names, "is not an image, by its suffix": ["train/a/notes.txt"]}

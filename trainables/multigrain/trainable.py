@@ -13,11 +13,11 @@ from multigrain.config.data import DataSettings
 from multigrain.config.evaluation import Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.dataset import Dataset
+from multigrain.data.findings import Findings, all_equal, find
 from multigrain.data.fingerprint import DataPart, parts
 from multigrain.data.folders import read_dataset
-from multigrain.data.listing import by_reason
 from multigrain.data.manifest import manifest_text, read_manifest
-from multigrain.data.validation import image_faults, image_problems, leave_out, write_intact
+from multigrain.data.validation import ImageFacts, examine, faults, image_problems, leave_out, write_intact
 from multigrain.errors import DataError, shortened
 from multigrain.hooks import (
     SCHEME,
@@ -52,7 +52,7 @@ def images_of(data: DataSettings, files: Files | None = None, progress: Progress
     Raises:
         DataError: the images cannot be read or listed.
     """
-    files = files or LocalFiles()
+    data, files = _with_absolute_paths(data), files or LocalFiles()
     if data not in files.listings:
         mirror = files.mirror(data.cache, data.cache_limit)
         try:
@@ -97,8 +97,7 @@ def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Lite
 def data_problems(data: DataSettings, progress: Progress, files: Files | None = None) -> list[str]:
     """Open every image of a folder or a manifest; return a sentence on each problem.
 
-    A warning names what a folder holds besides. With `skip_broken`, a warning names the images that will be left out,
-    and only other problems are returned.
+    With `skip_broken`, images that cannot be used are a problem only if the rest cannot be used without them.
     """
     if data.builtin is not None:
         return []
@@ -106,30 +105,42 @@ def data_problems(data: DataSettings, progress: Progress, files: Files | None = 
     named = files.mirror(data.cache, data.cache_limit).named
     try:
         dataset = images_of(data, files, progress)
-        _warn_of_left_out(dataset)
-        if not data.skip_broken:
-            return shortened([named(problem) for problem in image_problems(dataset, progress)])
-        _, left_out = leave_out(dataset, image_faults(dataset, progress))
+        examined = _examined(data, files, progress)
+        broken = faults(examined)
+        if data.skip_broken:
+            leave_out(dataset, broken)
+        elif broken:
+            return shortened([named(problem) for problem in image_problems(broken)])
+        if all_equal(examined):
+            return [f"images must differ, but all {len(examined):,} have the same content; name other images"]
     except DataError as error:
         return shortened([named(problem) for problem in error.problems])
     except OSError as error:
         return [f"the images must be readable, but are not ({error}); change the permissions or name others"]
-    if left_out:
-        lines = shortened([named(f"{path} {fault}") for path, fault in left_out.items()])
-        found = f"{len(left_out)} of {len(dataset.paths)} images will be left out:"
-        warnings.warn("\n  ".join([found, *lines]), stacklevel=2)
     return []
 
 
-def _warn_of_left_out(dataset: Dataset) -> None:
-    """Warn of what the folder of a data set holds besides, with the first names for each reason."""
-    if dataset.left_out:
-        lines = [
-            f"{len(names):,}, because each {reason}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for reason, names in by_reason(dataset.left_out).items()
-        ]
-        found = f"{len(dataset.left_out):,} files or folders beside the images are left out:"
-        warnings.warn("\n  ".join([found, *lines]), stacklevel=3)
+def _examined(data: DataSettings, files: Files, progress: Progress) -> Mapping[Path, ImageFacts | str]:
+    """Decode all images, once for each `files`."""
+    key = "examined", _with_absolute_paths(data)
+    if key not in files.listings:
+        files.listings[key] = examine(images_of(data, files, progress), progress)
+    return files.listings[key]
+
+
+def findings(data: DataSettings, spec: MultiGrainSpec, progress: Progress, files: Files | None = None) -> Findings:
+    """Count what is in a folder or a manifest without problems, and warn of what looks like a mistake."""
+    if data.builtin is not None:
+        return Findings({}, [], {})
+    files = files or LocalFiles()
+    dataset = images_of(data, files, progress)
+    found = find(dataset, _examined(data, files, progress))
+    size, views = spec.batch.size, len(dataset.train) * spec.batch.repeats
+    small = (
+        f"batch.size is {size:,}, but {len(dataset.train):,} images x {spec.batch.repeats} copies are {views:,} views"
+    )
+    more = [f"{small}; a step has no more than these, so lower batch.size"] if size > views else []
+    return found._replace(warnings=[*found.warnings, *more])
 
 
 def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | None = None) -> DataSettings:
@@ -154,7 +165,9 @@ def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | N
     pins = mirror.pins(dataset.paths)
     if not (data.skip_broken or pins):
         return data
-    intact, left_out = leave_out(dataset, image_faults(dataset, progress)) if data.skip_broken else (dataset, {})
+    intact, left_out = dataset, dict[Path, str]()
+    if data.skip_broken:
+        intact, left_out = leave_out(dataset, faults(_examined(data, files, progress)))
     text = manifest_text(intact, pins)
     skipped = "".join(f"{path}\t{fault}\n" for path, fault in left_out.items())
     manifest = write_intact(text, mirror.named(skipped), root.absolute())

@@ -13,10 +13,10 @@ from rich.table import Column
 from grainmill import api, environment
 from grainmill import trainable as catalog
 from grainmill.cli import cluster, corpus, registry
-from grainmill.cli.console import Address, File, Overrides, clear_errors, print_table, say
+from grainmill.cli.console import USAGE_ERROR, Address, File, Overrides, clear_errors, print_table, say
 from grainmill.config import experiment
 from grainmill.config.experiment import Experiment
-from grainmill.errors import GrainmillError, hidden
+from grainmill.errors import ExperimentError, GrainmillError, hidden
 from grainmill.progress import setting_text
 from grainmill.workflows import run_folder
 
@@ -42,13 +42,35 @@ def main(
 
 
 @app.command()
-def validate(file: File, overrides: Overrides = None) -> None:
+def validate(
+    file: File,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
     """Check an experiment file and the images that it names; start and write nothing.
+
+    Prints what was found in the images, and warns of what looks like a mistake.
 
     Example: grainmill validate my.yaml
     """
     with clear_errors():
-        checked = api.load(file, overrides or ())
+        try:
+            checked = api.load(file, overrides or ())
+        except ExperimentError as error:
+            if as_json:
+                print(json.dumps({"valid": False, "problems": [one._asdict() for one in error.problems]}, indent=2))
+                raise typer.Exit(USAGE_ERROR) from error
+            raise
+        if as_json:
+            found = checked.findings
+            print(
+                json.dumps(
+                    {"valid": True, "data": found and found.facts, "warnings": found and found.warnings}, indent=2
+                )
+            )
+            return
+        for line in checked.found():
+            say(line, "yellow" if line.startswith("warning: ") else "")
         say(f"{file} is right. {checked.search.trials} trials of up to {checked.base.epochs} epochs")
         say(f"first trial: {setting_text(checked.reference) or 'the base settings'}")
 

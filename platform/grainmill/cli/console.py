@@ -13,7 +13,7 @@ import typer
 from rich.table import Column, Table
 
 from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
-from grainmill.progress import err, out
+from grainmill.progress import err, out, printable
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -36,12 +36,12 @@ Address = Annotated[
 
 def say(text: str, style: str = "") -> None:
     """Print a text as it is, without breaking its lines."""
-    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(text), style=style, highlight=False, soft_wrap=True)
 
 
 def complain(text: str, style: str = "red") -> None:
     """Print a text on stderr."""
-    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    err.print(printable(text), style=style, highlight=False, soft_wrap=True)
 
 
 def print_table(
@@ -50,7 +50,7 @@ def print_table(
     """Print a table, with a line below the row number `section`."""
     table = Table(*header, title=title)
     for number, row in enumerate(rows):
-        table.add_row(*row, end_section=number == section)
+        table.add_row(*map(printable, row), end_section=number == section)
     out.print(table)
 
 
@@ -70,4 +70,6 @@ def clear_errors() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)  # above the progress table, where one is on the screen
+    print(
+        f"warning: {printable(str(message))}", file=sys.stderr
+    )  # above the progress table, where one is on the screen

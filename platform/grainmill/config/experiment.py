@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError, create_model
 
 from grainmill import trainable as catalog
 from grainmill.config import validation
@@ -14,6 +14,7 @@ from grainmill.config.resources import Resources
 from grainmill.config.section import Section
 from grainmill.config.space import Parameter, ScalarField, completed, nested
 from grainmill.config.yaml_document import Document, Overrides
+from grainmill.storage.mirror import S3Files
 
 NotNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -128,6 +129,26 @@ class Experiment(Section):
     """Folder for runs, built-in images and the local MLflow database, visible to all nodes; or `s3://bucket/prefix`,
     for all but that database."""
 
+    _files: S3Files = PrivateAttr(default_factory=S3Files)
+    _findings: catalog.Findings | None = PrivateAttr(None)
+
+    @property
+    def files(self) -> S3Files:
+        """Access to data in S3, which keeps what was listed when the file was checked."""
+        return self._files
+
+    @property
+    def findings(self) -> catalog.Findings | None:
+        """What was found in the data when the file was checked; None if they were not looked at."""
+        return self._findings
+
+    def found(self) -> list[str]:
+        """Lines on what was found in the data, warnings last."""
+        if self._findings is None:
+            return []
+        figures = [f"{word:<10}{text}" for word, text in self._findings.figures.items()]
+        return [*figures, *(f"warning: {text}" for text in self._findings.warnings)]
+
     @property
     def reference(self) -> dict[str, Any]:
         """Setting of the first trial: the published default of each searched parameter."""
@@ -215,9 +236,13 @@ def load(
         parts = dict(experiment)
     except ValidationError as error:
         parts = _valid_parts(model, document, error)
-    for location, message in validation.between_sections(trainable, parts, progress, here):
+    files = S3Files()
+    for location, message in validation.between_sections(trainable, parts, progress, files if here else None):
         document.add(location, message)
     document.stop_if_wrong()
+    if here:
+        experiment._files = files
+        experiment._findings = trainable.findings(experiment.data, experiment.base, progress, files)
     return experiment
 
 

@@ -14,7 +14,6 @@ from grainmill import trainable as catalog
 from grainmill.config.space import Parameter, Space, completed, extremes, grid_problems, lookup, nested, space_problems
 from grainmill.config.yaml_document import Document, Location, Overrides, dotted
 from grainmill.storage import workspace
-from grainmill.storage.mirror import S3Files
 
 COSTS: Mapping[str, catalog.Direction] = {"cpu_seconds": "min", "gpu_seconds": "min"}
 """Cost metrics of every trial: seconds times the reserved CPUs or GPUs, up to the epoch."""
@@ -108,7 +107,7 @@ def _fields_at(model: type[BaseModel], parents: Sequence[str | int]) -> dict[str
 
 
 def between_sections(
-    trainable: catalog.Trainable, parts: Mapping[str, Any], progress: catalog.Progress, here: bool
+    trainable: catalog.Trainable, parts: Mapping[str, Any], progress: catalog.Progress, files: catalog.Files | None
 ) -> Problems:
     """Problems between sections.
 
@@ -116,10 +115,9 @@ def between_sections(
         trainable: the method of the experiment.
         parts: the sections that are valid by themselves.
         progress: shows the progress of long checks.
-        here: check the files that the sections name, too.
+        files: access to data in S3; None if the files that the sections name are not to be checked.
     """
-    if here and "data" in parts:
-        files = S3Files()
+    if files and "data" in parts:
         messages = trainable.data_problems(parts["data"], progress, files)
         yield from ((("data",), message) for message in messages)
         if not messages:
@@ -141,7 +139,7 @@ def between_sections(
         yield from _search_problems(search, space)
         if search.sampler == "grid":
             yield from grid_problems(space, completed({}, space, published), search.trials)
-        if here and "tracking" in parts and search.warm_start is not None and parts["tracking"].study is None:
+        if files and "tracking" in parts and search.warm_start is not None and parts["tracking"].study is None:
             yield from _warm_start_problems(search.warm_start)
     if "base" in parts:
         yield from _setting_problems(trainable, parts, published, here)

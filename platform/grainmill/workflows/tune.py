@@ -1,5 +1,6 @@
 """Search and training, from an experiment to a registered model."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -147,7 +148,9 @@ class _Run:
         """Claim the folder, write built-in data and open the parent MLflow run, which always ends in a final state."""
         with run_folder.claim(experiment, kind, observer.message) as home:
             trainable = catalog.find(experiment.trainable)
-            files = S3Files()
+            files = experiment.files
+            for line in experiment.found():
+                observer.message(line)
             data = _prepared(trainable, experiment, progress, files)
             tracker = Tracker(tracking_uri, experiment.name, experiment.storage)
             parent = _parent(tracker, experiment, home)
@@ -309,4 +312,7 @@ def _parent(tracker: Tracker, experiment: Experiment, home: run_folder.Run) -> s
     note.write_text(run_id)
     home.keep()
     tracker.attach(run_id, "experiment.yaml", _resolved(experiment))
+    if experiment.findings is not None and experiment.findings.facts:
+        found = {**experiment.findings.facts, "warnings": experiment.findings.warnings}
+        tracker.attach(run_id, "data.json", json.dumps(found, indent=2))
     return run_id

