@@ -22,7 +22,7 @@ err = Console(stderr=True, markup=False)
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes in place of control characters, which a terminal obeys, and of halves of characters."""
+    """Return a text with escapes for control characters, which a terminal obeys, and for halves of characters."""
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )

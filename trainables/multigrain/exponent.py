@@ -13,7 +13,8 @@ from multigrain import trainable
 from multigrain.config import evaluation as settings
 from multigrain.config.data import DataSettings as Data
 from multigrain.config.finetune import FinetuneSpec as Spec
-from multigrain.hooks import Files, Heartbeat, no_heartbeat
+from multigrain.data.findings import Findings
+from multigrain.hooks import Files, Heartbeat, Progress, no_heartbeat
 
 if TYPE_CHECKING:
     from multigrain.training.fit import EpochResult
@@ -37,6 +38,11 @@ def worker_problems(spec: Spec, workers: int) -> list[tuple[str, str]]:
         rule = "batch_size must be a multiple of the workers"
         problems.append(("", f"{rule}, got {spec.batch_size} and {workers}; change one of them"))
     return problems
+
+
+def findings(data: Data, spec: Spec, progress: Progress, files: Files | None = None) -> Findings:  # noqa: ARG001
+    """Count what is in the data; see `trainable.data_findings`."""
+    return trainable.data_findings(data, progress, files)
 
 
 def fit(

@@ -128,19 +128,25 @@ def _examined(data: DataSettings, files: Files, progress: Progress) -> Mapping[P
     return files.listings[key]
 
 
-def findings(data: DataSettings, spec: MultiGrainSpec, progress: Progress, files: Files | None = None) -> Findings:
+def data_findings(data: DataSettings, progress: Progress, files: Files | None = None) -> Findings:
     """Count what is in a folder or a manifest without problems, and warn of what looks like a mistake."""
     if data.builtin is not None:
         return Findings({}, [], {})
     files = files or LocalFiles()
-    dataset = images_of(data, files, progress)
-    found = find(dataset, _examined(data, files, progress))
-    size, views = spec.batch.size, len(dataset.train) * spec.batch.repeats
-    small = (
-        f"batch.size is {size:,}, but {len(dataset.train):,} images x {spec.batch.repeats} copies are {views:,} views"
+    return find(images_of(data, files, progress), _examined(data, files, progress))
+
+
+def findings(data: DataSettings, spec: MultiGrainSpec, progress: Progress, files: Files | None = None) -> Findings:
+    """Count and warn as `data_findings`; warn of batches that are larger than the set, too."""
+    found = data_findings(data, progress, files)
+    batch, images = spec.batch, found.facts.get("train")
+    if images is None or batch.size <= images * batch.repeats:
+        return found
+    warning = (
+        f"batch.size is {batch.size:,}, but {images:,} images x {batch.repeats} copies are {images * batch.repeats:,} "
+        "views, so steps are of these; lower batch.size"
     )
-    more = [f"{small}; a step has no more than these, so lower batch.size"] if size > views else []
-    return found._replace(warnings=[*found.warnings, *more])
+    return found._replace(warnings=[*found.warnings, warning])
 
 
 def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | None = None) -> DataSettings:

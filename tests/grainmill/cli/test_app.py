@@ -1,5 +1,6 @@
 """The command as its user runs it: what it prints, and its exit code."""
 
+import json
 import os
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from grainmill import environment
 from grainmill.cli.app import app
+from grainmill.cli.console import print_table, say
 from grainmill.errors import TrackingError
 
 
@@ -97,3 +99,31 @@ def test_images_that_will_be_left_out_are_told_when_a_file_is_checked(tmp_path):
     assert "warning: 1 file is left out, because each is empty: a/4.png\n" in output
     assert "mine.yaml is right." in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "mine.yaml"]
+
+
+def test_validate_gives_programs_what_was_found_and_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(8):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    (tmp_path / "mine.yaml").write_text("name: mine\ndata: {folder: images}\nobjective: {top1: max}\n")
+    done = CliRunner().invoke(app, ["validate", "mine.yaml", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["valid"] is True
+    assert told["data"]["formats"] == {"PNG": 8}
+    assert told["data"]["train"] + told["data"]["val"] == 8
+    assert ["batch.size is 504, but" in text for text in told["warnings"]] == [True]
+    done = CliRunner().invoke(app, ["validate", "mine.yaml", "--json", "--set", "base.epoch=3"])
+    assert done.exit_code == 2
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert (problem["line"], problem["key"]) == (None, "base.epoch")
+
+
+def test_what_is_printed_cannot_change_the_terminal(capsys):
+    say("[/b].jpg [red]x[/red] \x1b[2J\x07 \udcff \u202e caf\u00e9")
+    assert capsys.readouterr().out == "[/b].jpg [red]x[/red] \\x1b[2J\\x07 \\udcff \\u202e caf\u00e9\n"
+    print_table(("[b]", "n"), [("[/b].jpg", "\x1b[31m")], "[title]")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[b]", "[/b].jpg", "\\x1b[31m", "[title]"))

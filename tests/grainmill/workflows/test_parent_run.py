@@ -1,5 +1,9 @@
 """The parent MLflow run of a run that is carried on, where MLflow no longer has what it had."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from mlflow_tables import database
 
@@ -47,3 +51,13 @@ def test_run_is_made_anew_where_the_server_does_not_know_it(note, parent, tmp_pa
     assert second != first
     assert (tmp_path / "parent-run").read_text() == second
     assert client.get_run(second).data.params == {"objective.score": "max"}
+
+
+def test_what_was_found_in_the_data_is_recorded(parent, tmp_path):
+    experiment = Experiment(name="toy", trainable="toy", data={}, base={"epochs": 2}, objective={"score": "max"})
+    experiment._findings = SimpleNamespace(figures={"classes": "2"}, warnings=["odd"], facts={"classes": {"a": 1}})
+    assert experiment.found() == ["classes   2", "warning: odd"]
+    tracker = Tracker(database(tmp_path / "first"), "toy", tmp_path)
+    run_id = _parent(tracker, experiment, Run(tmp_path, str(tmp_path), lambda: None))
+    stored = tracker.client.download_artifacts(run_id, "data.json", str(tmp_path))
+    assert json.loads(Path(stored).read_text()) == {"classes": {"a": 1}, "warnings": ["odd"]}

@@ -125,7 +125,7 @@ def test_values_of_another_type_are_errors(group, key, value):
         ("loss", "entropy", [0.0, 30.0], [-0.1, math.nan, math.inf]),
         ("loss", "cutoff", [0.1], [0.0, math.nan]),
         ("loss", "nonzero_loss_cutoff", [1.0], [0.0, math.inf]),
-        ("batch", "size", [3, 512 * 3], [0, -3]),
+        ("batch", "size", [6, 512 * 3], [0, -3]),
         ("batch", "repeats", [2, 3], [0, -3]),
         ("batch", "length_factor", [0.5], [0.0, -2.0, math.inf]),
         ("batch", "accumulate", [1, 4], [0, 0.5]),
@@ -187,7 +187,8 @@ def test_a_batch_of_broken_groups_is_refused_with_the_nearest_whole_one(size, re
         ValidationError, match=rf"multiple of batch\.repeats x batch\.accumulate, .* set batch\.size to {advice}\b"
     ):
         MultiGrainSpec(batch={"size": size, "repeats": repeats})
-    assert MultiGrainSpec(batch={"size": advice, "repeats": repeats}).batch.size == advice
+    batch = {"size": advice, "repeats": repeats}
+    assert MultiGrainSpec(batch=batch, loss={"weight": 1.0}).batch.size == advice
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.99])
@@ -196,6 +197,24 @@ def test_single_views_are_refused_unless_the_margin_loss_has_no_weight(weight):
         MultiGrainSpec(batch={"repeats": 1}, loss={"weight": weight})
     assert MultiGrainSpec(batch={"repeats": 1}, loss={"weight": 1.0}).batch.repeats == 1
     assert MultiGrainSpec(batch={"repeats": 2}, loss={"weight": weight}).loss.weight == weight
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_a_batch_of_one_image_is_refused_where_the_margin_loss_needs_others(repeats):
+    batch = {"size": repeats, "repeats": repeats}
+    with pytest.raises(ValidationError, match=rf"set batch\.size to {2 * repeats} or more"):
+        MultiGrainSpec(batch=batch, loss={"weight": 0.5})
+    assert MultiGrainSpec(batch=batch, loss={"weight": 1.0}).batch.size == repeats
+    assert MultiGrainSpec(batch={**batch, "size": 2 * repeats}, loss={"weight": 0.5}).batch.repeats == repeats
+
+
+def test_negatives_of_the_same_rank_need_two_images_on_each():
+    batch, loss = {"size": 12, "repeats": 3}, {"negatives_from": "rank"}
+    assert worker_problems(MultiGrainSpec(batch=batch, loss=loss), 2) == []
+    (problem,) = worker_problems(MultiGrainSpec(batch=batch, loss=loss), 4)
+    assert "got 12 and 3 x 4: each worker shows one image" in problem
+    assert worker_problems(MultiGrainSpec(batch=batch), 4) == [], "negatives come from the whole step"
+    assert worker_problems(MultiGrainSpec(batch=batch, loss={**loss, "weight": 1.0}), 4) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 7, 8, 168])

@@ -274,6 +274,17 @@ class MultiGrainSpec(Settings):
         return self
 
     @model_validator(mode="after")
+    def _margin_loss_needs_other_images(self) -> Self:
+        batch = self.batch
+        if batch.size == batch.repeats > 1 and self.loss.weight != 1:
+            raise ValueError(
+                f"batch.size must be at least twice batch.repeats where loss.weight is below 1, got {batch.size} and "
+                f"{batch.repeats}: a step shows one image, and the margin loss compares it with others; set batch.size "
+                f"to {2 * batch.repeats} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
         if self.optimizer.warmup >= self.epochs:
             raise ValueError(
@@ -295,9 +306,14 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     """Return messages on what keeps `spec` from running on `workers` ranks; empty if nothing does."""
     batch = spec.batch
     unit = batch.repeats * batch.accumulate * workers
-    if batch.size % unit == 0:
-        return []
-    return [
-        f"batch.size must be a multiple of batch.repeats x batch.accumulate x workers, got {batch.size} and "
-        f"{batch.repeats} x {batch.accumulate} x {workers}; set batch.size to {_nearest_multiple(batch.size, unit)}"
-    ]
+    if batch.size % unit:
+        return [
+            f"batch.size must be a multiple of batch.repeats x batch.accumulate x workers, got {batch.size} and "
+            f"{batch.repeats} x {batch.accumulate} x {workers}; set batch.size to {_nearest_multiple(batch.size, unit)}"
+        ]
+    if spec.loss.negatives_from == "rank" and spec.loss.weight != 1 and batch.size == batch.repeats * workers:
+        return [
+            "batch.size must be at least twice batch.repeats x workers where negatives come from the same rank, got "
+            f"{batch.size} and {batch.repeats} x {workers}: each worker shows one image; raise it"
+        ]
+    return []
