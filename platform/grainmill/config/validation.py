@@ -142,7 +142,7 @@ def between_sections(
         if files and "tracking" in parts and search.warm_start is not None and parts["tracking"].study is None:
             yield from _warm_start_problems(search.warm_start)
     if "base" in parts:
-        yield from _setting_problems(trainable, parts, published, here)
+        yield from _setting_problems(trainable, parts, published, files is not None)
 
 
 def _place_problems(parts: Mapping[str, Any]) -> Problems:
