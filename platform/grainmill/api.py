@@ -128,7 +128,7 @@ def embed(
     address: str | None = None,
     quiet: bool = False,
 ) -> "EmbedResult":
-    """Embed all images of a corpus into an index of Parquet files; an index that is there already is completed.
+    """Embed all images of a corpus into an index of Parquet files; one that is there already is brought up to date.
 
     Args:
         model: a registered version, or its name, such as `models:/photos@champion`.
@@ -181,13 +181,14 @@ def duplicates(
         index: its folder.
         precision: estimated share of copies in the list, which sets the threshold.
         threshold: lowest score to list, instead of `precision`.
-        out: folder for `duplicates.csv` and `duplicates.html`; that of the index by default.
+        out: folder for `duplicates.csv` and `duplicates.html`; `INDEX.reports`, beside the index, by default.
     Raises:
         CorpusError: the index is missing, empty, or too small for an estimate while `threshold` is None.
     """
     from grainmill.corpus import query
+    from grainmill.corpus.index import reports
 
-    return query.duplicates(Path(index), precision, threshold, Path(out or index))
+    return query.duplicates(Path(index), precision, threshold, Path(out) if out else reports(Path(index)))
 
 
 def promote(

@@ -40,13 +40,13 @@ Pin = tuple[int, str]
 
 
 class Objects(Protocol):
-    """Objects in S3, which are read one by one; they can be pickled."""
+    """Objects in S3, which are listed once and read one by one; they can be pickled, without the list."""
 
-    def names(self) -> Sequence[str]:
-        """List each object once, in a fixed order. Raises ValueError if they cannot be listed."""
+    def pins(self) -> Mapping[str, Pin]:
+        """List the objects, in a fixed order. Raises ValueError if they cannot be listed."""
 
-    def read(self, name: str) -> bytes:
-        """Return the content, in any thread. Raises ValueError with the reason if it cannot be read."""
+    def read(self, name: str, most: int) -> bytes:
+        """Return the content, in any thread. Raises ValueError if it has more than `most` bytes or cannot be read."""
 
 
 class Listing(Protocol):
@@ -65,6 +65,12 @@ class Images(Protocol):
 
     def listing(self) -> Listing:
         """List the images. Raises ValueError if they cannot be listed."""
+
+    def versions(self, names: Sequence[str]) -> Mapping[str, tuple[int, str]]:
+        """Return size in bytes and a text, such as an ETag, of each image that is there; they change with the content.
+
+        Raises ValueError if the images cannot be listed.
+        """
 
     def read(self, name: str) -> bytes:
         """Return the content of an image, in any thread. Raises ValueError with the reason if it cannot be read."""

@@ -1,7 +1,6 @@
 """Embedding a folder on real Ray: every image once, and after a kill."""
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from commands import left_behind, python_path
 from shade_index import embed, expected, rows
 
 from grainmill.corpus import embed as corpus
-from grainmill.corpus import index
+from grainmill.corpus import index, index_writer
 from grainmill.errors import BusyError
 
 
@@ -40,9 +39,9 @@ def test_every_image_is_in_the_index_once_and_what_is_none_is_listed(
     assert listed == {"bad.png": "is not an image", "gone.png": "cannot be read (No such file or directory)"}
     schema = pq.read_schema(index.parts(tmp_path / "index")[0])
     assert schema.field("embedding").type == pa.list_(pa.float32(), shades.DIMENSION)
-    record = json.loads((tmp_path / "index" / "index.json").read_text())
-    assert json.loads(schema.metadata[b"grainmill"]) == record
-    assert (record["model"], record["dimension"]) == (shades_registry[1][0], shades.DIMENSION)
+    made = index.IndexRecord.read(tmp_path / "index")
+    assert schema.metadata[b"grainmill"].decode() == made.identity
+    assert (made.model.model, made.model.dimension) == (shades_registry[1][0], shades.DIMENSION)
 
     # Again: what was repaired and what is new comes in, nothing else is touched.
     before = {path: path.read_bytes() for path in index.parts(tmp_path / "index")}
@@ -52,7 +51,7 @@ def test_every_image_is_in_the_index_once_and_what_is_none_is_listed(
     assert (done.images, done.before, done.skipped) == (31, 30, None)
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(row["id"] for row in rows(tmp_path / "index")) == [*names, "bad.png"]
-    assert not (tmp_path / "index" / "skipped.csv").exists()
+    assert not (tmp_path / "index.reports" / "skipped.csv").exists()
 
 
 COMMAND = """
@@ -89,7 +88,7 @@ def test_after_a_kill_nothing_is_half_written_lost_or_embedded_twice(shades_regi
     first.send_signal(signal.SIGKILL)
     first.communicate()
     os.close(os.open(tmp_path / "images" / "99999.png", os.O_RDWR))  # lets a reader go that the kill has left
-    draft = out / f"part-{len(index.parts(out)):06d}.parquet.draft"
+    draft = out / index_writer.DRAFT
     draft.write_bytes(b"PAR1 half of a file")  # as if it had been killed in the middle of another
     before = {path: path.read_bytes() for path in index.parts(out)}
     kept = {row["id"] for row in rows(out)}

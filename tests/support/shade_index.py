@@ -1,6 +1,7 @@
 """Registered models of the trainable `shades`, and indexes of images made with them."""
 
 import json
+from contextlib import nullcontext
 
 import pandas as pd
 import pyarrow as pa
@@ -25,6 +26,19 @@ def shades_registry(tmp_path_factory):
 
 def embed(registered, images, out, version=0, workers=1):
     return corpus.embed(registered[0], registered[1][version], str(images), out, workers, None, trainable.no_progress)
+
+
+def answers_here(images, names, tracking_uri, identity, workers):
+    """Stands in for `corpus._answers`, without Ray."""
+    worker = corpus._Worker(images, tracking_uri, identity)
+    for start in range(0, len(names), corpus.BLOCK):
+        yield worker(pa.table({"id": names[start : start + corpus.BLOCK]}))
+
+
+def do_without_ray(monkeypatch):
+    """Embed in this process."""
+    monkeypatch.setattr(corpus, "connect", nullcontext)
+    monkeypatch.setattr(corpus, "_answers", answers_here)
 
 
 def rows(out):

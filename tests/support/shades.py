@@ -76,6 +76,11 @@ class Images(NamedTuple):
         left_out = {name: "is of a type that is not read" for name in names if name.endswith(".jp2")}
         return Listing([name for name in names if name not in left_out], left_out, 0)
 
+    def versions(self, names: Any) -> dict[str, tuple[int, str]]:
+        paths = {name: Path(self.root) / name for name in names}
+        found = {name: path.stat() for name, path in paths.items() if path.exists()}
+        return {name: (state.st_size, str(state.st_mtime_ns)) for name, state in found.items()}
+
     def read(self, name: str) -> bytes:
         try:
             return (Path(self.root) / name).read_bytes()

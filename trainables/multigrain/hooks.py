@@ -3,7 +3,7 @@
 The method itself reads local files only. `Files`, which Grainmill implements, gives it local copies of `s3://` sources.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -46,10 +46,10 @@ Pin = tuple[int, str]
 
 
 class Objects(Protocol):
-    """Objects in S3 below a prefix, read one by one by their names."""
+    """Objects in S3 below a prefix, listed once and read one by one by their names, up to a size."""
 
-    def names(self) -> Sequence[str]: ...
-    def read(self, name: str) -> bytes: ...
+    def pins(self) -> Mapping[str, Pin]: ...
+    def read(self, name: str, most: int) -> bytes: ...
 
 
 class Mirror(Protocol):

@@ -26,17 +26,17 @@ def embed(
 ) -> None:
     """Embed all images of a corpus into an index of Parquet files.
 
-    Started again, the command carries on where it was cut short, and adds images that are new. Files that are no
-    images are listed in skipped.csv, and tried again the next time. A cluster at --address must see the images and
-    the tracking server.
+    Started again, the command carries on where it was cut short, embeds images that are new or have changed, and
+    drops those that are gone. Files that are no images are listed in INDEX.reports/skipped.csv, and tried again the
+    next time. A cluster at --address must see the images and the tracking server.
 
     Example: grainmill embed models:/demo@champion photos --out index --workers 2
     """
     with clear_errors():
         done = api.embed(model, images, folder, workers=workers, address=address)
         say(f"{done.images:,} images in {folder.absolute()}, {done.before:,} of them from before")
-        if done.steady:
-            say(f"{done.steady / done.seconds:.1f} images a second")
+        if done.rate:
+            say(f"{done.rate:.1f} images a second")
         if done.skipped:
             complain(f"{done.faults:,} skipped, listed in {done.skipped.absolute()}", "yellow")
 
@@ -79,7 +79,8 @@ def duplicates(
         float | None, typer.Option(min=-1, max=1, help="Lowest score to list, instead of --precision.")
     ] = None,
     place: Annotated[
-        Path | None, typer.Option("--out", help="Folder for duplicates.csv and duplicates.html; by default the index.")
+        Path | None,
+        typer.Option("--out", help="Folder of duplicates.csv and .html; INDEX.reports by default."),
     ] = None,
 ) -> None:
     """List pairs of images of an index that are copies of each other.

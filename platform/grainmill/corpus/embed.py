@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -15,11 +15,14 @@ import ray.data
 from grainmill import trainable
 from grainmill.cluster import hardware
 from grainmill.cluster.session import connect
-from grainmill.corpus import index
+from grainmill.corpus import index, index_writer
 from grainmill.corpus.embedder import Embedder, ModelIdentity
+from grainmill.corpus.lists import write_csv
+from grainmill.corpus.source import canonical, list_corpus
 from grainmill.errors import CorpusError, ResourceError
-from grainmill.storage.mirror import S3Files
+from grainmill.storage import files
 
+SKIPPED = "skipped.csv"
 BLOCK = 256
 """Images of a worker's task; it reads at most this number ahead."""
 BATCH = 64
@@ -36,7 +39,7 @@ class EmbedResult(NamedTuple):
     images: int
     """Number of images in the index."""
     before: int
-    """Number of images that the index had before."""
+    """Number of images that the index had before, and has still."""
     skipped: Path | None
     """CSV file with the files that are no usable images and the reasons; None if there are none."""
     faults: int
@@ -45,6 +48,11 @@ class EmbedResult(NamedTuple):
     """Time from the first answer to the last, without the start of Ray and of the model."""
     steady: int
     """Number of images that were embedded in that time."""
+
+    @property
+    def rate(self) -> float | None:
+        """Images a second; None if too few were embedded, or in too short a time, for a measurement."""
+        return self.steady / self.seconds if self.steady >= BLOCK and self.seconds >= 2 else None
 
 
 def embed(
@@ -56,55 +64,41 @@ def embed(
     address: str | None,
     progress: trainable.Progress,
 ) -> EmbedResult:
-    """Embed the images that the index lacks; files that were no usable images are tried again.
+    """Bring an index up to date: embed new and changed images, and drop those that are gone.
 
-    Images are identified by their names. A changed file with the same name is not embedded again.
-    See `grainmill.api.embed` for arguments and errors.
+    A file has changed if its size or time of modification has, an object in S3 if its size or ETag has. Files that were
+    no usable images are tried again. See `grainmill.api.embed` for arguments and errors.
     """
-    identity = Embedder(tracking_uri, model).identity
-    images, listing = _list_images(identity, source)
-    names = listing.names
-    with index.open_to_write(out, index.IndexRecord(identity, source)) as made:
-        known = set(made.ids())
-        missing = [name for name in names if name not in known]
-        unnamed = [name for name in missing if name.encode(errors="ignore").decode() != name]
-        faults = dict.fromkeys(unnamed, "has a name that is not text")
-        missing = [name for name in missing if name not in faults]
-        writer = _Writer(out, made.record)
+    identity, source = Embedder(tracking_uri, model).identity, canonical(source)
+    corpus = list_corpus(identity.trainable, source)
+    names, unnamed = corpus.listing.names, dict[str, str]()
+    for name in names:
+        if name.encode(errors="ignore").decode() != name:
+            unnamed[name.encode(errors="backslashreplace").decode()] = "has a name that is not text"
+    with index_writer.opened(out, index.IndexRecord(identity, source, {}, None)) as made:
+        known = made.keep(corpus.versions)
+        missing = [name for name in names if name not in known and name.encode(errors="ignore").decode() == name]
+        buffer = _Buffer(made, corpus.versions)
         if missing:
             with connect(address):
-                answers = _answers(images, missing, tracking_uri, identity, workers)
+                answers = _answers(corpus.images, missing, tracking_uri, identity, workers)
                 for table in progress(answers, "embedding", -(-len(missing) // BLOCK)):
-                    writer.add(table)
-        writer.flush()
-        faults |= writer.faults
-        left_out = {name.encode(errors="backslashreplace").decode(): why for name, why in listing.left_out.items()}
-        if not known and not writer.written:
+                    buffer.add(table)
+        buffer.flush()
+        faults = unnamed | buffer.faults
+        if not known and not buffer.written:
             name, reason = next(iter(faults.items()))
             raise CorpusError(f"one image at least must be usable, but of {len(names)} none is: {name} {reason}")
-        skipped = out / index.SKIPPED
-        faults |= left_out
+        made.finish(corpus.digest)
+        for name, reason in corpus.listing.left_out.items():
+            faults[name.encode(errors="backslashreplace").decode()] = reason
+        skipped = index.reports(out) / SKIPPED
         if faults:
-            index.write_csv(skipped, ("id", "reason"), sorted(faults.items()))
+            write_csv(skipped, ("id", "reason"), sorted(faults.items()))
         else:
             skipped.unlink(missing_ok=True)
         listed = skipped if faults else None
-        total = len(known) + writer.written
-        return EmbedResult(total, len(known), listed, len(faults), writer.seconds, writer.steady)
-
-
-def _list_images(identity: ModelIdentity, source: str) -> tuple[trainable.Images, trainable.Listing]:
-    """List the images of a source; returns them and the list. Raises CorpusError if there are none."""
-    try:
-        images = trainable.find(identity.trainable).images(source, S3Files())
-        listing = images.listing()
-    except ValueError as error:
-        raise CorpusError(str(error)) from error
-    if not listing.names:
-        beside = [f"{name}, which {reason}" for name, reason in listing.left_out.items()]
-        found = f"none were found there, only {beside[0]}" if beside else "none were found there"
-        raise CorpusError(f"{source} must hold images, but {found}; name another folder or prefix")
-    return images, listing
+        return EmbedResult(len(known) + buffer.written, len(known), listed, len(faults), buffer.seconds, buffer.steady)
 
 
 class _Worker:
@@ -120,11 +114,13 @@ class _Worker:
         with ThreadPoolExecutor(READERS) as threads:
             contents = threads.map(self._read, batch["id"].to_pylist())  # goes on while the model computes
             while some := list(islice(contents, BATCH)):
-                answers += [(one.embedding, one.class_name, one.score, one.error) for one in self.embedder(some)]
+                for content, one in zip(some, self.embedder(some), strict=True):
+                    digest = files.digest(content) if isinstance(content, bytes) else None
+                    answers.append((one.embedding, one.class_name, one.score, digest, one.error))
         columns = zip(*answers, strict=True)
-        kinds = (pa.list_(pa.float32(), self.dimension), pa.string(), pa.float32(), pa.string())
+        kinds = (pa.list_(pa.float32(), self.dimension), pa.string(), pa.float32(), pa.string(), pa.string())
         arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-        return pa.table([batch["id"], *arrays], ["id", "embedding", "class", "score", "error"])
+        return pa.table([batch["id"], *arrays], ["id", "embedding", "class", "score", "digest", "error"])
 
     def _read(self, name: str) -> bytes | str:
         """Content of an image, or the reason why it cannot be read."""
@@ -170,11 +166,12 @@ def _share(workers: int) -> dict[str, float]:
     return {"num_cpus": max(1, min(sum(cores) // workers, *cores)), "num_gpus": 1 if cards >= workers else 0}
 
 
-class _Writer:
-    """Collects answers, and writes them to files of the index."""
+class _Buffer:
+    """Collects answers, and adds them to an index in large files."""
 
-    def __init__(self, folder: Path, record: index.IndexRecord) -> None:
-        self.folder, self.schema = folder, index.schema(record)
+    def __init__(self, made: index_writer.IndexWriter, versions: Mapping[str, tuple[int, str]]) -> None:
+        self.made, self.versions = made, versions
+        self.schema = index.schema(made.record)
         self.written, self.steady, self.seconds = 0, 0, 0.0
         self.faults: dict[str, str] = {}
         self._waiting: list[pa.Table] = []
@@ -189,15 +186,22 @@ class _Writer:
             self._first = self._last = now
         faults = table.filter(table["error"].is_valid()).select(["id", "error"]).to_pydict()
         self.faults |= dict(zip(*faults.values(), strict=True))
-        self._waiting.append(table.filter(table["error"].is_null()).select(self.schema.names))
+        self._waiting.append(self._rows(table.filter(table["error"].is_null())))
         if sum(map(len, self._waiting)) >= PART_ROWS or now - self._last >= PART_SECONDS:
             self.flush()
             self._last = now
+
+    def _rows(self, table: pa.Table) -> pa.Table:
+        """Add the size and version that the images had in the listing: a later change is found the next time."""
+        found = [self.versions[name] for name in table["id"].to_pylist()]
+        table = table.append_column("size", pa.array([size for size, _ in found], pa.int64()))
+        table = table.append_column("version", pa.array([version for _, version in found], pa.string()))
+        return table.select(self.schema.names).cast(self.schema)
 
     def flush(self) -> None:
         """Write the collected rows to a file."""
         rows = pa.concat_tables(self._waiting or [self.schema.empty_table()])
         if len(rows):
-            index.write_part(self.folder, rows.combine_chunks().cast(self.schema))
+            self.made.add(rows.combine_chunks())
             self.written += len(rows)
         self._waiting = []

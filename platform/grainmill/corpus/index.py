@@ -1,15 +1,13 @@
 """Index: the embeddings of a corpus in a folder of Parquet files, with a record of the model and the source.
 
-The files `part-000000.parquet` and on have the columns `id`, `embedding` (fixed-size list of float32), `class` and
-`score`. Their metadata contain the record, as does `index.json`. One process at a time writes.
+The files `part-000000.parquet` and on have the columns `id`, `embedding` (fixed-size list of float32), `class`,
+`score`, and of the image file `size`, `version` (time of modification or ETag) and `digest` (SHA-256). Their metadata
+contain the model and the source, as does `.record.json`, which also has the SHA-256 of each file. Readers of Parquet
+datasets skip hidden files, so that they can read the folder; lists and pages are in a folder beside it.
 """
 
-import csv
-import fcntl
-import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,63 +17,82 @@ import pyarrow.parquet as pq
 
 from grainmill.corpus.embedder import ModelIdentity
 from grainmill.corpus.nearest import Block
-from grainmill.errors import BusyError, CorpusError
+from grainmill.errors import CorpusError
 from grainmill.storage import files
 
-RECORD, SKIPPED = "index.json", "skipped.csv"
+RECORD, OLD_RECORD = ".record.json", "index.json"
 KEY = b"grainmill"
-"""Key of the record in a file's metadata."""
-GROUP = 2048
-"""Rows of a row group, the unit of reading."""
+"""Key of model and source in a file's metadata."""
 
 
 class IndexRecord(NamedTuple):
-    """Model and source of an index."""
+    """What an index is of, and the files that belong to it."""
 
     model: ModelIdentity
     source: str
-    """Folder, manifest or S3 prefix of the images."""
+    """Folder, manifest or S3 prefix of the images, as `source.canonical` writes it."""
+    parts: dict[str, str]
+    """SHA-256 of each Parquet file, by name."""
+    listing: str | None
+    """`source.Corpus.digest` when all images had been embedded; None before."""
 
-    def text(self) -> str:
-        """Record as JSON."""
-        return json.dumps({**self.model._asdict(), "source": self.source}, indent=1)
+    @property
+    def identity(self) -> str:
+        """Model and source as JSON, for the metadata of the files."""
+        return json.dumps({**self.model._asdict(), "source": self.source})
+
+    def write(self, folder: Path) -> None:
+        """Write the record atomically, with a digest that shows later changes."""
+        fields = {**json.loads(self.identity), "parts": self.parts, "listing": self.listing}
+        fields["sha256"] = _digest(fields)
+        files.write_text(folder / RECORD, json.dumps(fields, indent=1))
 
     @classmethod
-    def read(cls, text: str | bytes) -> Self:
-        """Parse `text`. Raises ValueError, KeyError or TypeError if it is not a record."""
-        fields = json.loads(text)
-        return cls(ModelIdentity(**{name: fields[name] for name in ModelIdentity._fields}), str(fields["source"]))
+    def read(cls, folder: Path) -> Self:
+        """Read the record of an index. Raises OSError, ValueError, KeyError or TypeError if it is not one."""
+        fields = json.loads((folder / RECORD).read_text())
+        if fields.pop("sha256") != _digest(fields):
+            raise ValueError(f"{RECORD} was changed")
+        model = ModelIdentity(**{name: fields[name] for name in ModelIdentity._fields})
+        return cls(model, fields["source"], fields["parts"], fields["listing"])
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return files.digest(json.dumps(fields, sort_keys=True).encode())
 
 
 class Index:
     """An existing index."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CorpusError if there is no index, or if a file is damaged or of another model."""
+        """Raises CorpusError if there is no index, or if files are missing, altered or of another index."""
         self.folder = folder
+        check_age(folder)
         try:
-            self.record = IndexRecord.read((folder / RECORD).read_text())
+            self.record = IndexRecord.read(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            rule = f"an index must be a folder that `grainmill embed` made, but {folder.absolute()} is none"
-            raise CorpusError(f"{rule} ({error}); name another") from error
+            rule = f"an index must be a folder as `grainmill embed` wrote it, but {folder.absolute()} is none"
+            raise CorpusError(f"{rule} ({error}); name another, or embed again") from error
+        if damaged := [f"{folder / name} {reason}" for name, reason in faults(folder, self.record).items()]:
+            rule = "every file of an index must be as `grainmill embed` wrote it, but "
+            raise CorpusError(f"{rule}{'; '.join(damaged)}; the same `grainmill embed` repairs it")
         self._groups: list[tuple[Path, int, int]] = []  # file, row group, rows
         for path in parts(folder):
-            with _readable(path):
-                found = pq.read_metadata(path)
-                made = IndexRecord.read(found.metadata[KEY])
-            if made != self.record:
-                rule = f"all files of an index must be of one model, but {path} is of {made.model.model}"
-                raise CorpusError(f"{rule} and {RECORD} of {self.record.model.model}; delete the file and embed again")
+            found = pq.read_metadata(path)
             self._groups += [(path, group, found.row_group(group).num_rows) for group in range(found.num_row_groups)]
 
     def __len__(self) -> int:
         return sum(rows for _, _, rows in self._groups)
 
-    def ids(self) -> Iterator[str]:
-        """Names of the images, in the order of the rows."""
+    def column(self, name: str) -> Iterator[Any]:
+        """Values of a column, in the order of the rows."""
         for path in dict.fromkeys(path for path, _, _ in self._groups):
             with _readable(path):
-                yield from pq.read_table(path, columns=["id"])["id"].to_pylist()
+                yield from pq.read_table(path, columns=[name])[name].to_pylist()
+
+    def versions(self) -> dict[str, tuple[int, str]]:
+        """Size and version of each image file when it was embedded, by name."""
+        return dict(zip(self.column("id"), zip(self.column("size"), self.column("version"), strict=True), strict=True))
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """Positions and embeddings of row groups, from the group with row `start` on."""
@@ -93,76 +110,57 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
+def reports(folder: Path) -> Path:
+    """Folder of the lists and pages about an index."""
+    return folder.absolute().with_name(f"{folder.absolute().name}.reports")
+
+
 def schema(record: IndexRecord) -> pa.Schema:
     """Schema of the Parquet files."""
     vector = pa.list_(pa.float32(), record.model.dimension)
     fields = [("id", pa.string()), ("embedding", vector), ("class", pa.string()), ("score", pa.float32())]
-    return pa.schema(fields, metadata={KEY: record.text()})
+    fields += [("size", pa.int64()), ("version", pa.string()), ("digest", pa.string())]
+    return pa.schema(fields, metadata={KEY: record.identity})
 
 
-@contextmanager
-def open_to_write(folder: Path, record: IndexRecord) -> Iterator[Index]:
-    """Open the index of a record, or create it, and lock it against other writers during the block.
+def faults(folder: Path, record: IndexRecord) -> dict[str, str]:
+    """Names of the Parquet files that are not as the record has them, with the reason."""
+    found = {path.name for path in parts(folder)}
+    reasons = {name: _fault(folder / name, record.parts.get(name)) for name in sorted(found | record.parts.keys())}
+    return {name: reason for name, reason in reasons.items() if reason}
 
-    Raises:
-        BusyError: another process writes to the index.
-        CorpusError: the folder holds something else, or cannot be written.
-    """
+
+def _fault(path: Path, digest: str | None) -> str | None:
+    if digest is None:
+        return "is not of this index"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / RECORD).exists() and set(os.listdir(folder)) - {".lock", f"{RECORD}.draft"}:
-            rule = f"an index needs a folder of its own, but {folder.absolute()} holds other files"
-            raise CorpusError(f"{rule}; name another with --out")
-        lock = (folder / ".lock").open("w")
+        if not path.is_file():
+            return "is missing"
+        return None if files.file_digest(path) == digest else "is cut short or altered"
     except OSError as error:
-        rule = f"an index needs a folder to write in, but {folder.absolute()} is none ({error.strerror})"
-        raise CorpusError(f"{rule}; name another with --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            rule = f"one process at a time writes an index, but another writes {folder.absolute()}"
-            raise BusyError(f"{rule}; wait for it, or name another with --out") from None
-        if not (folder / RECORD).exists():
-            files.write_text(folder / RECORD, record.text())
-        index = Index(folder)
-        check_model(index, record.model)
-        if index.record.source != record.source:
-            rule = f"an index is of one source, but {folder.absolute()} is of {index.record.source}"
-            raise CorpusError(f"{rule}, got {record.source}; name another with --out")
-        yield index
+        return f"cannot be read ({error.strerror})"
 
 
-def check_model(index: Index, model: ModelIdentity) -> None:
-    """Raise CorpusError if embeddings of a model cannot be compared with those of an index."""
-    made = index.record.model
+def check_age(folder: Path) -> None:
+    """Raise CorpusError if a folder is an index of an earlier version of Grainmill, without digests."""
+    if (folder / OLD_RECORD).exists() and not (folder / RECORD).exists():
+        rule = f"an index must have sizes and digests of its images, but {folder.absolute()} is of an earlier version"
+        raise CorpusError(f"{rule}; delete it, and embed again")
+
+
+def check_model(folder: Path, made: ModelIdentity, model: ModelIdentity) -> None:
+    """Raise CorpusError if embeddings of a model cannot be compared with those of an index made by another."""
     if (made.digest, made.dimension) != (model.digest, model.dimension):
-        rule = f"an index can only be used with the model that made it, and {index.folder.absolute()} is of "
+        rule = f"an index can only be used with the model that made it, and {folder.absolute()} is of "
         found = f"{made.model} ({made.dimension} dimensions, digest {made.digest[:12]}), got "
         other = f"{model.model} ({model.dimension} dimensions, digest {model.digest[:12]})"
         raise CorpusError(f"{rule}{found}{other}; name {made.model}, or embed the images again with --out ANOTHER")
-
-
-def write_part(folder: Path, table: pa.Table) -> None:
-    """Add a file of rows atomically; the caller has opened the index to write."""
-    last = max((int(path.stem.removeprefix("part-")) for path in parts(folder)), default=-1)
-    with files.atomic(folder / f"part-{last + 1:06d}.parquet") as draft:
-        pq.write_table(table, draft, row_group_size=GROUP, compression="zstd", use_dictionary=["class"])
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file atomically."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    files.write_text(path, text.getvalue())
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        rule = f"every file of an index must be whole, but {path} is not ({error})"
-        raise CorpusError(f"{rule}; delete it, and the same `grainmill embed` makes it again") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        rule = f"every file of an index must stay as it is while it is read, but {path} does not ({error})"
+        raise CorpusError(f"{rule}; try again when nobody writes there") from error

@@ -12,6 +12,8 @@ from grainmill.corpus import duplicate_precision, index, nearest
 from grainmill.corpus.duplicate_precision import NullModel
 from grainmill.corpus.embedder import Embedder
 from grainmill.corpus.index import Index
+from grainmill.corpus.lists import write_csv
+from grainmill.corpus.source import warn_if_older
 from grainmill.corpus.thumbnails import Thumbnail, write_page
 from grainmill.errors import CorpusError
 from grainmill.storage.mirror import S3Files
@@ -57,7 +59,7 @@ def find(
     """Find the nearest images by exact search. See `grainmill.api.find` for arguments and errors."""
     made = _open(folder)
     embedder = Embedder(tracking_uri, model)
-    index.check_model(made, embedder.identity)
+    index.check_model(folder, made.record.model, embedder.identity)
     contents = [_content(Path(query)) for query in queries]
     answers = embedder(contents)
     embeddings = [one.embedding for one in answers if one.embedding is not None]
@@ -113,6 +115,7 @@ def _open(folder: Path) -> Index:
     made = Index(folder)
     if not len(made):
         raise CorpusError(f"an index must hold images, but {folder.absolute()} has none yet; embed some")
+    warn_if_older(made)
     return made
 
 
@@ -133,7 +136,7 @@ def _fit_null_model(made: Index) -> NullModel | None:
 def _names(made: Index, places: NDArray[np.int64]) -> dict[int, str]:
     """Names of the images at some positions."""
     wanted = set(places.ravel().tolist())
-    return {place: name for place, name in enumerate(made.ids()) if place in wanted}
+    return {place: name for place, name in enumerate(made.column("id")) if place in wanted}
 
 
 def _content(path: Path) -> bytes | str:
@@ -169,10 +172,10 @@ def _write(found: DuplicatesResult, made: Index, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     table, page = out / "duplicates.csv", out / "duplicates.html"
     lines = [
-        (*pair, f"{score:.6f}", "" if estimate is None else f"{estimate:.4f}")
+        (*pair, round(score, 6), "" if estimate is None else round(estimate, 4))
         for pair, score, estimate in zip(found.pairs, found.scores, found.precision, strict=True)
     ]
-    index.write_csv(table, ("first", "second", "score", "precision"), lines)
+    write_csv(table, ("first", "second", "score", "precision"), lines)
     shown = [*range(len(found.pairs))]
     summary = f"{len(found.pairs):,} pairs of {made.record.source}, highest score first"
     if len(shown) > SHOWN:

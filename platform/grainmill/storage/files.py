@@ -15,9 +15,9 @@ def atomic(file: Path) -> Iterator[Path]:
     """
     draft = file.with_name(f"{file.name}.draft")
     yield draft
-    _sync(draft)
+    sync(draft)
     draft.rename(file)
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -26,7 +26,8 @@ def write_text(file: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     with suppress(OSError):  # some file systems cannot sync folders
         os.fsync(handle)

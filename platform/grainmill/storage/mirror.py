@@ -61,14 +61,18 @@ class S3Objects:
     source: str
 
     @_source_errors()
-    def names(self) -> list[str]:
-        """List the objects."""
-        return list(self._store.listed())
+    def pins(self) -> dict[str, Pin]:
+        """List the objects with size and ETag, once."""
+        return self._pins
+
+    @cached_property
+    def _pins(self) -> dict[str, Pin]:
+        return {name: (entry.size, entry.etag) for name, entry in self._store.listed().items()}
 
     @_source_errors()
-    def read(self, name: str) -> bytes:
-        """Read an object."""
-        if (found := self._store.get(name)) is None:
+    def read(self, name: str, most: int) -> bytes:
+        """Read an object of at most `most` bytes."""
+        if (found := self._store.get(name, most)) is None:
             raise StorageError(f"{self._store.url}/{name} must stay as it was listed, but is gone; begin anew")
         return found.body
 

@@ -89,14 +89,21 @@ class S3Prefix:
         """Return another folder of the bucket; `folder` is empty or ends in `/`."""
         return S3Prefix(f"{SCHEME}{self.bucket}/{folder}", self._client, self._manager, self.patience, self._rights)
 
-    def get(self, name: str) -> S3Object | None:
-        """Read an object; return None if it does not exist."""
+    def get(self, name: str, most: int | None = None) -> S3Object | None:
+        """Read an object; return None if it does not exist.
+
+        Raises:
+            StorageError: it has more than `most` bytes, of which none are read then, or cannot be read.
+        """
 
         def get() -> S3Object | None:
             try:
                 answer = self._client.get_object(**self._location(name))
             except self._client.exceptions.NoSuchKey:
                 return None
+            if most is not None and answer["ContentLength"] > most:
+                answer["Body"].close()
+                raise StorageError(f"has more than {most:,} bytes, the most that are read")
             sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
             age = (parsedate_to_datetime(sent) - answer["LastModified"]).total_seconds() if sent else 0.0
             return S3Object(answer["Body"].read(), answer["ETag"], age)

@@ -2,16 +2,19 @@
 
 import base64
 import csv
+import functools
 import io
 import os
 import re
+import shutil
 
 import numpy as np
-import pyarrow as pa
 import pytest
+import shade_index
 import shades
 from mlflow_tables import database
 from PIL import Image
+from shade_index import do_without_ray
 
 from grainmill import trainable
 from grainmill.corpus import duplicate_precision, embed, index
@@ -32,15 +35,11 @@ def world(tmp_path_factory):
             pixels = np.asarray(image).astype(int)
         noisy = (pixels + np.random.default_rng(number).integers(-20, 21, pixels.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / "images" / names[74 + number])
-    images = shades.images(str(folder / "images"))
-    with index.open_to_write(
-        folder / "index", index.IndexRecord(embed.Embedder(tracker.uri, models[0]).identity, images.root)
-    ):
-        made = index.Index(folder / "index")
-        worker = embed._Worker(images, tracker.uri, made.record.model)
-        for some in (names[:50], names[50:]):
-            rows = worker(pa.table({"id": some})).drop_columns("error").cast(index.schema(made.record))
-            index.write_part(folder / "index", rows)
+    monkeypatch = pytest.MonkeyPatch()
+    do_without_ray(monkeypatch)
+    monkeypatch.setattr(embed, "BLOCK", 50)
+    embed.embed(tracker.uri, models[0], str(folder / "images"), folder / "index", 1, None, trainable.no_progress)
+    monkeypatch.undo()
     return folder, tracker.uri, models, names
 
 
@@ -65,7 +64,7 @@ def test_the_nearest_images_are_found_and_shown(world):
     (home / "no image.txt").write_text("<b>")
     found = find(world, images / names[3], home / "no image.txt", images / names[60], images / "nowhere.png")
     made = index.Index(home / "index")
-    rows = dict(zip(made.ids(), np.concatenate([rows for _, rows in made.blocks()]), strict=True))
+    rows = dict(zip(made.column("id"), np.concatenate([rows for _, rows in made.blocks()]), strict=True))
     for one, name in ((found[0], names[3]), (found[2], names[60])):
         scores = {other: float(rows[other] @ rows[name]) for other in names}
         expected = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
@@ -85,7 +84,8 @@ def test_a_page_lives_without_the_pictures_and_escapes_names(world, tmp_path):
     query.write_bytes((home / "images" / names[0]).read_bytes())
     (home / "images").rename(home / "away")
     try:
-        (found,) = find(world, query)
+        with pytest.warns(match=r"cannot tell if .*index has the images as they are now: there is no folder"):
+            (found,) = find(world, query)
     finally:
         (home / "away").rename(home / "images")
     assert found.ids[0] == names[0]
@@ -100,14 +100,15 @@ def test_an_index_of_another_model_or_none_is_refused(world, tmp_path):
     query = home / "images" / names[0]
     with pytest.raises(CorpusError, match=rf"is of {models[0]} \(49 dimensions.* got {models[1]} .*; name {models[0]}"):
         find(world, query, model=1)
-    with pytest.raises(CorpusError, match=r"`grainmill embed` made, but .* is none"):
+    with pytest.raises(CorpusError, match=r"as `grainmill embed` wrote it, but .* is none"):
         find(world, query, folder=tmp_path)
-    (tmp_path / "index.json").write_text((home / "index" / "index.json").read_text().replace(": 49", ": 48"))
+    made = index.IndexRecord.read(home / "index")
+    other = made.model._replace(dimension=48)
+    made._replace(model=other, parts={}).write(tmp_path)
     with pytest.raises(CorpusError, match="has none yet"):
         find(world, query, folder=tmp_path)
-    made = index.Index(tmp_path)
     with pytest.raises(CorpusError, match=r"\(48 dimensions.* \(49 dimensions"):
-        index.check_model(made, index.Index(home / "index").record.model)
+        index.check_model(tmp_path, other, made.model)
     with pytest.raises(CorpusError, match=r"a query must be an image, but none is:\n  .*nowhere cannot be read"):
         find(world, home / "nowhere")
 
@@ -169,3 +170,21 @@ def test_a_query_that_is_a_pipe_or_too_large_is_not_read(world):
         "is no regular file",
         "has more than 268,435,456 bytes, the most that are read",
     ]
+
+
+def test_an_index_that_is_older_than_its_images_is_told(shades_registry, tmp_path, monkeypatch):
+    do_without_ray(monkeypatch)
+    names = shades.write_images(tmp_path / "images", 5)
+    (tmp_path / "images" / "bad.png").write_text("<html>")
+    embed_again = functools.partial(shade_index.embed, shades_registry, tmp_path / "images", tmp_path / "index")
+    embed_again()
+    lookup.duplicates(tmp_path / "index", 0.9, 0.9, tmp_path)
+    (tmp_path / "images" / names[0]).unlink()
+    os.utime(tmp_path / "images" / names[1], (1, 1))
+    os.utime(tmp_path / "images" / names[2], (1, 1))
+    for new in ("a.png", "b.png", "c.png"):
+        shutil.copy(tmp_path / "images" / names[1], tmp_path / "images" / new)
+    with pytest.warns(match=r"is older than its images \(1 gone, 2 changed, 4 not in it\); `grainmill embed`"):
+        lookup.duplicates(tmp_path / "index", 0.9, 0.9, tmp_path)
+    embed_again()
+    lookup.duplicates(tmp_path / "index", 0.9, 0.9, tmp_path)

@@ -441,3 +441,13 @@ def test_a_photo_of_a_phone_in_heic_is_upright():
     photo.save(buffer, quality=95, exif=tag.tobytes())
     pixels = by_training(buffer.getvalue())
     assert np.abs(pixels.astype(int) - quarters(SEEN[6], 128, 64)).mean() < 16
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"longer"), os.utime])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, change):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"short")
+    assert decoding.read_file(path) == b"short"
+    monkeypatch.setattr(decoding, "_check_bytes", lambda _: change(path))
+    with pytest.raises(decoding.ImageError, match="changed while it was read"):
+        decoding.read_file(path)

@@ -1,5 +1,6 @@
 """Which images a folder, a manifest or a bucket has, and their contents."""
 
+import hashlib
 import os
 import pickle
 
@@ -99,8 +100,27 @@ def test_a_bucket_has_the_images_below_a_prefix(bucket):
         2,
     )
     assert [images.read(name) for name in images.listing().names] == [b"one", b"two"]
+    one, two = (f'"{hashlib.md5(content).hexdigest()}"' for content in (b"one", b"two"))
+    assert images.versions(["1.png", "b/2.jpg", "gone.png"]) == {"1.png": (3, one), "b/2.jpg": (3, two)}
     with pytest.raises(ValueError, match="must stay as it was listed"):
         images.read("gone.png")
+
+
+def test_a_large_object_is_refused_before_it_is_read(bucket, monkeypatch):
+    bucket.put(**{"set/1.png": b"four", "set/2.png": b"three"})
+    monkeypatch.setattr(image_sources, "MOST_BYTES", 4)
+    monkeypatch.setattr("botocore.response.StreamingBody.read", lambda *_: b"read")
+    images = image_sources.images(f"s3://{bucket.name}/set", S3Files())
+    assert images.read("1.png") == b"read"
+    with pytest.raises(ValueError, match="has more than 4 bytes, the most that are read"):
+        images.read("2.png")
+
+
+def test_a_version_of_a_file_is_its_size_and_time(tmp_path):
+    write(tmp_path, "a.png", "b.png")
+    os.utime(tmp_path / "a.png", ns=(7, 123_456_789))
+    images = image_sources.images(str(tmp_path), LocalFiles())
+    assert images.versions(["a.png", "gone.png", "\0.png"]) == {"a.png": (5, "123456789")}
 
 
 def test_a_bucket_without_permission_is_told(bucket, proxy):

@@ -63,10 +63,15 @@ def fault(error: Exception) -> str:
 
 
 def read_file(file: Path | IO[bytes]) -> bytes:
-    """Read a file whole. Raises ImageError if it is larger than `MOST_BYTES` or no regular file."""
+    """Read a file whole. Raises ImageError if it is larger than `MOST_BYTES`, no regular file, or being written."""
     if isinstance(file, Path):
         with _open_file(file) as opened_file:
-            return opened_file.read()
+            before = os.fstat(opened_file.fileno())
+            content = read_file(opened_file)
+            after = os.fstat(opened_file.fileno())
+        if (before.st_mtime_ns, len(content)) != (after.st_mtime_ns, after.st_size):
+            raise ImageError("changed while it was read")
+        return content
     content = file.read(MOST_BYTES + 1)
     _check_bytes(len(content))
     return content

@@ -4,15 +4,16 @@ This module does not import torch, and it only reads listings: a corpus may be l
 """
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from multigrain.data.decoding import read_file
+from multigrain.data.decoding import MOST_BYTES, read_file
 from multigrain.data.listing import Listing, identity, list_images, list_keys
 from multigrain.data.manifest import ManifestReader
 from multigrain.errors import DataError
-from multigrain.hooks import SCHEME, Files, Objects, data_errors
+from multigrain.hooks import SCHEME, Files, Objects, Pin, data_errors
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,15 @@ class FolderImages:
     def listing(self) -> Listing:
         """List the images in a fixed order, each once. Raises DataError if they cannot be listed."""
         return list_images(self.root)
+
+    def versions(self, names: Sequence[str]) -> dict[str, Pin]:
+        """Return sizes and times of modification in nanoseconds."""
+        found = {}
+        for name in names:
+            with suppress(OSError, ValueError):  # it is lost; a name may hold a null byte
+                state = os.stat(self.root / name)
+                found[name] = state.st_size, str(state.st_mtime_ns)
+        return found
 
     def read(self, name: str) -> bytes:
         """Read an image. Raises ValueError with the reason why it cannot be read."""
@@ -76,11 +86,17 @@ class BucketImages:
     def listing(self) -> Listing:
         """List the images. Raises DataError if they cannot be listed."""
         with data_errors():
-            return list_keys(self.objects.names())
+            return list_keys(self.objects.pins())
+
+    def versions(self, names: Sequence[str]) -> dict[str, Pin]:
+        """Return sizes and ETags."""
+        with data_errors():
+            pins = self.objects.pins()
+        return {name: pins[name] for name in names if name in pins}
 
     def read(self, name: str) -> bytes:
         """Read an image; many threads may. Raises ValueError with the reason why it cannot be read."""
-        return self.objects.read(name)
+        return self.objects.read(name, MOST_BYTES)
 
 
 def images(source: str, files: Files) -> FolderImages | BucketImages:
