@@ -85,7 +85,8 @@ def duplicates(
 ) -> None:
     """List pairs of images of an index that are copies of each other.
 
-    All pairs are compared. The precision is estimated from the index alone. The 6th to 50th nearest neighbours of
+    Equal images, of the same bytes or the same embedding, are listed as groups in equal.csv, and one of each group is
+    compared with all others. The precision is estimated from the index alone. The 6th to 50th nearest neighbours of
     each image are taken for different images. The growth of their number with the distance, scaled to explain the
     nearest neighbour of the median image, gives the expected number of pairs of different images among the listed
     ones; the other pairs count as copies. The estimate is rather too low than too high, but a short series of nearly
@@ -100,13 +101,16 @@ def duplicates(
             (f"{score:.4f}", estimate, *pair)
             for score, estimate, pair in zip(found.scores, estimates, found.pairs, strict=True)
         ]
+        if found.groups:
+            equal = sum(map(len, found.groups))
+            say(f"{len(found.groups):,} groups of equal images, {equal:,} in all; below, one stands for each")
         if rows:
             print_table(("score", "precision", "first", "second"), rows[: max(1, out.height - 12)])
             rule = f"{len(rows):,} pairs score {found.scores[-1]:.4f} or more"
             say(f"{rule}; estimated precision {estimates[-1]}")
         else:
             rule = f"an estimated precision of {precision:.0%}" if threshold is None else f"{threshold:g}"
-            say(f"no pairs reach {rule}")
+            say(f"no pairs of different images reach {rule}")
         if found.more:
             complain("there are more, which score less: raise --threshold to see a list that is whole", "yellow")
         for file in found.files:

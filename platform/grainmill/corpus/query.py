@@ -1,5 +1,6 @@
 """find() and duplicates(): the nearest images of query images, and pairs of copies, in an index."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from grainmill import trainable
 from grainmill.corpus import duplicate_precision, index, nearest
 from grainmill.corpus.duplicate_precision import NullModel
 from grainmill.corpus.embedder import Embedder
+from grainmill.corpus.equal_images import EqualImages
 from grainmill.corpus.index import Index
 from grainmill.corpus.lists import write_csv
 from grainmill.corpus.source import warn_if_older
@@ -38,7 +40,7 @@ class QueryResult(NamedTuple):
 
 
 class DuplicatesResult(NamedTuple):
-    """Pairs of images that may be copies of each other."""
+    """Groups of equal images, and pairs of others that may be copies of each other."""
 
     pairs: list[tuple[str, str]]
     """Names of the images, highest score first."""
@@ -48,9 +50,12 @@ class DuplicatesResult(NamedTuple):
     more: bool
     """True if pairs above the threshold were left out; they have lower scores than those listed."""
     files: list[Path]
+    groups: list[list[str]]
+    """Names of the images of each group of equal ones: same bytes, or same embedding. Pairs have the first of each."""
 
     def __repr__(self) -> str:
-        return f"DuplicatesResult({len(self.pairs)} pairs, precision {self.precision[-1:]}, files {self.files})"
+        counts = f"{len(self.groups)} groups, {len(self.pairs)} pairs"
+        return f"DuplicatesResult({counts}, precision {self.precision[-1:]}, files {self.files})"
 
 
 def find(
@@ -87,26 +92,33 @@ def find(
 def duplicates(folder: Path, precision: float, threshold: float | None, out: Path) -> DuplicatesResult:
     """List pairs of images that may be copies. See `grainmill.api.duplicates` for arguments and errors."""
     made = _open(folder)
-    null_model = _fit_null_model(made)
+    equal = EqualImages(made)
+    null_model = _fit_null_model(equal)
     if threshold is not None:
         floor = threshold
     elif null_model is not None:
         floor = null_model.score_of((1 - precision) * MOST)  # below, only a longer list has that precision
     else:
-        rule = f"an estimate of precision needs more than {duplicate_precision.NEIGHBOURS} images"
-        raise CorpusError(f"{rule}, but {folder.absolute()} has {len(made)}; give a --threshold")
-    found = nearest.pairs(made.blocks, floor, MOST)
+        floor = np.inf
+        rule = f"an estimate of precision needs more than {duplicate_precision.NEIGHBOURS} different images"
+        told = f"{rule}, but {folder.absolute()} has {len(equal.distinct)}; give a --threshold"
+        if len(equal.distinct) == len(made):
+            raise CorpusError(told)
+        warnings.warn(f"only equal images are listed: {told}", stacklevel=2)
+    found = nearest.pairs(equal.blocks, floor, MOST)
     listed, estimate = len(found.score), None
     if null_model is not None:
         estimate = duplicate_precision.precision(found.score, null_model)
         if threshold is None:
             listed = int((estimate >= precision).sum())
-    first, second = found.first[:listed], found.second[:listed]
-    names = _names(made, np.concatenate([first, second]))
+    first, second = equal.distinct[found.first[:listed]], equal.distinct[found.second[:listed]]
+    groups = equal.groups()
+    names = _names(made, np.concatenate([first, second, *groups]))
     pairs = [(names[a], names[b]) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
     estimates = [None] * listed if estimate is None else estimate[:listed].tolist()
     more = found.more and listed == MOST
-    result = DuplicatesResult(pairs, found.score[:listed].tolist(), estimates, more, [])
+    named = [[names[place] for place in group.tolist()] for group in groups]
+    result = DuplicatesResult(pairs, found.score[:listed].tolist(), estimates, more, [], named)
     return result._replace(files=_write(result, made, out))
 
 
@@ -119,18 +131,18 @@ def _open(folder: Path) -> Index:
     return made
 
 
-def _fit_null_model(made: Index) -> NullModel | None:
-    """Fit the null model to a sample of the images; None if the index has too few images."""
-    neighbours = duplicate_precision.NEIGHBOURS
-    if len(made) <= neighbours:
+def _fit_null_model(equal: EqualImages) -> NullModel | None:
+    """Fit the null model to a sample of the different images; None if there are too few."""
+    neighbours, images = duplicate_precision.NEIGHBOURS, len(equal.distinct)
+    if images <= neighbours:
         return None
-    at = duplicate_precision.sample(len(made))
-    parts = made.blocks()
+    at = duplicate_precision.sample(images)
+    parts = equal.blocks()
     some = np.concatenate([rows[at[(at >= start) & (at < start + len(rows))] - start] for start, rows in parts])
-    places, scores = nearest.top_k(some, made.blocks(), neighbours + 1)
+    places, scores = nearest.top_k(some, equal.blocks(), neighbours + 1)
     itself = places == at[:, None]
-    itself[~itself.any(axis=1), -1] = True  # many equal images pushed the image itself out of its list
-    return duplicate_precision.fit_null_model(scores[~itself].reshape(len(at), neighbours), len(made))
+    itself[~itself.any(axis=1), -1] = True  # many nearly equal images pushed the image itself out of its list
+    return duplicate_precision.fit_null_model(scores[~itself].reshape(len(at), neighbours), images)
 
 
 def _names(made: Index, places: NDArray[np.int64]) -> dict[int, str]:
@@ -170,7 +182,7 @@ def _reader(made: Index) -> Callable[[str], bytes | None]:
 def _write(found: DuplicatesResult, made: Index, out: Path) -> list[Path]:
     """Write the table and the page."""
     out.mkdir(parents=True, exist_ok=True)
-    table, page = out / "duplicates.csv", out / "duplicates.html"
+    table, equal, page = out / "duplicates.csv", out / "equal.csv", out / "duplicates.html"
     lines = [
         (*pair, round(score, 6), "" if estimate is None else round(estimate, 4))
         for pair, score, estimate in zip(found.pairs, found.scores, found.precision, strict=True)
@@ -178,14 +190,18 @@ def _write(found: DuplicatesResult, made: Index, out: Path) -> list[Path]:
     write_csv(table, ("first", "second", "score", "precision"), lines)
     shown = [*range(len(found.pairs))]
     summary = f"{len(found.pairs):,} pairs of {made.record.source}, highest score first"
+    if found.groups:
+        summary += f"; {len(found.groups):,} groups of equal images are in {equal.name}"
     if len(shown) > SHOWN:
         shown = shown[: SHOWN // 2] + shown[-SHOWN // 2 :]
         summary += f"; shown are the first and the last {SHOWN // 2}"
     read = _reader(made)
+    grouped = [(number, name) for number, group in enumerate(found.groups, 1) for name in group]
+    write_csv(equal, ("group", "image"), grouped)
     rows = []
     for number in shown:
         (first, second), estimate = found.pairs[number], found.precision[number]
         note = f"{found.scores[number]:.4f}" + ("" if estimate is None else f", precision {estimate:.1%} down to here")
         rows.append([Thumbnail(read(first), first, f"pair {number + 1:,}"), Thumbnail(read(second), second, note)])
     write_page(page, "Copies", summary, rows)
-    return [table, page]
+    return [table, equal, page]

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ import shade_index
 import shades
 from mlflow_tables import database
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from shade_index import do_without_ray
 
 from grainmill import trainable
 from grainmill.corpus import duplicate_precision, embed, index
 from grainmill.corpus import query as lookup
+from grainmill.corpus.equal_images import EqualImages
 from grainmill.errors import CorpusError
 from grainmill.tracking.mlflow_runs import Tracker
 
@@ -125,7 +128,7 @@ def test_copies_are_listed_with_a_precision_and_shown(world, tmp_path):
     assert [float(row["score"]) for row in rows] == pytest.approx(found.scores, abs=1e-6)
     assert [float(row["precision"]) for row in rows] == pytest.approx(found.precision, abs=1e-4)
     assert len(pictures(tmp_path / "duplicates.html")[1]) == 12
-    assert found.files == [tmp_path / "duplicates.csv", tmp_path / "duplicates.html"]
+    assert found.files == [tmp_path / name for name in ("duplicates.csv", "equal.csv", "duplicates.html")]
 
 
 def test_a_threshold_lists_all_that_reach_it(world, tmp_path):
@@ -148,7 +151,9 @@ def test_too_many_pairs_are_cut_and_that_is_told(world, tmp_path, monkeypatch):
 
 def test_a_small_corpus_has_no_estimate(world, tmp_path, monkeypatch):
     monkeypatch.setattr(duplicate_precision, "NEIGHBOURS", 80)
-    with pytest.raises(CorpusError, match=r"needs more than 80 images, but .*index has 80; give a --threshold"):
+    with pytest.raises(
+        CorpusError, match=r"needs more than 80 different images, but .*index has 80; give a --threshold"
+    ):
         lookup.duplicates(world[0] / "index", 0.9, None, tmp_path)
     found = lookup.duplicates(world[0] / "index", 0.9, 0.9, tmp_path)
     assert found.precision == [None] * len(found.pairs)
@@ -188,3 +193,48 @@ def test_an_index_that_is_older_than_its_images_is_told(shades_registry, tmp_pat
         lookup.duplicates(tmp_path / "index", 0.9, 0.9, tmp_path)
     embed_again()
     lookup.duplicates(tmp_path / "index", 0.9, 0.9, tmp_path)
+
+
+@pytest.mark.parametrize("same", ["bytes", "embedding"])
+def test_equal_images_are_groups_and_hide_no_copies(world, tmp_path, monkeypatch, same):
+    home, uri, models, names = world
+    do_without_ray(monkeypatch)
+    monkeypatch.setattr(embed, "BLOCK", 30)
+    shutil.copytree(home / "images", tmp_path / "images")
+    placeholder = Image.new("RGB", (8, 8), "gray")
+    for number in range(8):
+        text = PngInfo()
+        text.add_text("Comment", str(number) if same == "embedding" else "")
+        placeholder.save(tmp_path / "images" / f"{number}-placeholder.png", pnginfo=text)
+    shutil.copy(tmp_path / "images" / names[20], tmp_path / "images" / "zzz.png")
+    embed.embed(uri, models[0], str(tmp_path / "images"), tmp_path / "index", 1, None, trainable.no_progress)
+    found = lookup.duplicates(tmp_path / "index", 0.9, None, tmp_path)
+    assert found.groups == [[f"{number}-placeholder.png" for number in range(8)], [names[20], "zzz.png"]]
+    assert set(found.pairs) == {(names[number], names[74 + number]) for number in range(6)}
+    with (tmp_path / "equal.csv").open() as file:
+        assert [row["group"] for row in csv.DictReader(file)] == ["1"] * 8 + ["2"] * 2
+
+
+def test_ten_thousand_equal_images_are_one_group(world, tmp_path, monkeypatch):
+    made = index.Index(world[0] / "index")
+    rows = np.repeat(next(iter(made.blocks()))[1][:1], 10_000, axis=0)
+    monkeypatch.setattr(index.Index, "__len__", lambda _: 10_000)
+    monkeypatch.setattr(index.Index, "column", lambda *_: map(str, range(10_000)))
+    monkeypatch.setattr(index.Index, "blocks", lambda *_: iter([(0, rows)]))
+    monkeypatch.setattr(lookup, "warn_if_older", lambda _: None)
+    with pytest.warns(match=r"only equal images are listed: .* more than 50 different images, but .* has 1; give"):
+        found = lookup.duplicates(made.folder, 0.9, None, tmp_path)
+    assert (found.pairs, [len(group) for group in found.groups]) == ([], [10_000])
+
+
+def test_groups_are_joined_by_bytes_and_by_embeddings():
+    rows = np.eye(5, dtype="f4")[[0, 1, 0, 2, 1, 3, 3]]
+    digests = ["a", "b", "c", "d", "c", "e", "f"]  # 0-2 by embedding, 2-4 by bytes, 1-4 by embedding, 5-6 too
+    made = SimpleNamespace(
+        column=lambda _: iter(digests),
+        blocks=lambda start=0: [b for b in ((0, rows[:3]), (3, rows[3:])) if b[0] + len(b[1]) > start],
+    )
+    equal = EqualImages(made)
+    assert [group.tolist() for group in equal.groups()] == [[0, 1, 2, 4], [5, 6]]
+    assert equal.distinct.tolist() == [0, 3, 5]
+    assert [(start, block.tolist()) for start, block in equal.blocks(1)] == [(1, rows[[3, 5]].tolist())]
