@@ -114,7 +114,10 @@ def evaluate(
     if isinstance(settings, Mapping):
         overrides: Overrides = {**benchmarks, **settings}
     else:
-        overrides = [*(f"{key}={json.dumps(place)}" for key, place in benchmarks.items()), *settings]
+        overrides = [
+            *(f"{key}={json.dumps(place, ensure_ascii=False)}" for key, place in benchmarks.items()),
+            *settings,
+        ]
     return workflow.evaluate(_name(model), overrides, trainable, Path(out), uri, workers, address)
 
 

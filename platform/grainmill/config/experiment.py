@@ -224,13 +224,14 @@ def load(
     document = Document(file)
     if not document.tree:
         document.stop_if_wrong()
-    document.apply(overrides)
+    document.apply(_part(overrides, of_trainable=True), Experiment.model_json_schema())
     try:
         trainable = catalog.find(str(document.tree.get("trainable", "multigrain")))
     except LookupError as error:
         document.add(("trainable",), str(error))
         document.stop_if_wrong()
     model = experiment_model(trainable)
+    document.apply(_part(overrides, of_trainable=False), model.model_json_schema())
     try:
         experiment = model.model_validate(document.tree)
         parts = dict(experiment)
@@ -244,6 +245,13 @@ def load(
         experiment._files = files
         experiment._findings = trainable.findings(experiment.data, experiment.base, progress, files)
     return experiment
+
+
+def _part(overrides: Overrides, of_trainable: bool) -> Overrides:
+    """The overrides of the trainable, on which the types of all others depend, or those others."""
+    if isinstance(overrides, Mapping):
+        return {path: value for path, value in overrides.items() if (path == "trainable") is of_trainable}
+    return [text for text in overrides if text.startswith("trainable=") is of_trainable]
 
 
 def _valid_parts(model: type[Experiment], document: Document, error: ValidationError) -> dict[str, Any]:

@@ -27,6 +27,7 @@ Problems = Iterator[tuple[Location, str]]
 _RULES = {
     "dict_type": "must hold keys and values",
     "model_type": "must hold keys and values",
+    "string_type": "must be text",
     "string_pattern_mismatch": "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
     "too_long": "must have at most {max_length} items",
     "too_short": "must have at least {min_length} items",
@@ -55,7 +56,7 @@ def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str
     """
     document = Document(None)
     document.tree = dict(tree or {})
-    document.apply(overrides)
+    document.apply(overrides, model.model_json_schema())
     document.stop_if_wrong()
     try:
         return model.model_validate(document.tree)
@@ -84,6 +85,8 @@ def _message(model: type[BaseModel], details: ErrorDetails) -> str:
     rule = _RULES.get(details["type"], "").format(**details.get("ctx", {}))
     rule = rule or details["msg"].replace("Input should be", "must be", 1)
     remedy = _hint(str(details["input"]), rule.split("'")) if details["type"] == "literal_error" else ""
+    if details["type"] == "string_type" and isinstance(details["input"], bool | int | float):
+        remedy = "put it in quotes"
     if not remedy and (field := fields.get(str(key))) is not None and not field.is_required():
         default = field.get_default(call_default_factory=True)
         if isinstance(default, bool | int | float | str):

@@ -1,17 +1,19 @@
 import io
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import pytest
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from s3_servers import SECRET
 from typer.testing import CliRunner
 
 from grainmill import trainable
 from grainmill.cli.app import app
 from grainmill.config.experiment import json_schema, load
+from grainmill.config.section import Section
+from grainmill.config.validation import checked_settings
 from grainmill.config.yaml_document import to_yaml
 from grainmill.errors import ExperimentError
 
@@ -123,7 +125,7 @@ BAD = {
     "list for a section": Bad(more("space: [1]"), 4, "space", ["must", "[1]"]),
     "section left empty": Bad(more("search:"), 4, "search", ["must", "None"]),
     "number for a parameter": Bad(space("loss.weight: 3"), 5, "space.loss.weight", ["must", "3"]),
-    "date for a number": Bad(more("base: {seed: 2026-10-10}"), 4, "base.seed", ["integer", "2026"]),
+    "date for a number": Bad(more("base: {seed: 2026-10-10}"), 4, "base.seed", ["2026-10-10", "date", "quotes"]),
     "one bound": Bad(space("loss.weight: {uniform: [0.2]}"), 5, ANY, ["uniform"]),
     "three bounds": Bad(space("loss.weight: {uniform: [0.2, 0.5, 0.8]}"), 5, ANY, ["uniform", "2", "[0.2, 0.5, 0.8]"]),
     # Values
@@ -155,7 +157,16 @@ BAD = {
     "name with markup": Bad(head(name="<script>"), 1, "name", ["'<script>'"]),
     "name with a line break": Bad(head(name='"small\\n"'), 1, "name", ["'small\\n'"]),
     "hidden name": Bad(head(name=".small"), 1, "name", ["'.small'"]),
-    "number for a name": Bad(head(name="3"), 1, "name", ["must be", "string", "got 3"]),
+    "number for a name": Bad(head(name="3"), 1, "name", ["must be text", "got 3", "quotes"]),
+    "truth for a name": Bad(head(name="true"), 1, "name", ["must be text", "got True", "quotes"]),
+    "date for a name": Bad(head(name="2024-01-15"), 1, "name", ["2024-01-15", "date", "quotes"]),
+    "time for a name": Bad(head(name="1:30"), 1, "name", ["1:30", "base 60", "quotes"]),
+    "no for a name": Bad(head(name="no"), 1, "name", ["no can be", "quotes"]),
+    "octal number": Bad(more("base: {epochs: 010}"), 4, "base.epochs", ["010", "base 8", "decimal"]),
+    "negative octal number": Bad(more("base: {epochs: -0_7}"), 4, "base.epochs", ["-0_7", "base 8"]),
+    "number of base 60": Bad(more("base: {optimizer: {rate: 1:30.5}}"), 4, "base.optimizer.rate", ["base 60"]),
+    "on for text": Bad(more("tracking: {uri: on}"), 4, "tracking.uri", ["on can be", "quotes"]),
+    "octal number in an override": Bad(HEAD, None, ANY, ["--set", "010", "base 8"], ("--set", "base.epochs=010")),
     "model name with a slash": Bad(more("tracking: {model: a/b}"), 4, "tracking.model", ["'a/b'"]),
     # YAML
     "key twice": Bad(more("name: other"), 4, "name", ["once", "line 1", "remove one"]),
@@ -803,6 +814,51 @@ def test_a_trial_has_the_base_settings_with_its_own_put_in():
 )
 def test_an_override_is_as_if_the_file_said_so(read, overrides, text):
     assert read(HEAD, *overrides).model_dump() == read(text).model_dump()
+
+
+TYPED = ["images #2", "2024", "010", "no", "a: b", "@home", "[new] set", "{x", "1e3", "2024-01-15", " x ", "*a", "'"]
+TYPED += ["it's", "~", "#", "a\nb", "true", "!x", "'a' and 'b'"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+@pytest.mark.parametrize(
+    ("key", "reached"),
+    [
+        ("data.folder", lambda read: read.data.folder),  # text or null, of the trainable
+        ("tracking.uri", lambda read: read.tracking.uri),
+        ("search.stratify", lambda read: read.search.stratify),
+    ],
+)
+def test_a_setting_that_is_text_is_taken_as_typed(key, reached, text, read, monkeypatch):
+    monkeypatch.setattr("grainmill.config.validation.between_sections", lambda *_: ())
+    content = HEAD.replace("builtin: shapes", "") if key == "data.folder" else HEAD
+    assert reached(read(content, f"{key}={text}")) == text
+
+
+def test_quotes_around_the_whole_and_null_are_yaml_where_text_is_meant(read, monkeypatch):
+    monkeypatch.setattr("grainmill.config.validation.between_sections", lambda *_: ())
+    overrides = ["storage='it''s'", 'tracking.study="null"', "tracking.uri=null", "name='2024'", "search.stratify="]
+    found = read(HEAD, *overrides)
+    assert (found.storage, found.tracking.study, found.tracking.uri, found.name) == ("it's", "null", None, "2024")
+    assert found.search.stratify == ""
+
+
+def test_text_inside_lists_and_sections_is_taken_as_typed_too():
+    class Inner(Section):
+        paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
+        places: dict[str, str] = Field({})
+        sizes: Annotated[tuple[int, ...], Field(strict=False)] = ()
+        p: float | str = 3.0
+
+    class Outer(Section):
+        inner: Inner | None = None
+
+    overrides = ["inner={paths: [2024, no, 010], places: {no: 1:30}, sizes: [7, 8], p: 2}"]
+    assert checked_settings(Outer, overrides).inner == Inner(
+        paths=("2024", "no", "010"), places={"no": "1:30"}, sizes=(7, 8), p=2.0
+    )
+    # A union of text and a number is read as YAML.
+    assert [checked_settings(Inner, [f"p={text}"]).p for text in ("2", "published")] == [2.0, "published"]
 
 
 @pytest.mark.parametrize(

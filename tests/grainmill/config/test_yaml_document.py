@@ -89,10 +89,21 @@ def test_lines_are_counted_whatever_ends_them(read, newline):
 )
 def test_a_plain_value_is_read_as_people_mean_it(read, text, value):
     document = read(f"key: {text}\n")
-    document.override(f"other.key={text}")
+    document.override(f"other.key={text}", {})
     for found in (document.tree["key"], document.tree["other"]["key"]):
         assert found == value
         assert type(found) is type(value)
+
+
+def test_every_word_that_yaml_reads_otherwise_than_people_is_told_at_its_line(read):
+    document = read("a: [0.1, yes]\nb:\n  no: 08\n  d: OFF\n  e: '010'\nf: 2024-01-15 10:00:00\ng: 0\nh: -1:30\n")
+    assert [(problem.line, problem.key) for problem in document.problems] == [
+        (1, "a.1"),
+        (4, "b.d"),
+        (6, "f"),
+        (8, "h"),
+    ]
+    assert document.tree["b"] == {"no": "08", "d": "OFF", "e": "010"}
 
 
 PLAIN = st.recursive(
@@ -170,22 +181,22 @@ def test_a_mark_of_utf_8_at_the_start_is_no_part_of_the_first_key(read):
 )
 def test_an_override_changes_its_key_and_no_other(read, override, tree):
     document = read("name: small\nbase:\n  epochs: 3\n  loss: {weight: 0.5}\n")
-    document.override(override)
+    document.override(override, {})
     assert document.problems == []
     assert document.tree == tree
 
 
 def test_the_last_of_two_overrides_counts(read):
     document = read("name: small\n")
-    document.override("name=first")
-    document.override("name=second")
+    document.override("name=first", {})
+    document.override("name=second", {})
     assert document.tree == {"name": "second"}
 
 
 def test_an_overridden_key_has_no_line_and_neither_has_anything_in_it(read):
     document = read("name: small\nbase:\n  epochs: 3\n  loss:\n    weight: 0.5\n  seed: 1\n")
-    document.override("base.loss={weight: 7}")
-    document.override("base.image_size=7")
+    document.override("base.loss={weight: 7}", {})
+    document.override("base.image_size=7", {})
     for place in [("base", "loss", "weight"), ("base", "image_size"), ("base", "seed"), ("base", "epochs", "x")]:
         document.add(place, "wrong")
     assert [(problem.line, problem.key) for problem in document.problems] == [
@@ -214,7 +225,7 @@ def test_an_overridden_key_has_no_line_and_neither_has_anything_in_it(read):
 )
 def test_an_override_that_makes_no_sense_is_a_problem_and_changes_nothing(read, override, says):
     document = read("name: small\n")
-    document.override(override)
+    document.override(override, {})
     (problem,) = document.problems
     assert problem.line is None
     assert [part for part in ["--set", *says] if part not in str(problem)] == []
