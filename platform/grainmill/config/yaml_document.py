@@ -45,6 +45,7 @@ def read_plain(file: Path) -> Any:
 
 
 _QUOTED = re.compile(r'"([^"\\]|\\.)*"|\'([^\']|\'\')*\'', re.DOTALL)
+_TEXT = "tag:yaml.org,2002:str"
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
 
@@ -209,8 +210,8 @@ def _plain(
         return [_plain(loader, item, (*location, index), lines, problems, is_text) for index, item in items]
     if not isinstance(node, yaml.MappingNode):
         text = is_text(location)
-        if not text and (message := _ambiguity(node)):
-            problems.append(Problem(node.start_mark.line + 1, dotted(location), message))
+        if not text and (ambiguity := _ambiguity(node)):
+            problems.append(Problem(node.start_mark.line + 1, dotted(location), ambiguity))
             return node.value
         return _scalar(loader, node, text)
     tree: dict[str, Any] = {}
@@ -229,6 +230,8 @@ def _plain(
 
 
 def _scalar(loader: _Loader, node: yaml.Node, text: bool) -> Any:
+    # A tag of one's own is not text.
+    text = text and node.tag in (_TEXT, loader.resolve(yaml.ScalarNode, node.value, (True, False)))  # type: ignore[no-untyped-call]
     try:
         value = str(node.value) if text else loader.construct_object(node)
         str(value).encode()  # half characters cannot be printed, nor be part of a path
@@ -238,7 +241,7 @@ def _scalar(loader: _Loader, node: yaml.Node, text: bool) -> Any:
     return value
 
 
-def _ambiguity(node: yaml.Node) -> str | None:
+def _ambiguity(node: Any) -> str | None:
     """Say what is wrong with a word that YAML takes for something else than people who read it."""
     kind = node.tag.rpartition(":")[2]
     if node.style is not None:  # quoted

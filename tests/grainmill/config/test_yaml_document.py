@@ -106,6 +106,12 @@ def test_every_word_that_yaml_reads_otherwise_than_people_is_told_at_its_line(re
     assert document.tree["b"] == {"no": "08", "d": "OFF", "e": "010"}
 
 
+@pytest.mark.parametrize("text", ["!!python/name:os.system x: 1", "!mine x: 1"])
+def test_a_key_with_a_tag_is_refused(read, text):
+    (problem,) = read(text + "\n").problems
+    assert "could not determine a constructor" in problem.message
+
+
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("a1e: #-[{'\"\n", max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab.", min_size=1), inner, max_size=3),
