@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from grainmill.search.records import TrialRecord
 
 Item = TypeVar("Item")
-out = Console(markup=False)  # texts hold names of files, such as [v2].jpg
-err = Console(stderr=True, markup=False)
+out = Console(markup=False, emoji=False)  # texts hold names of files, such as [v2].jpg and :cat:.jpg
+err = Console(stderr=True, markup=False, emoji=False)
 
 
 def printable(text: str) -> str:
@@ -26,6 +27,11 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def cell(text: str) -> str:
+    """Return a text as one line for a table."""
+    return printable(text).replace("\n", "\\n")
 
 
 def setting_text(setting: Any) -> str:
@@ -39,7 +45,7 @@ def bar(quiet: bool) -> catalog.Progress:
 
 
 def _bar(items: Iterable[Item], title: str, length: int) -> Iterable[Item]:
-    return track(items, title, length, console=err, transient=True, disable=not _animated(err))
+    return track(items, escape(printable(title)), length, console=err, transient=True, disable=not _animated(err))
 
 
 def note(quiet: bool) -> Callable[[str], None]:
@@ -87,5 +93,5 @@ class RunDisplay:
     def _table(self) -> Table:
         table = Table("trial", "state", "epoch", self.metric, "setting")
         for row in list(self.rows.values())[-max(1, out.height - 8) :]:  # the newest that fit on the screen
-            table.add_row(*map(printable, row))
+            table.add_row(*map(cell, row))
         return table

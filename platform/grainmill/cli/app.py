@@ -1,6 +1,7 @@
 """The command `grainmill`."""
 
 import json
+import shlex
 import sys
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -150,9 +151,9 @@ def evaluate(
         if done.version:
             uri = hidden(environment.tracking_uri())
             say(f"model     {done.version.uri}, serves {result.served}")
-            say(f'load      mlflow.set_tracking_uri("{uri}"); mlflow.pyfunc.load_model("{done.version.uri}")')
+            say(f"load      mlflow.set_tracking_uri({uri!r}); mlflow.pyfunc.load_model({done.version.uri!r})")
         elif result.model:
-            say(f"model     {result.model.absolute()}")
+            say(f"model     {shlex.quote(str(result.model.absolute()))}")
 
 
 def _benchmark(text: str) -> tuple[str, str]:
@@ -170,7 +171,7 @@ def _show_evaluation(result: catalog.EvaluationResult) -> None:
     for note in result.notes:
         say(note, "yellow")
     for file in result.files:
-        say(str(file.absolute()))
+        say(shlex.quote(str(file.absolute())))
 
 
 @app.command()
@@ -204,10 +205,10 @@ def _summarise(outcome: "Outcome") -> None:
     say(f"model     {uri}, alias {CHAMPION if outcome.champion else CHALLENGER}")
     if not outcome.champion:
         say(f"promote   grainmill evaluate {uri} --on BENCHMARK=PATH; grainmill promote {uri}")
-    say(f"report    {outcome.report}")
+    say(f"report    {shlex.quote(str(outcome.report))}")
     where = hidden(outcome.tracking_uri)
     if not where.startswith("http"):
-        where = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {where}"
+        where = shlex.join([str(Path(sys.executable).with_name("mlflow")), "ui", "--backend-store-uri", where])
     say(f"MLflow    {where}")
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.table import Column, Table
 
 from grainmill.errors import ExperimentError, GrainmillError, NameTakenError
-from grainmill.progress import err, out, printable
+from grainmill.progress import cell, err, out, printable
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -50,7 +50,7 @@ def print_table(
     """Print a table, with a line below the row number `section`."""
     table = Table(*header, title=title)
     for number, row in enumerate(rows):
-        table.add_row(*map(printable, row), end_section=number == section)
+        table.add_row(*map(cell, row), end_section=number == section)
     out.print(table)
 
 
@@ -70,6 +70,5 @@ def clear_errors() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(
-        f"warning: {printable(str(message))}", file=sys.stderr
-    )  # above the progress table, where one is on the screen
+    # Above the progress table, where one is on the screen.
+    print(f"warning: {printable(str(message))}", file=sys.stderr)

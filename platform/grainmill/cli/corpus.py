@@ -1,5 +1,6 @@
 """Commands that use a model: `grainmill embed`, `find` and `duplicates`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def find(
             for number, (score, name) in enumerate(zip(one.scores, one.ids, strict=True))
         ]
         print_table(("query", "score", "image"), rows)
-        say(str(page.absolute()))
+        say(shlex.quote(str(page.absolute())))
         for one in results:
             if one.error:
                 complain(f"{one.query} is no image: {one.error}")
@@ -114,4 +115,4 @@ def duplicates(
         if found.more:
             complain("there are more, which score less: raise --threshold to see a list that is whole", "yellow")
         for file in found.files:
-            say(str(file.absolute()))
+            say(shlex.quote(str(file.absolute())))

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -127,10 +128,10 @@ def job_status(client: JobSubmissionClient, job: str) -> JobStatus:
 
 def job_commands(address: str, job: str) -> str:
     """List the commands that follow a job, show its state and stop it, one a line."""
-    ray = Path(sys.executable).with_name("ray")
+    ray = str(Path(sys.executable).with_name("ray"))
     return "\n".join(
-        f"{what:9} {ray} job {verb} --address {address} {job}"
-        for what, verb in (("follow", "logs --follow"), ("state", "status"), ("stop", "stop"))
+        f"{what:9} {shlex.join([ray, 'job', *verb, '--address', address, job])}"
+        for what, *verb in (("follow", "logs", "--follow"), ("state", "status"), ("stop", "stop"))
     )
 
 

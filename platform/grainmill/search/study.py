@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import chain
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import optuna
@@ -61,10 +60,9 @@ def _patient(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
 def _prepare_file(url: str) -> None:
     """Make the database if it is a SQLite file that does not exist; raise StorageError if it cannot be used."""
-    database = make_url(url)
-    if database.get_backend_name() != "sqlite":
+    file = sqlite.file_of(url)
+    if file is None:
         return
-    file = Path(database.database or "")
     if problem := sqlite.problem(file):
         raise StorageError(f"a study needs a SQLite file to read and write, but {problem}")
     sqlite.make(file, lambda draft: optuna.storages.RDBStorage(draft).engine.dispose())

@@ -23,6 +23,25 @@ _REASONS = {
 """SQLite's name of an error -> what is wrong with the file, and the remedy."""
 
 
+def url_of(file: Path) -> str:
+    """URL of a SQLite file, quoted where SQLAlchemy would read the plain path as another."""
+    from sqlalchemy import URL, make_url
+
+    path = str(file.absolute())
+    plain = SQLITE + path
+    return plain if make_url(plain).database == path else URL.create("sqlite", database=path).render_as_string()
+
+
+def file_of(url: str) -> Path | None:
+    """The file of a URL; None if the database is another or in memory. The inverse of `url_of`."""
+    from sqlalchemy import make_url
+
+    if not url.startswith("sqlite"):
+        return None
+    database = make_url(url).database
+    return Path(database) if database and database != ":memory:" else None
+
+
 def problem(file: Path) -> str | None:
     """Return why a SQLite file cannot be read and written, and the remedy; None if it can, or does not exist."""
     reason = _reason(file) if os.path.lexists(file) else None
@@ -61,7 +80,7 @@ def make(file: Path, make_tables: Callable[[str], None]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f"{file.name}.{uuid4()}.draft")
     try:
-        make_tables(SQLITE + str(draft))
+        make_tables(url_of(draft))
         with suppress(FileExistsError):  # another process was faster
             os.link(draft, file)
     finally:

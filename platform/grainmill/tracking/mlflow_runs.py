@@ -18,7 +18,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from grainmill.errors import TrackingError, hidden
 from grainmill.storage import sqlite, workspace
 from grainmill.storage.provenance import environment
-from grainmill.storage.sqlite import SQLITE
 
 PARENT = "mlflow.parentRunId"
 """Tag of a child run: the id of its parent."""
@@ -29,7 +28,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED"]
 
 def local_uri(storage: Path) -> str:
     """Address of the SQLite database in a storage folder."""
-    return f"{SQLITE}{storage.absolute() / 'mlflow.db'}"
+    return sqlite.url_of(storage / "mlflow.db")
 
 
 def _make_tables(url: str) -> None:
@@ -50,8 +49,8 @@ class Tracker:
         local = not uri.startswith("http")
         check_reachable(uri)
         with translate_errors(uri):
-            if uri.startswith(SQLITE):
-                sqlite.make(Path(uri.removeprefix(SQLITE)), _make_tables)
+            if file := sqlite.file_of(uri):
+                sqlite.make(file, _make_tables)
             self.client = MlflowClient(uri)
             if found := self.client.get_experiment_by_name(experiment):
                 self.experiment_id: str = found.experiment_id
@@ -151,8 +150,7 @@ def translate_errors(uri: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:
             rule = f"MLflow's artifacts must be writable, but: {error.strerror}: {error.filename}"
             raise TrackingError(f"{rule}; mend that, and the same command carries on") from error
-        if uri.startswith(SQLITE):
-            _check_file(uri)  # says more
+        _check_file(uri)  # says more
         raise TrackingError(
             f"MLflow must answer at {hidden(uri)}, but said: {hidden(str(error).partition('[SQL:')[0].strip())}; "
             "start the server, or set tracking.uri or MLFLOW_TRACKING_URI"
@@ -167,12 +165,13 @@ def check_reachable(uri: str) -> None:
     if uri.startswith("http"):
         with translate_errors(uri):
             http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=REACH_SECONDS)
-    elif uri.startswith(SQLITE):
+    else:
         _check_file(uri)
 
 
 def _check_file(uri: str) -> None:
-    if problem := sqlite.problem(Path(uri.removeprefix(SQLITE))):
+    file = sqlite.file_of(uri)
+    if file and (problem := sqlite.problem(file)):
         raise TrackingError(f"MLflow needs a SQLite file to read and write, but {problem}")
 
 

@@ -22,6 +22,7 @@ from grainmill.config.space import Scalar
 from grainmill.errors import StorageError
 from grainmill.search.asha import ASHA
 from grainmill.search.records import TrialRecord
+from grainmill.storage import sqlite
 
 STUDY = "trial"
 """Name of the study of a search in the database of its run."""
@@ -324,7 +325,7 @@ def epoch_seconds(folder: Path) -> float:
             "grainmill-runs/demo/run-1, or give --epoch-seconds"
         )
     try:
-        study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(f"sqlite:///{file.absolute()}"))
+        study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(sqlite.url_of(file)))
         histories = [trial.user_attrs.get("history", ()) for trial in study.get_trials(deepcopy=False)]
     except (KeyError, RuntimeError, StorageInternalError, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]

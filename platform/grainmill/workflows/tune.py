@@ -28,7 +28,7 @@ from grainmill.search.asha import expected_epochs
 from grainmill.search.records import TrialRecord
 from grainmill.search.selection import Candidate
 from grainmill.search.study import Study
-from grainmill.storage import workspace
+from grainmill.storage import sqlite, workspace
 from grainmill.storage.mirror import S3Files
 from grainmill.storage.provenance import environment
 from grainmill.tracking.mlflow_runs import PARENT, Tracker, check_reachable, translate_errors
@@ -293,7 +293,7 @@ def _prepared(trainable: catalog.Trainable, experiment: Experiment, progress: ca
 def _database(experiment: Experiment, folder: Path, place: str) -> tuple[str, str]:
     """URL of the database of a run, and prefix of the names of its studies."""
     if experiment.tracking.study is None:
-        return f"sqlite:///{folder.absolute() / 'study.db'}", ""
+        return sqlite.url_of(folder / "study.db"), ""
     return experiment.tracking.study, "/".join([*Path(place).absolute().parts[-2:], ""])
 
 

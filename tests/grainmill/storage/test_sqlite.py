@@ -1,8 +1,10 @@
 import os
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from grainmill.storage import sqlite
 
@@ -23,6 +25,30 @@ def test_whole_file_and_one_that_is_not_there_are_right(file):
     assert sqlite.problem(file.with_name("none.db")) is None
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == ["x.db"]
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "50%20 off", "what?", "me@home", "x#1", "a?b#c%3Fd@e", "[v2]", "é"])
+def test_address_leads_to_its_file_whatever_the_path(name, tmp_path, monkeypatch):
+    folder = tmp_path / name
+    folder.mkdir()
+    url = sqlite.url_of(folder / "x.db")
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE words (word TEXT)"))
+    engine.dispose()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [Path(name, "x.db")]
+    assert sqlite.file_of(url) == folder / "x.db"
+    monkeypatch.chdir(folder)
+    assert sqlite.url_of(Path("x.db")) == url
+
+
+def test_address_of_a_plain_path_is_the_path():
+    assert sqlite.url_of(Path("/a b@c/x.db")) == "sqlite:////a b@c/x.db"
+
+
+@pytest.mark.parametrize("url", ["postgresql://h/x", "sqlite://", "sqlite:///:memory:", "http://h", "/folder"])
+def test_address_of_no_file_has_none(url):
+    assert sqlite.file_of(url) is None
 
 
 @pytest.mark.parametrize(
