@@ -16,7 +16,6 @@ GrainmillError
 └── ServingError       a server could be reached by anyone
 """
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,8 +100,3 @@ class ServingError(GrainmillError):
 
 class SubmissionError(GrainmillError):
     """A job cannot be submitted to a cluster."""
-
-
-def hidden(text: str) -> str:
-    """Remove users and passwords from the addresses in a text; an `@` in a path removes more than needed."""
-    return re.sub(r"(?<=://)[^\s\"']*@", "", text)

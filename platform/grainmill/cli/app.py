@@ -16,8 +16,9 @@ from grainmill import trainable as catalog
 from grainmill.cli import cluster, corpus, registry
 from grainmill.cli.console import USAGE_ERROR, Address, File, Overrides, clear_errors, print_table, say
 from grainmill.config import experiment
+from grainmill.config.addresses import hidden
 from grainmill.config.experiment import Experiment
-from grainmill.errors import ExperimentError, GrainmillError, hidden
+from grainmill.errors import ExperimentError, GrainmillError
 from grainmill.progress import setting_text
 from grainmill.workflows import run_folder
 

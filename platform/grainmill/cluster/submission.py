@@ -17,8 +17,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from grainmill.cluster import ray_private
 from grainmill.cluster.job_files import SOURCE_ROOTS
+from grainmill.config.addresses import hidden
 from grainmill.config.experiment import Experiment
-from grainmill.errors import SubmissionError, hidden
+from grainmill.errors import SubmissionError
 from grainmill.storage import workspace
 
 SECONDS = 10

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from grainmill import trainable as catalog
+from grainmill.config import addresses
 from grainmill.config.space import Parameter, Space, completed, extremes, grid_problems, lookup, nested, space_problems
 from grainmill.config.yaml_document import Document, Location, Overrides, dotted
 from grainmill.storage import workspace
@@ -57,6 +58,8 @@ def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str
     document = Document(None)
     document.tree = dict(tree or {})
     document.apply(overrides, model.model_json_schema())
+    for location, message in secret_problems(document.tree):
+        document.add(location, message)
     document.stop_if_wrong()
     try:
         return model.model_validate(document.tree)
@@ -65,6 +68,19 @@ def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str
             document.add(location, message)
     document.stop_if_wrong()
     raise AssertionError("a validation error is a problem")
+
+
+def secret_problems(tree: Any, location: Location = ()) -> Problems:
+    """Addresses with secrets, anywhere in plain data."""
+    if isinstance(tree, str) and (message := addresses.problem(tree)):
+        yield location, message
+    branches: Iterable[tuple[Any, Any]] = ()
+    if isinstance(tree, Mapping):
+        branches = tree.items()
+    elif isinstance(tree, list | tuple):
+        branches = enumerate(tree)
+    for key, branch in branches:
+        yield from secret_problems(branch, (*location, key))
 
 
 def _hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -154,9 +170,6 @@ def _place_problems(parts: Mapping[str, Any]) -> Problems:
         yield ("storage",), message
     if "tracking" in parts and parts["tracking"].study is not None:
         yield from _address_problems(parts["tracking"].study)
-    if "tracking" in parts and "@" in (parts["tracking"].uri or ""):
-        message = "must not hold a user or a password, but does; put them into MLFLOW_TRACKING_USERNAME and _PASSWORD"
-        yield ("tracking", "uri"), message
 
 
 def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Problems:
@@ -187,9 +200,7 @@ def _address_problems(url: str) -> Problems:
     place = ("tracking", "study")
     try:
         parsed = urlsplit(url)
-        if parsed.password is not None:
-            yield place, "must not hold a password, but does; put it into PGPASSWORD or ~/.pgpass"
-        elif parsed.scheme.partition("+")[0] not in ("postgresql", "sqlite"):
+        if parsed.scheme.partition("+")[0] not in ("postgresql", "sqlite"):
             yield place, f"must begin with postgresql:// or sqlite://, got {parsed.scheme or 'neither'}; change it"
     except ValueError as error:
         yield place, f"must be an address such as postgresql://host/name, but {error}; correct it"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from grainmill.errors import hidden
+from grainmill.config.addresses import hidden
 from grainmill.trainable import DataPart
 
 LONGEST = 5000

@@ -16,7 +16,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 
 from grainmill import trainable as catalog
-from grainmill.errors import TrackingError, hidden
+from grainmill.config.addresses import hidden
+from grainmill.errors import TrackingError
 from grainmill.registry import integrity, model_card
 from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.storage.files import folder_digest

@@ -15,7 +15,8 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
-from grainmill.errors import TrackingError, hidden
+from grainmill.config.addresses import hidden
+from grainmill.errors import TrackingError
 from grainmill.storage import sqlite, workspace
 from grainmill.storage.provenance import environment
 

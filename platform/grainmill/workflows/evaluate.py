@@ -12,9 +12,10 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from grainmill import trainable as catalog
+from grainmill.config.addresses import hidden
 from grainmill.config.validation import checked_settings
 from grainmill.config.yaml_document import Overrides
-from grainmill.errors import EvaluationError, TrackingError, hidden
+from grainmill.errors import EvaluationError, TrackingError
 from grainmill.execution import evaluate_group
 from grainmill.registry import comparison, models
 from grainmill.storage import workspace

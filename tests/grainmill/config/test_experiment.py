@@ -816,6 +816,16 @@ def test_an_override_is_as_if_the_file_said_so(read, overrides, text):
     assert read(HEAD, *overrides).model_dump() == read(text).model_dump()
 
 
+@pytest.mark.parametrize(
+    "key", ["tracking.uri", "tracking.study", "storage", "data.folder", "base.model.weights", "search.warm_start"]
+)
+def test_a_secret_in_any_address_is_told_at_its_key_and_not_shown(key, read):
+    with pytest.raises(ExperimentError) as caught:
+        read(HEAD, f"{key}=https://h/x?token=s3cret")
+    assert f"{key}: must not hold parameters that may be secret, got token; " in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
 TYPED = ["images #2", "2024", "010", "no", "a: b", "@home", "[new] set", "{x", "1e3", "2024-01-15", " x ", "*a", "'"]
 TYPED += ["it's", "~", "#", "a\nb", "true", "!x", "'a' and 'b'"]
 
