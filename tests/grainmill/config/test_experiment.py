@@ -839,10 +839,12 @@ TYPED += ["it's", "~", "#", "a\nb", "true", "!x", "'a' and 'b'"]
         ("search.stratify", lambda read: read.search.stratify),
     ],
 )
-def test_a_setting_that_is_text_is_taken_as_typed(key, reached, text, read, monkeypatch):
+def test_a_setting_that_is_text_is_taken_as_typed(key, reached, text, tmp_path, monkeypatch):
     monkeypatch.setattr("grainmill.config.validation.between_sections", lambda *_: ())
     content = HEAD.replace("builtin: shapes", "") if key == "data.folder" else HEAD
-    assert reached(read(content, f"{key}={text}")) == text
+    file = tmp_path / "file.yaml"
+    file.write_text(content)
+    assert reached(load(file, [f"{key}={text}"], here=False)) == text
 
 
 def test_quotes_around_the_whole_and_null_are_yaml_where_text_is_meant(read, monkeypatch):
