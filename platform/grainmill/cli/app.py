@@ -94,8 +94,10 @@ def tune(
     Example: grainmill tune my.yaml --set base.epochs=30
     """
     with clear_errors(), ExitStack() as stack:
-        if (file is None) == (resume is None):
-            raise typer.BadParameter("one of FILE and --resume NAME is required")
+        if file is None and resume is None:
+            raise typer.BadParameter("FILE or --resume NAME is required, got neither")
+        if file is not None and resume is not None:
+            raise typer.BadParameter("--resume NAME takes the file of the run, so FILE must be left out, got both")
         if resume is not None:
             values = [text.removeprefix("storage=") for text in overrides or () if text.startswith("storage=")]
             storage = values[-1] if values else Experiment.model_fields["storage"].default
@@ -159,8 +161,9 @@ def evaluate(
 
 def _benchmark(text: str) -> tuple[str, str]:
     name, equals, place = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"--on needs BENCHMARK=PATH, got {text!r}")
+    if not (name and equals and place):
+        example = f"--on {name or 'copydays'}=/data/{name or 'copydays'}"
+        raise typer.BadParameter(f"--on needs BENCHMARK=PATH, got {text!r}; add what is missing, such as {example}")
     return name, place
 
 
@@ -205,7 +208,10 @@ def _summarise(outcome: "Outcome") -> None:
         print_table(*contest(checked, outcome.candidates, winner), "the best, trained again from fresh seeds")
     say(f"model     {uri}, alias {CHAMPION if outcome.champion else CHALLENGER}")
     if not outcome.champion:
-        say(f"promote   grainmill evaluate {uri} --on BENCHMARK=PATH; grainmill promote {uri}")
+        commands = f"grainmill evaluate {uri} --on BENCHMARK=PATH; grainmill promote {uri}"
+        if outcome.tracking_uri != environment.tracking_uri():
+            commands = f"export MLFLOW_TRACKING_URI={shlex.quote(hidden(outcome.tracking_uri))}; {commands}"
+        say(f"promote   {commands}")
     say(f"report    {shlex.quote(str(outcome.report))}")
     where = hidden(outcome.tracking_uri)
     if not where.startswith("http"):

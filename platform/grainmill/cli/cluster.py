@@ -195,7 +195,8 @@ def _show_forecast(checked: Experiment, cluster: Cluster, runs: Sequence["Simula
     needs = " and ".join(f"{amount:g} {name}" for name, amount in resources.bundle.items())
     count = f"{need.most}" if need.fewest == need.most else f"{need.fewest} to {need.most}"
     workers = f"{count} x {needs}" if need.most > 1 else needs
-    say(f"{trials} trials, {at_once} at once ({workers} each), in {math.ceil(trials / at_once)} waves")
+    waves = math.ceil(trials / at_once)
+    say(f"{trials} trials, {at_once} at once ({workers} each), in {waves} {'wave' if waves == 1 else 'waves'}")
     rows = [
         (name, *(_cell(values) for values in (*parts, [sum(pair) for pair in zip(*parts, strict=True)])))
         for name, parts in _parts(checked, runs)

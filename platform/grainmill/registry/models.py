@@ -22,7 +22,7 @@ from grainmill.registry import integrity, model_card
 from grainmill.registry.model_card import Interval, ModelCard
 from grainmill.storage.files import folder_digest
 from grainmill.storage.names import below
-from grainmill.tracking.mlflow_runs import Tracker, check_reachable
+from grainmill.tracking.mlflow_runs import Tracker, check_registry
 
 SCHEME = "models:/"
 """Beginning of the address of a registered model."""
@@ -169,7 +169,7 @@ def fetched(tracking_uri: str, model: str, within: Path | None = None) -> Iterat
     Raises:
         TrackingError: there is no such model, its files were changed, or MLflow does not answer.
     """
-    check_reachable(tracking_uri)
+    check_registry(tracking_uri)
     mlflow.set_tracking_uri(tracking_uri)
     with tempfile.TemporaryDirectory(dir=within) as scratch:
         try:

@@ -26,7 +26,7 @@ from grainmill.registry import comparison, models, promotion_lock
 from grainmill.registry.comparison import StoredScores
 from grainmill.registry.models import CHALLENGER, CHAMPION, SCHEME, Version
 from grainmill.registry.promotion_lock import PromotionLock
-from grainmill.tracking.mlflow_runs import PARENT, check_reachable, translate_errors
+from grainmill.tracking.mlflow_runs import PARENT, check_registry, translate_errors
 
 PREVIOUS = "previous"
 """Alias of the version that was the champion before."""
@@ -108,7 +108,7 @@ def rollback(tracking_uri: str, name: str, note: Callable[[str], None]) -> Decis
 @contextmanager
 def _registry(tracking_uri: str, model: str) -> Iterator[MlflowClient]:
     """Connect to MLflow, and explain errors about a model that is not in the registry."""
-    check_reachable(tracking_uri)
+    check_registry(tracking_uri)
     with translate_errors(tracking_uri):
         try:
             yield MlflowClient(tracking_uri)

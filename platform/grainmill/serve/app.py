@@ -16,6 +16,7 @@ from grainmill.corpus.embedder import Answer, Embedder
 from grainmill.errors import ServingError
 from grainmill.registry.models import SCHEME, Version, look_up
 from grainmill.serve.http import TOKEN, Endpoint, Limits
+from grainmill.tracking.mlflow_runs import check_registry
 
 log = logging.getLogger("ray.serve")
 DIRECT = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
@@ -39,6 +40,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        check_registry(settings.tracking_uri)
         self.client = MlflowClient(settings.tracking_uri)
         self.embedder = Embedder(settings.tracking_uri, self._named())
         token = os.environ.get(TOKEN)

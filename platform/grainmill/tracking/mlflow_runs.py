@@ -170,6 +170,20 @@ def check_reachable(uri: str) -> None:
         _check_file(uri)
 
 
+def check_registry(uri: str) -> None:
+    """Refuse as `check_reachable`, and a SQLite file that does not exist: MLflow would make an empty one.
+
+    Raises TrackingError.
+    """
+    check_reachable(uri)
+    file = sqlite.file_of(uri)
+    if file and not file.exists():
+        raise TrackingError(
+            f"MLflow's database is made by tune or train, but there is no {file}; set MLFLOW_TRACKING_URI to the "
+            "address that the run printed, or to sqlite:///STORAGE/mlflow.db"
+        )
+
+
 def _check_file(uri: str) -> None:
     file = sqlite.file_of(uri)
     if file and (problem := sqlite.problem(file)):

@@ -127,3 +127,30 @@ def test_what_is_printed_cannot_change_the_terminal(capsys):
     print_table(("[b]", "n"), [("[/b].jpg", "\x1b[31m")], "[title]")
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("[b]", "[/b].jpg", "\\x1b[31m", "[title]"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tune"], "FILE or --resume NAME is required, got neither"),
+        (["tune", "x.yaml", "--resume", "x"], "FILE must be left out, got both"),
+        (["evaluate", "m", "--on", "copydays"], "got 'copydays'; add what is missing, such as --on copydays=/data/"),
+        (["evaluate", "m", "--on", "copydays="], "got 'copydays='; add what is missing"),
+        (["evaluate", "m", "--on", "=/data"], "got '=/data'; add what is missing"),
+    ],
+)
+def test_words_that_are_missing_or_too_many_are_told(words, says):
+    done = run(*words)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "words", [["promote", "models:/m@champion"], ["rollback", "m"], ["find", "models:/m@champion", "index", "q.jpg"]]
+)
+def test_looking_makes_no_database(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    done = run(*words)
+    assert done.exit_code == 1
+    assert not list(tmp_path.rglob("mlflow.db"))

@@ -141,3 +141,9 @@ def test_metrics_that_are_told_again_with_their_time_are_there_once(tracker):
     (one,) = tracker.client.get_metric_history(run_id, "top1")
     assert (one.timestamp, one.step, one.value) == (1_700_000_000_000, 1, 0.5)
     assert len(tracker.client.get_metric_history(run_id, "cost")) == 1
+
+
+def test_looking_into_a_registry_makes_no_database(tmp_path):
+    with pytest.raises(TrackingError, match=r"there is no .*none/mlflow\.db; set MLFLOW_TRACKING_URI"):
+        mlflow_runs.check_registry(mlflow_runs.local_uri(tmp_path / "none"))
+    assert list(tmp_path.iterdir()) == []
