@@ -137,7 +137,7 @@ def tracking_uri(named: str | None = None, storage: str | None = None) -> str:
                 "storage in S3 needs a tracking server, for MLflow's own database is a local file, but none is named; "
                 "set tracking.uri or MLFLOW_TRACKING_URI"
             )
-        uri = mlflow_runs.local_uri(Path(storage))
+        uri = mlflow_runs.local_uri(Path(workspace.absolute(storage)))
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
         return uri

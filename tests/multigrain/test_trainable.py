@@ -234,17 +234,18 @@ def test_preparing_a_built_in_source_writes_it_once(tmp_path):
 @pytest.mark.parametrize(
     "data",
     [
-        DataSettings(builtin="shapes", images=20, image_size=16),
-        DataSettings(folder="images", val_share=0.3),
-        DataSettings(folder="images", skip_broken=True),
-        DataSettings(manifest="images/list.csv", val_share=0.3),
-        DataSettings(manifest="images/list.csv", skip_broken=True),
+        {"builtin": "shapes", "images": 20, "image_size": 16},
+        {"folder": "images", "val_share": 0.3},
+        {"folder": "images", "skip_broken": True},
+        {"manifest": "images/list.csv", "val_share": 0.3},
+        {"manifest": "images/list.csv", "skip_broken": True},
     ],
 )
 def test_prepared_data_is_found_from_any_directory(tmp_path, monkeypatch, data):
     write_images(tmp_path / "images", "a/0.png", "a/1.png", "a/2.png")
     (tmp_path / "images/list.csv").write_text("image,class\na/0.png,a\na/1.png,a\na/2.png,a\n")
     monkeypatch.chdir(tmp_path)
+    data = DataSettings(**data)
     prepared = trainable.prepare(data, (tmp_path / "data").relative_to(tmp_path), no_progress)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -65,6 +65,19 @@ def problem(address: str) -> str | None:
     return f"must not hold parameters that may be secret, got {names}; {remedy}"
 
 
+def misspelt(place: str) -> str | None:
+    """Say what is wrong with an address of a folder or file; None for `s3://` and for a path."""
+    found = re.match("([A-Za-z][A-Za-z0-9+.-]+):(/+)", place)
+    if not found or place.startswith("s3://"):
+        return None
+    scheme, slashes = found.groups()
+    if scheme.lower() in ("s3", "s3a", "s3n"):
+        return f"an address in S3 must begin with s3://, got {found[0]}; write s3://{hidden(place)[found.end() :]}"
+    if len(slashes) == 1:
+        return None  # a folder may have a colon in its name
+    return f"must be a path or s3://bucket/prefix, got one that begins with {found[0]}; change it"
+
+
 def hidden(text: str) -> str:
     """Remove users, passwords and the values of parameters that may be secret from the addresses in a text."""
     return _ADDRESS.sub(lambda found: _without_secrets(found[0]), text)

@@ -232,10 +232,10 @@ def load(
         document.stop_if_wrong()
     model = experiment_model(trainable)
     document.apply(_part(overrides, of_trainable=False), model.model_json_schema())
-    if secrets := list(validation.secret_problems(document.tree)):
-        for location, message in secrets:
+    if found := list(validation.address_problems(document.tree)):
+        for location, message in found:
             document.add(location, message)
-        document.stop_if_wrong()  # messages of later checks would show them
+        document.stop_if_wrong()  # messages of later checks would show secrets
     try:
         experiment = model.model_validate(document.tree)
         parts = dict(experiment)

@@ -58,7 +58,7 @@ def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str
     document = Document(None)
     document.tree = dict(tree or {})
     document.apply(overrides, model.model_json_schema())
-    for location, message in secret_problems(document.tree):
+    for location, message in address_problems(document.tree):
         document.add(location, message)
     document.stop_if_wrong()
     try:
@@ -70,17 +70,19 @@ def checked_settings(model: type[Model], overrides: Overrides, tree: Mapping[str
     raise AssertionError("a validation error is a problem")
 
 
-def secret_problems(tree: Any, location: Location = ()) -> Problems:
-    """Addresses with secrets, anywhere in plain data."""
-    if isinstance(tree, str) and (message := addresses.problem(tree)):
-        yield location, message
+def address_problems(tree: Any, location: Location = ()) -> Problems:
+    """Addresses with secrets or of unknown kinds, anywhere in plain data; those of `tracking` may be of any kind."""
+    if isinstance(tree, str):
+        message = addresses.problem(tree) or (None if location[:1] == ("tracking",) else addresses.misspelt(tree))
+        if message:
+            yield location, message
     branches: Iterable[tuple[Any, Any]] = ()
     if isinstance(tree, Mapping):
         branches = tree.items()
     elif isinstance(tree, list | tuple):
         branches = enumerate(tree)
     for key, branch in branches:
-        yield from secret_problems(branch, (*location, key))
+        yield from address_problems(branch, (*location, key))
 
 
 def _hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -226,8 +228,9 @@ def _search_problems(search: Any, space: Space) -> Problems:
 
 
 def _warm_start_problems(place: str) -> Problems:
-    if not workspace.is_remote(place) and not Path(place, "study.db").is_file():
-        message = f"must be the folder of an earlier search, but there is no {Path(place, 'study.db').absolute()}"
+    study = Path(workspace.absolute(place), "study.db")
+    if not workspace.is_remote(place) and not study.is_file():
+        message = f"must be the folder of an earlier search, but there is no {study}"
         yield ("search", "warm_start"), f"{message}; name one such as grainmill-runs/demo/run-1"
 
 

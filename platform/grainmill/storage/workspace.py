@@ -215,12 +215,12 @@ def problem(place: str) -> str | None:
 
 def absolute(place: str) -> str:
     """Return the path or URL of a place as every process can use it."""
-    return place.rstrip("/") if is_remote(place) else str(Path(place).absolute())
+    return place.rstrip("/") if is_remote(place) else str(Path(place).expanduser().absolute())
 
 
 def uri(place: str) -> str:
     """Return the URI of a place."""
-    return absolute(place) if is_remote(place) else Path(place).absolute().as_uri()
+    return absolute(place) if is_remote(place) else Path(absolute(place)).as_uri()
 
 
 @contextmanager

@@ -111,6 +111,7 @@ def claim(experiment: Experiment, kind: str, note: Callable[[str], None]) -> Ite
     with _alone(experiment.name, place, note) as check, workspace.opened(place, FOLDERS_OF_OTHERS) as home:
         check_name(experiment)  # again, now that no other process writes
         where = experiment.model_dump(mode="json", exclude_none=True, include=set(experiment.PLACES))
+        where["storage"] = workspace.absolute(experiment.storage)  # for another working folder
         files.write_text(home.path / RECORD, to_yaml(experiment.identity()) + WHERE + to_yaml(where))
         numbers = [path.name.removeprefix(f"{kind}-") for path in home.path.glob(f"{kind}-[0-9]*")]
         last = max((int(number) for number in numbers if number.isdecimal()), default=0)

@@ -1,6 +1,6 @@
 import pytest
 
-from grainmill.config.addresses import hidden, problem
+from grainmill.config.addresses import hidden, misspelt, problem
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,22 @@ def test_an_address_with_a_secret_is_told_without_it_and_where_it_belongs(addres
 )
 def test_an_address_without_a_secret_and_a_path_are_right(address):
     assert problem(address) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("s3:/bucket/x", "must begin with s3://, got s3:/; write s3://bucket/x"),
+        ("S3://bucket/x", "got S3://; write s3://bucket/x"),
+        ("s3a://bucket", "got s3a://; write s3://bucket"),
+        ("gs://bucket/x", "must be a path or s3://bucket/prefix, got one that begins with gs://"),
+        ("file:///data", "got one that begins with file:///"),
+    ],
+)
+def test_an_address_of_another_kind_is_told_with_the_right_spelling(place, says):
+    assert says in misspelt(place)
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/x", "/data", "data/a:b", "c:/data", "no:te", "a b://x", "models:/m@c"])
+def test_a_path_and_s3_are_spelt_right(place):
+    assert misspelt(place) is None

@@ -826,6 +826,28 @@ def test_a_secret_in_any_address_is_told_at_its_key_and_not_shown(key, read):
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["storage", "data.folder", "search.warm_start", "base.model.weights"])
+def test_an_address_of_a_kind_that_is_not_read_is_told_at_its_key(key, read):
+    with pytest.raises(ExperimentError, match=rf"{key}: an address in S3 must .* write s3://bucket/x"):
+        read(HEAD, f"{key}=s3:/bucket/x")
+    with pytest.raises(ExperimentError, match=rf"{key}: must be a path or s3://bucket/prefix, got .* gs://"):
+        read(HEAD, f"{key}=gs://bucket/x")
+
+
+def test_paths_are_complete_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = tmp_path / "x" / "file.yaml"
+    file.parent.mkdir()
+    file.write_text(head(data="{folder: images}"))
+    near = load(file, here=False)
+    home = load(file, ["data={manifest: ~/a.csv}", "base.model.weights=~/w.pt"], here=False)
+    far = load(file, ["data.folder=s3://bucket/x"], here=False)
+    assert near.data.folder == str(tmp_path / "images")
+    assert (home.data.manifest, home.base.model.weights) == (f"{tmp_path}/home/a.csv", f"{tmp_path}/home/w.pt")
+    assert far.data.folder == "s3://bucket/x"
+
+
 TYPED = ["images #2", "2024", "010", "no", "a: b", "@home", "[new] set", "{x", "1e3", "2024-01-15", " x ", "*a", "'"]
 TYPED += ["it's", "~", "#", "a\nb", "true", "!x", "'a' and 'b'"]
 
@@ -834,16 +856,15 @@ TYPED += ["it's", "~", "#", "a\nb", "true", "!x", "'a' and 'b'"]
 @pytest.mark.parametrize(
     ("key", "reached"),
     [
-        ("data.folder", lambda read: read.data.folder),  # text or null, of the trainable
+        ("data.cache", lambda read: read.data.cache),  # of the trainable
         ("tracking.uri", lambda read: read.tracking.uri),
         ("search.stratify", lambda read: read.search.stratify),
     ],
 )
 def test_a_setting_that_is_text_is_taken_as_typed(key, reached, text, tmp_path, monkeypatch):
     monkeypatch.setattr("grainmill.config.validation.between_sections", lambda *_: ())
-    content = HEAD.replace("builtin: shapes", "") if key == "data.folder" else HEAD
     file = tmp_path / "file.yaml"
-    file.write_text(content)
+    file.write_text(HEAD)
     assert reached(load(file, [f"{key}={text}"], here=False)) == text
 
 

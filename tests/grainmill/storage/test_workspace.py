@@ -352,3 +352,9 @@ def test_a_file_that_nobody_could_read_again_is_not_written(place, door):
         with pytest.raises(StorageError, match="must be a plain path"):
             kept.upload()
         assert door.wrote() == []
+
+
+def test_the_home_folder_is_resolved_in_a_place(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert workspace.absolute("~/runs") == "/home/me/runs"
+    assert workspace.uri("~/my runs") == "file:///home/me/my%20runs"

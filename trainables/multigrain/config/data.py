@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from multigrain.config.paths import PathText
 from multigrain.config.training import Positive, Settings
 
 
@@ -12,10 +13,10 @@ class DataSettings(Settings):
 
     builtin: Literal["digits", "shapes"] | None = None
     """Built-in images. `digits`: 1,797 scans of handwritten digits. `shapes`: drawn shapes of any size and number."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Folder with `train/<class>/`, `val/<class>/` and, optionally, `copies/`; or just with `<class>/`, then split by
     file name. It can be s3://bucket/prefix."""
-    manifest: str | None = None
+    manifest: PathText | None = None
     """CSV file with the columns `image`, `class` and, optionally, `role` and `instance_id`. The file and its images can
     be s3://bucket/key."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -4,6 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from multigrain.config.paths import PathText
 from multigrain.config.training import Positive, Settings
 
 BENCHMARKS = (
@@ -54,18 +55,18 @@ class Serve(Settings):
 class Evaluation(Settings):
     """Benchmarks, and the sizes, exponents and whitening at which a network is evaluated on them."""
 
-    on: Annotated[dict[str, str], Field(min_length=1), AfterValidator(_known)]
+    on: Annotated[dict[str, PathText], Field(min_length=1), AfterValidator(_known)]
     """Folder of each benchmark, or file of a `manifest`. These and all folders below can be s3://bucket/prefix."""
     sizes: Annotated[tuple[Size, ...], Field(min_length=1, strict=False)] | None = None
     """Image sizes s*, in pixels; by default the network's own [P Table 2: 224, 500, 800]."""
     exponents: Annotated[tuple[Exponent, ...], Field(min_length=1, strict=False)] | None = None
     """Pooling exponents p*; by default the network's own [P section 3.5: 3 to 5]."""
-    whiten: str | None = None
+    whiten: PathText | None = None
     """Images on which a whitening is fitted for each size and exponent: a folder, or a text file with one path in each
     line; by default no whitening [R: 20,000 images]."""
     dimension: int | None = Field(None, ge=1)
     """Number of directions that a whitening keeps, those of the largest variance; by default all [R]."""
-    proxy: str | None = None
+    proxy: PathText | None = None
     """Folder of training images by class, `train/<class>/` or `<class>/`. On augmented copies of them, p* is chosen
     among the exponents for each size; by default p* is not chosen [P section 3.5]."""
     serve: Serve | None = None

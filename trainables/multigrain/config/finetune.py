@@ -1,17 +1,15 @@
 """Settings of the fine-tuning of p*, the pooling exponent for images of another size."""
 
-from pathlib import Path
-from typing import Annotated
+from pydantic import Field
 
-from pydantic import AfterValidator, Field
-
+from multigrain.config.paths import PathText
 from multigrain.config.training import NotNegative, Positive, Settings, Strength
 
 
 class FinetuneSpec(Settings):
     """Settings of a fine-tuning of p*, the pooling exponent."""
 
-    checkpoint: Annotated[str, AfterValidator(lambda path: str(Path(path).absolute()))] | None = None
+    checkpoint: PathText | None = None
     """Folder with the checkpoints of a trained network, such as `grainmill-runs/demo/run-1/trials/final-0000`."""
     image_size: int = Field(500, ge=16)
     """s*, larger side of the images, in pixels; they are not cropped [R; P Table 2: 500 or 800]."""

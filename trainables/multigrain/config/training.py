@@ -7,10 +7,11 @@ of each image, `full` augmentation.
 
 import difflib
 import math
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from multigrain.config.paths import absolute
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -65,7 +66,7 @@ Exponent = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_exponent)
 
 
 def _weights(source: str) -> str:
-    return source if source in {"random", "zoo"} else str(Path(source).absolute())
+    return source if source in {"random", "zoo"} else absolute(source)
 
 
 class ModelSettings(Settings):
