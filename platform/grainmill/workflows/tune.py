@@ -248,6 +248,7 @@ class _Run:
             "trial": trial,
             "trial.run": self._run_ids().get(trial, "none"),
             "training": setup.trial_name(final.number),
+            "epochs": f"{final.metrics['epoch']:.0f}",
             "seed": str(final.setting.get("seed", self.experiment.base.seed)),
         }
         return ModelCard(
@@ -258,7 +259,7 @@ class _Run:
             environment(),
             {**final.hardware, "workers": f"{_range(setup.workers)} of {bundle}"},
             {name: final.cost[name] for name in COSTS if name in final.cost},
-            {name: _interval(name, value, chosen) for name, value in final.metrics.items()},
+            {name: _interval(name, value, chosen) for name, value in final.metrics.items() if name != "epoch"},
         )
 
 
