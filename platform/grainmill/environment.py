@@ -48,6 +48,8 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     for name in ("alembic", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # MLflow writes a traceback of each failed statement, and then raises the error, of which we tell.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="mlflow|ray|optuna")
 
 
