@@ -135,6 +135,9 @@ def test_no_secret_of_the_environment_is_written(tmp_path, observer, monkeypatch
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"mlflow.db", "experiment.yaml", "lineage.json", "card.md", "report.html"} <= {path.name for path in written}
     assert [str(path) for path in written if b"canary" in path.read_bytes()] == []
+    (card,) = tmp_path.rglob("card.md")
+    assert "| epochs | 4 |" in card.read_text(), "a number of epochs is no metric with an interval"
+    assert "| epoch |" not in card.read_text()
 
 
 def test_a_version_comes_of_its_trial_its_seed_and_its_data(twice, client):

@@ -16,7 +16,7 @@ CARD = ModelCard(
     {"python": "3.11.7", "git.dirty": "true"},
     {"cpu": "2 x abacus"},
     {"cpu_seconds": 61.7},
-    {"score": Interval(0.5, 0.25, 0.75), "epoch": Interval(4.0)},
+    {"score": Interval(0.5, 0.25, 0.75), "cost": Interval(4.0)},
 )
 FACTS = {"p": 3.0, "classes": [f"c{number}" for number in range(12)], "parity": {"torch": 0.0, "onnx": 1.19e-7}}
 
@@ -38,7 +38,7 @@ def test_tags_find_a_version_by_anything_it_came_from():
 def test_the_file_has_all_of_it():
     told = json.loads(CARD.json())
     assert told["data"][1] == {"name": "scale", "role": "evaluation", "digest": "c3d4", "rows": 1, "where": "nowhere"}
-    assert told["metrics"] == {"score": [0.5, 0.25, 0.75], "epoch": [4.0, None, None]}
+    assert told["metrics"] == {"score": [0.5, 0.25, 0.75], "cost": [4.0, None, None]}
     assert told["experiment"].startswith("name: apples\n")
     assert SECRET not in CARD.json()
 
@@ -59,7 +59,7 @@ def test_the_card_tells_model_figures_data_training_software_and_settings():
         "| classes | 12: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, ... |",
         "| parity | torch 0, onnx 1.19e-07 |",
         "| score | 0.5000 [0.2500, 0.7500] |",
-        "| epoch | 4.0000 |",
+        "| cost | 4.0000 |",
         "| scale | 1 rows for evaluation, digest c3d4, nowhere |",
         "| seed | 7 |",
         "| cpu_seconds | 62 |",

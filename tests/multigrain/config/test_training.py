@@ -179,16 +179,15 @@ def test_a_spec_is_frozen():
 
 @pytest.mark.parametrize(
     ("size", "repeats", "advice"),
-    # 513 is nearer to 512 than 510 is; no less than one group will do.
-    [(512, 3, 513), (511, 3, 510), (1, 3, 3), (7, 5, 5)],
+    # 513 is nearer to 512 than 510 is; no less than two groups will do.
+    [(512, 3, 513), (511, 3, 510), (1, 3, 6), (7, 5, 10)],
 )
 def test_a_batch_of_broken_groups_is_refused_with_the_nearest_whole_one(size, repeats, advice):
     with pytest.raises(
         ValidationError, match=rf"multiple of batch\.repeats x batch\.accumulate, .* set batch\.size to {advice}\b"
     ):
         MultiGrainSpec(batch={"size": size, "repeats": repeats})
-    batch = {"size": advice, "repeats": repeats}
-    assert MultiGrainSpec(batch=batch, loss={"weight": 1.0}).batch.size == advice
+    assert MultiGrainSpec(batch={"size": advice, "repeats": repeats}).batch.size == advice
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.99])

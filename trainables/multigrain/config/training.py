@@ -139,7 +139,7 @@ class BatchSettings(Settings):
         if self.size % unit:
             raise ValueError(
                 f"batch.size must be a multiple of batch.repeats x batch.accumulate, got {self.size} and "
-                f"{self.repeats} x {self.accumulate}; set batch.size to {_nearest_multiple(self.size, unit)}"
+                f"{self.repeats} x {self.accumulate}; set batch.size to {_nearest_multiple(self.size, unit, self.repeats)}"
             )
         return self
 
@@ -299,8 +299,9 @@ class MultiGrainSpec(Settings):
         return self.evaluation.size or self.image_size
 
 
-def _nearest_multiple(size: int, unit: int) -> int:
-    return max(1, round(size / unit)) * unit
+def _nearest_multiple(size: int, unit: int, repeats: int) -> int:
+    """Return the multiple of `unit` that is nearest to a batch size, with two images or more."""
+    return max(unit, 2 * repeats, round(size / unit) * unit)
 
 
 def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
@@ -310,7 +311,7 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     if batch.size % unit:
         return [
             f"batch.size must be a multiple of batch.repeats x batch.accumulate x workers, got {batch.size} and "
-            f"{batch.repeats} x {batch.accumulate} x {workers}; set batch.size to {_nearest_multiple(batch.size, unit)}"
+            f"{batch.repeats} x {batch.accumulate} x {workers}; set batch.size to {_nearest_multiple(batch.size, unit, batch.repeats)}"
         ]
     if spec.loss.negatives_from == "rank" and spec.loss.weight != 1 and batch.size == batch.repeats * workers:
         return [
