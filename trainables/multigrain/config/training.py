@@ -137,9 +137,10 @@ class BatchSettings(Settings):
     def _groups_are_whole(self) -> Self:
         unit = self.repeats * self.accumulate
         if self.size % unit:
+            nearest = _nearest_multiple(self.size, unit, self.repeats)
             raise ValueError(
                 f"batch.size must be a multiple of batch.repeats x batch.accumulate, got {self.size} and "
-                f"{self.repeats} x {self.accumulate}; set batch.size to {_nearest_multiple(self.size, unit, self.repeats)}"
+                f"{self.repeats} x {self.accumulate}; set batch.size to {nearest}"
             )
         return self
 
@@ -309,9 +310,10 @@ def worker_problems(spec: MultiGrainSpec, workers: int) -> list[str]:
     batch = spec.batch
     unit = batch.repeats * batch.accumulate * workers
     if batch.size % unit:
+        nearest = _nearest_multiple(batch.size, unit, batch.repeats)
         return [
             f"batch.size must be a multiple of batch.repeats x batch.accumulate x workers, got {batch.size} and "
-            f"{batch.repeats} x {batch.accumulate} x {workers}; set batch.size to {_nearest_multiple(batch.size, unit, batch.repeats)}"
+            f"{batch.repeats} x {batch.accumulate} x {workers}; set batch.size to {nearest}"
         ]
     if spec.loss.negatives_from == "rank" and spec.loss.weight != 1 and batch.size == batch.repeats * workers:
         return [
