@@ -30,7 +30,7 @@ _DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  # the folder that is made there is checked
-"""Where a folder of this user is made; all have short paths."""
+"""Parents of the folder of this user; all have short paths."""
 SOCKET_ROOM = 40
 """Longest path, in bytes, of a folder for Ray's sessions: a socket's path has at most 107, of which Ray adds 66."""
 _IDENTITY = (".aws", ".mlflow", ".netrc", ".gitconfig", ".pgpass", ".postgresql")

@@ -116,7 +116,7 @@ class Files(Protocol):
 
 
 class Findings(Protocol):
-    """What was found in valid data."""
+    """Findings in valid data."""
 
     figures: Mapping[str, str]
     """Lines to show: a word and what was counted."""
@@ -323,7 +323,7 @@ DEFAULTS: Mapping[str, Any] = {
     "evaluate": _refuse("this trainable has no benchmarks; compare its versions by the metrics of their training"),
     "images": _refuse("this trainable embeds no images; use one that does, such as multigrain"),
 }
-"""What stands in for names of `Trainable` that a module leaves out."""
+"""Stand-ins for names of `Trainable` that a module leaves out."""
 
 
 def names() -> list[str]:

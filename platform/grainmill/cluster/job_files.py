@@ -45,7 +45,7 @@ _CODE = (".py", ".pyi", ".so")
 
 
 class JobFiles(NamedTuple):
-    """What travels with a job, and what stays."""
+    """Files that travel with a job, and files that stay."""
 
     sent: dict[Path, Path]
     """Path in the job's folder -> file on this machine."""

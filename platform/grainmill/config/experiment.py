@@ -139,7 +139,7 @@ class Experiment(Section):
 
     @property
     def findings(self) -> catalog.Findings | None:
-        """What was found in the data when the file was checked; None if they were not looked at."""
+        """Findings in the data when the file was checked; None if they were not looked at."""
         return self._findings
 
     def found(self) -> list[str]:

@@ -26,7 +26,7 @@ KEY = b"grainmill"
 
 
 class IndexRecord(NamedTuple):
-    """What an index is of, and the files that belong to it."""
+    """Model and images of an index, and the files that belong to it."""
 
     model: ModelIdentity
     source: str

@@ -9,7 +9,7 @@ from typing import Any
 from grainmill.storage import files
 
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
-"""What a cell begins with that spreadsheets take for a formula: also the wide forms, and blanks that they drop."""
+"""Beginnings of cells that spreadsheets take for a formula: also the wide forms, and blanks that they drop."""
 
 
 def safe_name(name: str) -> str:

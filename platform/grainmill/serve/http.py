@@ -36,7 +36,7 @@ Batch = Callable[[Sequence[bytes]], tuple[str, Sequence[Answer]]]
 
 
 class Limits(BaseModel):
-    """How much a replica takes on."""
+    """Limits of a replica."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     batch: int = Field(16, ge=1)

@@ -1,4 +1,4 @@
-"""What was found in the images of a data set: figures to look at before a training, and warnings.
+"""Findings in the images of a data set: figures to look at before a training, and warnings.
 
 This module does not import torch.
 """
@@ -28,7 +28,7 @@ SHOWN = 3
 
 
 class Findings(NamedTuple):
-    """What was found in images, for people and for machines."""
+    """Findings in images, for people and for machines."""
 
     figures: Mapping[str, str]
     """Lines of a table: a word and what was counted."""

@@ -33,7 +33,7 @@ _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 
 class ImageFacts(NamedTuple):
-    """What was found when an image was decoded."""
+    """Properties of an image file, found when it was decoded."""
 
     format: str
     """Pillow's name, such as `JPEG`."""
