@@ -144,6 +144,11 @@ def embed(
         ResourceError: the cluster is too small.
         TrackingError: the model is not registered, or MLflow does not answer.
     """
+    from grainmill.config import addresses
+    from grainmill.errors import CorpusError
+
+    if message := addresses.problem(str(images)) or addresses.misspelt(str(images)):
+        raise CorpusError(f"the place of the images: {message}")
     uri, address = _start(tracking_uri, address)
     from grainmill import progress
     from grainmill.cluster import session

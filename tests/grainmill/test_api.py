@@ -98,3 +98,18 @@ def test_a_run_is_shown_line_by_line_where_nothing_can_be_changed_on_the_screen(
         [] if quiet else ["searching", "trial-0003  complete  4/4  0.5000  height=0.5"]
     )
     assert list(progress.bar(quiet)([1, 2], "images", 2)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        ("s3:/bucket/x", "the place of the images: an address"),
+        ("gs://bucket/x", "must be a path or s3://bucket/prefix"),
+        ("https://h/x.csv?token=s3cret", "got token; "),
+    ],
+)
+def test_images_at_an_address_that_is_not_read_are_refused_before_anything_starts(images, says, tmp_path):
+    with pytest.raises(errors.CorpusError) as caught:
+        gm.embed("models:/m@champion", images, tmp_path / "index")
+    assert says in str(caught.value)
+    assert "s3cret" not in str(caught.value)
