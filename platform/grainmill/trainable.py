@@ -227,6 +227,13 @@ class Trainable(Protocol):
         """
 
     @staticmethod
+    def query_measures() -> Mapping[str, Sequence[str]]:
+        """Return the benchmarks, and the measures of each that have a score for each query; empty if unknown.
+
+        The name of such scores begins with the benchmark and ends with the measure.
+        """
+
+    @staticmethod
     def data_problems(data: Any, progress: Progress, files: Files) -> list[str]:
         """Check the data on disk; return a sentence on each problem."""
 
@@ -314,6 +321,7 @@ def _refuse(reason: str) -> Callable[..., Any]:
 
 DEFAULTS: Mapping[str, Any] = {
     "Evaluation": NoSettings,
+    "query_measures": dict,
     "data_problems": lambda *_: [],
     "findings": lambda *_: SimpleNamespace(figures={}, warnings=(), facts={}),
     "worker_problems": lambda _, workers: (

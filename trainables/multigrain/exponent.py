@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Evaluation = settings.Evaluation
 # Everything but the settings and the training itself is the same for both trainables.
-metrics, data_problems = trainable.metrics, trainable.data_problems
+metrics, query_measures, data_problems = trainable.metrics, trainable.query_measures, trainable.data_problems
 prepare, sources, images, example = trainable.prepare, trainable.sources, trainable.images, trainable.example
 load, export, evaluate = trainable.load, trainable.export, trainable.evaluate
 

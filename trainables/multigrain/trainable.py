@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from multigrain.config import training as settings
 from multigrain.config.data import DataSettings
-from multigrain.config.evaluation import Evaluation
+from multigrain.config.evaluation import QUERY_MEASURES, Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.dataset import Dataset
 from multigrain.data.findings import Findings, all_equal, find
@@ -92,6 +92,11 @@ def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Lite
     if data.builtin is not None:
         return dict.fromkeys(("top1", "class_map", "copy_map", "mean_top1_copy_map"), "max")
     return dict.fromkeys(images_of(data, files).metrics, "max")
+
+
+def query_measures() -> Mapping[str, tuple[str, ...]]:
+    """Return the measures of each benchmark that have a score for each query."""
+    return QUERY_MEASURES
 
 
 def data_problems(data: DataSettings, progress: Progress, files: Files | None = None) -> list[str]:

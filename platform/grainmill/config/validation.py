@@ -144,6 +144,8 @@ def between_sections(
         if not messages:
             yield from _metric_problems({**trainable.metrics(parts["data"], files), **COSTS}, parts)
     yield from _place_problems(parts)
+    if "promotion" in parts:
+        yield from _promotion_problems(trainable.query_measures(), parts["promotion"])
     if {"search", "base"} <= parts.keys() and (parts["search"].grace_epochs or 1) > parts["base"].epochs:
         message = f"must be at most base.epochs, got {parts['search'].grace_epochs} of {parts['base'].epochs}"
         yield ("search", "grace_epochs"), message
@@ -172,6 +174,23 @@ def _place_problems(parts: Mapping[str, Any]) -> Problems:
         yield ("storage",), message
     if "tracking" in parts and parts["tracking"].study is not None:
         yield from _address_problems(parts["tracking"].study)
+
+
+def _promotion_problems(measures: Mapping[str, Sequence[str]], promotion: Any) -> Problems:
+    """Problems of the metrics by which versions are compared, query by query."""
+    places: list[tuple[Location, str]] = [(("promotion", "minimum", name), name) for name in promotion.minimum]
+    if promotion.metric is not None:
+        places.append((("promotion", "metric"), promotion.metric))
+    for place, name in places if measures else ():
+        benchmark, _, rest = name.partition("/")
+        if benchmark not in measures:
+            hint = " ".join(filter(None, (_hint(benchmark, measures), f"known: {', '.join(measures)}")))
+            yield place, f"must begin with a benchmark, got {name!r}; {hint}"
+        elif (measure := rest.rpartition("/")[2]) not in measures[benchmark]:
+            hint = " ".join(
+                filter(None, (_hint(measure, measures[benchmark]), f"known: {', '.join(measures[benchmark])}"))
+            )
+            yield place, f"must end with a measure of {benchmark} that has a value for each query, got {name!r}; {hint}"
 
 
 def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Problems:

@@ -951,3 +951,23 @@ def test_the_error_holds_the_problems_as_data(read):
         read(more("base: {epochs: 0}"))
     (problem,) = caught.value.problems
     assert (problem.line, problem.key) == (4, "base.epochs")
+
+
+@pytest.mark.parametrize(
+    ("promotion", "key", "says"),
+    [
+        ("{metric: copyday/strong/map}", "promotion.metric", ["begin with a benchmark", "did you mean 'copydays'?"]),
+        ("{metric: top1}", "promotion.metric", ["begin with a benchmark", "known: imagenet, holidays"]),
+        ("{metric: copydays/strong/mpa}", "promotion.metric", ["measure of copydays", "did you mean 'map'?"]),
+        ("{metric: copydays}", "promotion.metric", ["measure of copydays", "known: map, map_finite"]),
+        ("{metric: disc21/micro_ap}", "promotion.metric", ["value for each query", "known: recall-at-1"]),
+        ("{minimum: {holiday/map: 0.5}}", "promotion.minimum.holiday/map", ["did you mean 'holidays'?"]),
+    ],
+)
+def test_metrics_of_promotion_must_be_measured_query_by_query(promotion, key, says, validate):
+    check_told(validate(head() + f"promotion: {promotion}\n"), 4, key, says)
+
+
+@pytest.mark.parametrize("metric", ["copydays/strong/map", "roxford5k/hard/mp-at-10", "imagenet/top1", "ukbench/ukb"])
+def test_metrics_of_promotion_that_are_measured_are_taken(metric, validate):
+    assert validate(head() + f"promotion: {{metric: {metric}, minimum: {{{metric}: 0.1}}}}\n")[0] == 0

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from multigrain.benchmarks import evaluate, gallery, proxy, results
 from multigrain.benchmarks.evaluate import run_benchmarks
 from multigrain.benchmarks.results import Measurement, headlines
-from multigrain.config.evaluation import Evaluation
+from multigrain.config.evaluation import QUERY_MEASURES, Evaluation
 from multigrain.config.training import MultiGrainSpec
 from multigrain.data.folders import read_dataset
 from multigrain.data.loading import decode
@@ -746,6 +746,9 @@ def test_samples_are_what_the_own_figures_are_means_of(evaluated):
     assert means(found.query_scores, served=True) == {}
     by_data = {(one.name.rpartition("/")[0], one.data) for one in found.query_scores}
     assert len(by_data) == len({part for part, _ in by_data}) == len({data for _, data in by_data})
+    listed = {(one.name.partition("/")[0], one.name.rpartition("/")[2]) for one in found.query_scores}
+    benchmarks = {benchmark for benchmark, _ in listed}
+    assert listed == {(benchmark, measure) for benchmark in benchmarks for measure in QUERY_MEASURES[benchmark]}
 
 
 def test_samples_of_the_model_that_serves_are_those_of_its_setting(trained, roots, tmp_path):

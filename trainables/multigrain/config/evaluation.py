@@ -1,5 +1,6 @@
 """Settings of an evaluation on benchmarks."""
 
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -7,20 +8,22 @@ from pydantic import AfterValidator, Field, model_validator
 from multigrain.config.paths import PathText
 from multigrain.config.training import Positive, Settings
 
-BENCHMARKS = (
-    "imagenet",
-    "holidays",
-    "holidays-upright",
-    "ukbench",
-    "copydays",
-    "oxford5k",
-    "paris6k",
-    "roxford5k",
-    "rparis6k",
-    "disc21",
-    "manifest",
-)
-"""Names of the benchmarks that can be read from disk."""
+_PRECISIONS = tuple(f"mp-at-{rank}" for rank in (1, 5, 10))
+QUERY_MEASURES: Mapping[str, tuple[str, ...]] = {
+    "imagenet": ("top1", "top5"),
+    "holidays": ("map", "map_finite"),
+    "holidays-upright": ("map", "map_finite"),
+    "ukbench": ("ukb",),
+    "copydays": ("map", "map_finite"),
+    "oxford5k": ("map", "map_finite"),
+    "paris6k": ("map", "map_finite"),
+    "roxford5k": ("map", "map_finite", *_PRECISIONS),
+    "rparis6k": ("map", "map_finite", *_PRECISIONS),
+    "disc21": ("recall-at-1",),
+    "manifest": ("map", "map_finite", "map-at-r", "recall-at-1", "recall-at-10"),
+}
+"""Benchmarks that can be read from disk, with the measures that have a value for each query, as MLflow names them."""
+BENCHMARKS = tuple(QUERY_MEASURES)
 
 Size = Annotated[int, Field(ge=16)]
 Exponent = Annotated[float, Field(ge=1, allow_inf_nan=True)]
