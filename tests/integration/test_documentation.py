@@ -131,7 +131,11 @@ def test_the_blocks_of_a_page_run(page, newcomer):
 
 def test_the_readmes_way_ends_with_a_page_of_duplicates(newcomer):
     """After the blocks of README.md: the files that it names are there."""
-    for name in ("photos.index/duplicates.csv", "photos.index/duplicates.html", "grainmill-runs/my/run-1/report.html"):
+    for name in (
+        "photos.index.reports/duplicates.csv",
+        "photos.index.reports/duplicates.html",
+        "grainmill-runs/my/run-1/report.html",
+    ):
         assert (newcomer.folder / name).exists()
 
 

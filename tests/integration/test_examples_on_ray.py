@@ -35,5 +35,5 @@ def test_photos_become_a_model_and_a_list_of_duplicates(tmp_path):
     lines = run([ROOT / "examples" / "photos_to_duplicates.py"], tmp_path).splitlines()[-10:]
     pairs = [[name.replace("-copy", "") for name in line.split()[1:]] for line in lines]
     assert sum(one == other for one, other in pairs) >= 3, lines
-    assert (tmp_path / "photos.index" / "duplicates.html").exists()
+    assert (tmp_path / "photos.index.reports" / "duplicates.html").exists()
     assert len([*(tmp_path / "photos").glob("*/*-copy.jpg")]) == 9
