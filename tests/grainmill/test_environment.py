@@ -1,4 +1,4 @@
-"""What the process gets of a user who lacks a name, a home, or a temporary folder with a short path."""
+"""Environment of a process whose user has no name, no home, or no temporary folder with a short path."""
 
 import getpass
 import os
@@ -14,7 +14,7 @@ from grainmill.errors import StorageError
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Where the folder of this user is made, on a machine whose `/tmp` is short enough for Ray."""
+    """Parent of the folder that is made for this user, with a path as short as that of `/tmp`."""
     monkeypatch.setattr(environment, "SHORT_PLACES", (str(tmp_path / "none"), str(tmp_path)))
     for name in ("HOME", "LOGNAME", "TMPDIR", "RAY_TMPDIR"):
         monkeypatch.setenv(name, "")

@@ -20,7 +20,7 @@ NAMES = [
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What the consoles have shown."""
+    """Text that the consoles have shown so far."""
     file = io.StringIO()
     for one in (progress.out, progress.err):
         monkeypatch.setattr(one, "_file", file)

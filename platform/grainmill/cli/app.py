@@ -65,11 +65,8 @@ def validate(
             raise
         if as_json:
             found = checked.findings
-            print(
-                json.dumps(
-                    {"valid": True, "data": found and found.facts, "warnings": found and found.warnings}, indent=2
-                )
-            )
+            assert found is not None, "the images were looked at"
+            print(json.dumps({"valid": True, "data": found.facts, "warnings": found.warnings}, indent=2))
             return
         for line in checked.found():
             say(line, "yellow" if line.startswith("warning: ") else "")

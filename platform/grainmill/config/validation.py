@@ -91,6 +91,12 @@ def _hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {near[0]!r}?" if near else otherwise
 
 
+def _hint_of_all(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, if any is near, and all known names."""
+    names = list(known)
+    return f"{_hint(name, names)} known: {', '.join(names)}".strip()
+
+
 def _message(model: type[BaseModel], details: ErrorDetails) -> str:
     *parents, key = details["loc"] or ("",)
     fields = _fields_at(model, parents)
@@ -184,21 +190,17 @@ def _promotion_problems(measures: Mapping[str, Sequence[str]], promotion: Any) -
     for place, name in places if measures else ():
         benchmark, _, rest = name.partition("/")
         if benchmark not in measures:
-            hint = " ".join(filter(None, (_hint(benchmark, measures), f"known: {', '.join(measures)}")))
-            yield place, f"must begin with a benchmark, got {name!r}; {hint}"
+            yield place, f"must begin with a benchmark, got {name!r}; {_hint_of_all(benchmark, measures)}"
         elif (measure := rest.rpartition("/")[2]) not in measures[benchmark]:
-            hint = " ".join(
-                filter(None, (_hint(measure, measures[benchmark]), f"known: {', '.join(measures[benchmark])}"))
-            )
-            yield place, f"must end with a measure of {benchmark} that has a value for each query, got {name!r}; {hint}"
+            rule = f"must end with a measure of {benchmark} that has a value for each query, got {name!r}"
+            yield place, f"{rule}; {_hint_of_all(measure, measures[benchmark])}"
 
 
 def _metric_problems(metrics: Mapping[str, str], parts: Mapping[str, Any]) -> Problems:
     objective, constraints = parts.get("objective", {}), parts.get("constraints", {})
     for section, names in (("objective", objective), ("constraints", constraints)):
         for name in (name for name in names if name not in metrics):
-            hint = " ".join(filter(None, (_hint(name, metrics), f"known: {', '.join(metrics)}")))
-            yield (section, name), f"must be a metric that these data allow; {hint}"
+            yield (section, name), f"must be a metric that these data allow; {_hint_of_all(name, metrics)}"
     for name, direction in objective.items():
         if direction != metrics.get(name, direction):
             way = "larger" if metrics[name] == "max" else "smaller"

@@ -1,4 +1,4 @@
-"""What travels with a job and what stays, and that what is sent runs by itself."""
+"""Files that travel with a job and files that stay; the files that are sent run by themselves."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_code_and_file_travel_and_nothing_else(apples, tmp_path):
 
 
 def own_left_out(job):
-    """What stays of the package, by its path in it."""
+    """Files and folders of the package that stay, by their path in it, with the reason."""
     beginning = "trainables/apples/"
     return {path.removeprefix(beginning): why for path, why in job.left_out.items() if path.startswith(beginning)}
 

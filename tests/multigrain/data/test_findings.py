@@ -1,4 +1,4 @@
-"""What is told about the images of a data set; the images are drawn so that each count is known."""
+"""Counts of a data set and warnings about it, for images whose counts are known."""
 
 from pathlib import Path
 
