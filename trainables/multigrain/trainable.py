@@ -52,7 +52,7 @@ def images_of(data: DataSettings, files: Files | None = None, progress: Progress
     Raises:
         DataError: the images cannot be read or listed.
     """
-    data, files = _with_absolute_paths(data), files or LocalFiles()
+    files = files or LocalFiles()
     if data not in files.listings:
         mirror = files.mirror(data.cache, data.cache_limit)
         try:
@@ -74,13 +74,6 @@ def _list(data: DataSettings, mirror: Mirror, progress: Progress) -> Dataset:
     with data_errors():
         folder = mirror.fetch(data.folder, progress)
     return read_dataset(folder, data.val_share)
-
-
-def _with_absolute_paths(data: DataSettings) -> DataSettings:
-    cache = None if data.cache.startswith("~") else data.cache  # `~` differs between machines
-    paths = {"folder": data.folder, "manifest": data.manifest, "cache": cache}
-    local = {name: path for name, path in paths.items() if path is not None and not path.startswith(SCHEME)}
-    return data.model_copy(update={name: str(Path(path).absolute()) for name, path in local.items()})
 
 
 def metrics(data: DataSettings, files: Files | None = None) -> Mapping[str, Literal["max", "min"]]:
@@ -117,7 +110,8 @@ def data_problems(data: DataSettings, progress: Progress, files: Files | None = 
         elif broken:
             return shortened([named(problem) for problem in image_problems(broken)])
         if all_equal(examined):
-            return [f"images must differ, but all {len(examined):,} have the same content; name other images"]
+            count = len(examined) - len(broken)
+            return [f"images must differ, but all {count:,} have the same content; name other images"]
     except DataError as error:
         return shortened([named(problem) for problem in error.problems])
     except OSError as error:
@@ -127,7 +121,7 @@ def data_problems(data: DataSettings, progress: Progress, files: Files | None = 
 
 def _examined(data: DataSettings, files: Files, progress: Progress) -> Mapping[Path, ImageFacts | str]:
     """Decode all images, once for each `files`."""
-    key = "examined", _with_absolute_paths(data)
+    key = "examined", data
     if key not in files.listings:
         files.listings[key] = examine(images_of(data, files, progress), progress)
     return files.listings[key]
@@ -155,7 +149,7 @@ def findings(data: DataSettings, spec: MultiGrainSpec, progress: Progress, files
 
 
 def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | None = None) -> DataSettings:
-    """Return settings to train with: paths become absolute, and a built-in source is written below `root`.
+    """Return settings to train with; a built-in source is written below `root`.
 
     A source in S3 becomes a manifest below `root` with the version of every object, so that all workers read the same
     images or stop. With `skip_broken`, the result is a manifest of the intact images; a warning says how many images
@@ -164,7 +158,7 @@ def prepare(data: DataSettings, root: Path, progress: Progress, files: Files | N
     Raises:
         DataError: the images cannot be used; see `data_problems`.
     """
-    data, files = _with_absolute_paths(data), files or LocalFiles()
+    files = files or LocalFiles()
     if data.builtin is not None:
         from multigrain.data.builtin import write_builtin
 

@@ -71,13 +71,11 @@ def embed(
     """
     identity, source = Embedder(tracking_uri, model).identity, canonical(source)
     corpus = list_corpus(identity.trainable, source)
-    names, unnamed = corpus.listing.names, dict[str, str]()
-    for name in names:
-        if name.encode(errors="ignore").decode() != name:
-            unnamed[name.encode(errors="backslashreplace").decode()] = "has a name that is not text"
+    names = [name for name in corpus.listing.names if _escaped(name) == name]
+    unnamed = {_escaped(name): "has a name that is not text" for name in corpus.listing.names if _escaped(name) != name}
     with index_writer.opened(out, index.IndexRecord(identity, source, {}, None)) as made:
         known = made.keep(corpus.versions)
-        missing = [name for name in names if name not in known and name.encode(errors="ignore").decode() == name]
+        missing = [name for name in names if name not in known]
         buffer = _Buffer(made, corpus.versions)
         if missing:
             with connect(address):
@@ -88,17 +86,22 @@ def embed(
         faults = unnamed | buffer.faults
         if not known and not buffer.written:
             name, reason = next(iter(faults.items()))
-            raise CorpusError(f"one image at least must be usable, but of {len(names)} none is: {name} {reason}")
+            listed = len(corpus.listing.names)
+            raise CorpusError(f"one image at least must be usable, but of {listed} none is: {name} {reason}")
         made.finish(corpus.digest)
-        for name, reason in corpus.listing.left_out.items():
-            faults[name.encode(errors="backslashreplace").decode()] = reason
+        faults |= {_escaped(name): reason for name, reason in corpus.listing.left_out.items()}
         skipped = index.reports(out) / SKIPPED
         if faults:
             write_csv(skipped, ("id", "reason"), sorted(faults.items()))
         else:
             skipped.unlink(missing_ok=True)
-        listed = skipped if faults else None
-        return EmbedResult(len(known) + buffer.written, len(known), listed, len(faults), buffer.seconds, buffer.steady)
+        total, place = len(known) + buffer.written, skipped if faults else None
+        return EmbedResult(total, len(known), place, len(faults), buffer.seconds, buffer.steady)
+
+
+def _escaped(name: str) -> str:
+    """Return a name with escapes for bytes that are not UTF-8; the same name if there are none."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 class _Worker:

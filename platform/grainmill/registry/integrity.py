@@ -98,7 +98,8 @@ def pickle_fault(path: Path) -> str | None:
 def _has_one_directory(file: IO[bytes]) -> bool:
     """Return True if the end of a ZIP file leaves no choice of its directory; readers choose differently.
 
-    The directory must end where its end record begins, which must be last. A ZIP64 record must say the same.
+    The directory must end where its end record begins, which must be last. A ZIP64 record must say the same. The
+    stand-alone reader of a model has this rule in code of its own, as it imports nothing of Grainmill.
     """
     size = file.seek(0, 2)
     file.seek(max(0, size - 98))

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from multigrain.config.paths import PathText
+from multigrain.config.paths import CachePath, PathText
 from multigrain.config.training import Positive, Settings
 
 
@@ -27,7 +27,7 @@ class DataSettings(Settings):
     """Width and height of the `shapes`, in pixels."""
     images: int = Field(600, ge=20)
     """Number of `shapes`."""
-    cache: str = "~/.cache/grainmill"
+    cache: CachePath = "~/.cache/grainmill"
     """Folder for copies of s3:// sources, shared by all processes of a machine."""
     cache_limit: Positive | None = None
     """GB that `cache` may hold, by default half of the disk. Sources that no running process uses are deleted to make

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from multigrain.config.paths import PathText
+from multigrain.config.paths import CachePath, PathText
 from multigrain.config.training import Positive, Settings
 
 _PRECISIONS = tuple(f"mp-at-{rank}" for rank in (1, 5, 10))
@@ -75,7 +75,7 @@ class Evaluation(Settings):
     serve: Serve | None = None
     """Setting at which a copy of the model is stored for its users, such as `{size: 500, p: 4, whitened: true}`; p can
     be `proxy`, the choice of the proxy task. By default no copy is stored."""
-    cache: str = "~/.cache/grainmill"
+    cache: CachePath = "~/.cache/grainmill"
     """Folder for copies of files from s3://, shared by all processes of a machine."""
     cache_limit: Positive | None = None
     """Largest size of the cache in GB; by default half of the disk. Files that no running process uses are removed for

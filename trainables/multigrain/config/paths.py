@@ -11,5 +11,11 @@ def absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
+def _absolute_but_home(path: str) -> str:
+    return path if path.startswith("~") else absolute(path)
+
+
 PathText = Annotated[str, AfterValidator(absolute)]
 """Absolute path, or the address of a place in S3."""
+CachePath = Annotated[str, AfterValidator(_absolute_but_home)]
+"""Absolute path, or one that begins with `~`, which differs between machines."""
